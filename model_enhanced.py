@@ -140,7 +140,7 @@ class DecoderStage(nn.Module):
         self.reduce = nn.Conv3d(coarse_channels, channels, 1)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, 3) for _ in range(blocks)])
         self.norm = group_norm(channels)
-        self.head = nn.Conv3d(channels, 1, 3, padding=1)
+        self.head = nn.Conv3d(channels, 1, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -181,7 +181,7 @@ class EnhancedDirectModel(nn.Module):
         stem_stride: int = 2,
         encoder_blocks=(1, 1, 2, 3),
         decoder_blocks=(3, 2, 1),
-        transformer_blocks: int = 4,
+        transformer_blocks: int = 6,
         activation_checkpointing: bool = False,
     ):
         super().__init__()

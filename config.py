@@ -1,0 +1,213 @@
+"""Configuration: dataclass defaults, JSON overrides, ``--set key=value`` last; every key is checked."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+from augment import AugmentConfig
+from files import InputError, read_json
+
+
+@dataclass
+class ModelConfig:
+    volume_size: list[int] = field(default_factory=lambda: [64, 64, 64])
+    base_channels: int = 64  # decoder width at half resolution
+    xray_size: int = 512  # resolution the network is trained at
+    stem_stride: int = 2  # 1 for small X-rays (128), 2 for 512
+    encoder_blocks: list[int] = field(default_factory=lambda: [1, 1, 2, 3])
+    decoder_blocks: list[int] = field(default_factory=lambda: [3, 2, 1])
+    transformer_blocks: int = 6
+    activation_checkpointing: bool = False  # less memory, about a third more time
+
+
+@dataclass
+class TrainingConfig:
+    num_epochs: int = 200
+    batch_size: int = 4  # per process
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    grad_clip_max_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+    warmup_epochs: float = 2.0  # linear from 0
+    min_learning_rate_ratio: float = 0.01  # where the cosine ends
+    ema_decay: float = 0.999  # 0 switches the moving average off
+    precision: str = "auto"  # auto, float32, bfloat16, float16
+    channels_last: bool = True  # memory format of the convolutions
+    compile: bool = False  # torch.compile
+    seed: int = 0
+
+
+@dataclass
+class LossConfig:
+    l1_weight: float = 1.0
+    ssim_weight: float = 0.5
+    perceptual_weight: float = 0.1
+    edge_weight: float = 0.1
+    multiscale_weight: float = 0.3
+    mse_weight: float = 0.0
+    projection_weight: float = 0.0
+    perceptual_weights: str = "imagenet"  # imagenet, random, or a path to VGG16 weights
+    use_scan_mask: bool = True  # leave out what the scan did not see
+
+
+@dataclass
+class DataConfig:
+    dataset_path: str = "data"
+    max_patients: int | None = None
+    repeats: int = 1  # times each patient is drawn (and augmented anew) per epoch
+    num_workers: int = 4  # loader processes; ignored on a CPU
+    prefetch_factor: int = 2
+    cache_dir: str | None = None  # default: DATASET/.cache
+    xray_source: str = "auto"  # auto, render (augmented pairs), files (the X-rays on disk, no augmentation)
+    xray_normalization: str = "percentile"  # for data sets without dataset.json
+
+
+@dataclass
+class LoggingConfig:
+    log_interval: int = 10  # steps
+    val_interval: int = 1  # epochs
+    save_checkpoint_interval: int = 5  # epochs between epoch_X.pt; 0 for none
+    checkpoint_minutes: float = 10.0  # last.pt within an epoch
+
+
+@dataclass
+class EnhancedConfig:
+    """Everything ``train_enhanced_4gpu.py`` reads; ``config_enhanced.json`` overrides these defaults."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    world_size: int = 4  # the global batch is batch_size x accumulation x this, however many processes run
+
+
+# Smallest value that makes sense; anything below is an error that names the key.
+MINIMUM = {
+    "training.num_epochs": 1,
+    "training.batch_size": 1,
+    "training.learning_rate": 0.0,
+    "training.weight_decay": 0.0,
+    "training.grad_clip_max_norm": 0.0,
+    "training.gradient_accumulation_steps": 1,
+    "training.warmup_epochs": 0.0,
+    "training.ema_decay": 0.0,
+    "data.max_patients": 1,
+    "data.repeats": 1,
+    "data.num_workers": 0,
+    "data.prefetch_factor": 1,
+    "logging.log_interval": 1,
+    "logging.val_interval": 1,
+    "logging.save_checkpoint_interval": 0,
+    "world_size": 1,
+}
+CHOICES = {
+    "training.precision": ("auto", "float32", "bfloat16", "float16"),
+    "data.xray_source": ("auto", "render", "files"),
+}
+
+
+def load_config(cls, path=None, overrides=()):
+    """Build ``cls`` from its defaults, a JSON file and ``key=value`` strings (dotted keys, JSON values).
+
+    Raises :class:`InputError` naming file and key for an unknown key (with the nearest known one), a
+    wrong type or an impossible value.
+    """
+    config = cls()
+    if path is not None:
+        data = read_json(path)
+        if not isinstance(data, dict):
+            raise InputError(f"{path}: expected a JSON object of settings")
+        _apply(config, data, "", str(path))
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise InputError(f"--set {text}: expected key=value, such as training.num_epochs=10")
+        nested = _parse(value)
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        _apply(config, nested, "", f"--set {text}")
+    check_config(config, str(path or "configuration"))
+    return config
+
+
+def config_dict(config) -> dict:
+    """Plain nested dict, for JSON and checkpoints."""
+    return asdict(config)
+
+
+def check_config(config, origin: str) -> None:
+    """Raise :class:`InputError` naming ``origin`` and the key of a value that cannot work."""
+    for key, minimum in MINIMUM.items():
+        value = _get(config, key)
+        if value is not None and value < minimum:
+            raise InputError(f"{origin}: {key} is {value}; expected at least {minimum}")
+    for key, choices in CHOICES.items():
+        value = _get(config, key)
+        if value is not None and value not in choices:
+            raise InputError(f"{origin}: {key} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def _get(config, dotted):
+    for part in dotted.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+def _parse(text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text  # a bare word is a string: data.dataset_path=ROOT
+
+
+def _apply(config, data: dict, prefix: str, origin: str) -> None:
+    kinds = typing.get_type_hints(type(config))
+    known = {f.name for f in fields(config)}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise InputError(f"{origin}: unknown key {name}; {hint}")
+        current = getattr(config, key)
+        if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise InputError(f"{origin}: {name} is {value!r}; expected an object with settings")
+            _apply(current, value, f"{name}.", origin)
+        else:
+            setattr(config, key, _convert(value, kinds[key], name, origin))
+
+
+def _convert(value, kind, name: str, origin: str):
+    """Check one value against its annotation; whole numbers are taken for floats, nothing else is bent."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, list):
+            raise InputError(f"{origin}: {name} is {value!r}; expected a list of {item.__name__}")
+        return [_convert(v, item, f"{name}[{i}]", origin) for i, v in enumerate(value)]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{origin}: {name} is {value!r}; expected {kind.__name__}")
+    if kind is float and value != value:
+        raise InputError(f"{origin}: {name} is NaN; expected a number")
+    return value
+
+
+def resolve_config_path(path: str | None, default_name: str) -> Path | None:
+    """``--config`` as given, or the repository's own file beside the script when it is there."""
+    if path is not None:
+        return Path(path)
+    default = Path(__file__).with_name(default_name)
+    return default if default.exists() else None

@@ -1,0 +1,566 @@
+"""Read CTs of any orientation, place the patient cube, resample, and write or read prepared cubes.
+
+Library module, used by ``prepare_data.py``, ``dataset.py`` and ``reconstruct.py``. NIfTI is read by
+nibabel; DICOM series, MetaImage and NRRD by SimpleITK (optional). World coordinates are nibabel's
+RAS+ millimetres everywhere; cubes are arrays ``(D, H, W)`` in the patient axes of ``projector.py``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from files import InputError, atomic_path
+from projector import FOV_MM
+
+AIR_HU = -1024  # also everything outside the scan
+MAX_HU = 3071  # end of the 12-bit scale; metal above it carries no information
+PADDING_BELOW_HU = -1500  # scanners fill the area outside the reconstruction circle with -2000 to -32768
+SPACING_RANGE_MM = (0.05, 20.0)
+COARSE_MM = 4.0  # grid on which the body and the lungs are located
+MIN_SERIES_SLICES = 8  # DICOM series below this are localisers
+MIN_LUNG_MM3 = 100e3  # below this, air inside the body is bowel gas
+SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".mhd": "image", ".mha": "image", ".nrrd": "image"}
+
+
+@dataclass
+class CtImage:
+    """One CT: ``data`` in HU over voxel indices (i, j, k), ``affine`` 4 x 4 from indices to RAS mm."""
+
+    data: np.ndarray
+    affine: np.ndarray
+    name: str
+
+
+@dataclass(frozen=True)
+class CtSource:
+    """Where one CT lies: ``kind`` is ``nifti``, ``image`` (MetaImage, NRRD) or ``dicom`` (a folder)."""
+
+    patient_id: str
+    path: Path
+    kind: str
+
+
+# ------------------------------------------------------------------------------------------------
+# Finding
+
+
+def find_cts(folder) -> list[CtSource]:
+    """List every CT below ``folder``: each NIfTI, MetaImage or NRRD file, each folder of DICOM files.
+
+    The patient id is the file name without its suffix (DICOM: the folder's name), with everything but
+    ``A-Z a-z 0-9 . _ -`` replaced by ``_``; never a name from a DICOM header. Where ids collide
+    (ignoring case), the names of the parent folders are put in front. Sorted by id; hidden files and
+    folders are left out. Raises InputError when the folder is missing or holds no CT, or ids still collide.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a folder of CTs")
+    found: list[tuple[Path, str]] = []
+    for root, directories, names in os.walk(folder):
+        directories[:] = sorted(d for d in directories if not d.startswith("."))
+        paths = [Path(root) / name for name in sorted(names) if not name.startswith(".")]
+        kinds = [(path, SUFFIXES.get(_suffix(path))) for path in paths]
+        found += [(path, kind) for path, kind in kinds if kind]
+        if any(_is_dicom(path) for path, kind in kinds if kind is None):
+            found.append((Path(root), "dicom"))
+    if not found:
+        raise InputError(
+            f"{folder}: no CT found; expected .nii.gz, .nii, .mhd, .mha or .nrrd files or folders of DICOM files"
+        )
+    return _with_ids(folder, found)
+
+
+def _with_ids(folder, found):
+    parts = []
+    for path, kind in found:
+        names = list(path.relative_to(folder).parts) or [path.resolve().name]
+        names[-1] = names[-1][: len(names[-1]) - len(_suffix(path))] if kind != "dicom" else names[-1]
+        parts.append([_sanitise(name) for name in names])
+    short = Counter(names[-1].lower() for names in parts)
+    ids = [names[-1] if short[names[-1].lower()] == 1 else "_".join(names) for names in parts]
+    owners: dict[str, Path] = {}
+    for patient_id, (path, _) in zip(ids, found):
+        other = owners.setdefault(patient_id.lower(), path)
+        if other != path:
+            raise InputError(f"{other} and {path} would both become patient {patient_id!r}; rename one of them")
+    sources = [CtSource(patient_id, path, kind) for patient_id, (path, kind) in zip(ids, found)]
+    return sorted(sources, key=lambda source: source.patient_id)
+
+
+def _suffix(path) -> str:
+    name = Path(path).name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+
+
+def _sanitise(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "ct"
+
+
+def _is_dicom(path: Path) -> bool:
+    if path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    with open(path, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_ct(path, kind: str | None = None, assume_ras: bool = False) -> CtImage:
+    """Read one CT and check that it is a 3D volume in Hounsfield units with a usable position.
+
+    path: a NIfTI, MetaImage or NRRD file or a folder with one DICOM series; ``kind`` as in
+    :class:`CtSource` (by default from the name). A NIfTI that states no orientation (sform and qform
+    code both 0) is refused, because left and right could be swapped unnoticed; ``assume_ras`` takes
+    its axes as right, anterior, superior instead. ``data`` is int16/int32 or float32.
+    Raises InputError naming the file: missing, truncated or unreadable, not 3D (a last axis of length 1
+    is dropped), NaN or infinity, zero, negative or absurd spacing, singular affine, not in HU.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    kind = kind or ("dicom" if path.is_dir() else SUFFIXES.get(_suffix(path)))
+    if kind == "nifti":
+        data, affine = _read_nifti(path, assume_ras)
+    elif kind == "image":
+        data, affine = _read_image(path)
+    elif kind == "dicom":
+        data, affine = _read_dicom(path)
+    else:
+        raise InputError(f"{path}: unknown format; expected {', '.join(SUFFIXES)} or a folder with a DICOM series")
+    data = _check_data(path, data)
+    _check_affine(path, affine)
+    _check_hu(path, data)
+    return CtImage(data, np.asarray(affine, dtype=np.float64), str(path))
+
+
+def _read_nifti(path, assume_ras):
+    try:
+        image = nib.load(path)
+        header = _raw_header(path, image)
+        _check_pixdim(path, header)
+        data = np.asanyarray(image.dataobj)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: truncated or damaged gzip file ({error}); copy it again") from None
+    except (OSError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a readable NIfTI file ({error})") from None
+    if int(header["sform_code"]) or int(header["qform_code"]):
+        return data, image.affine
+    if not assume_ras:
+        raise InputError(
+            f"{path}: states no orientation (sform and qform code are both 0), so left and right are unknown;"
+            " set the right affine, or take the axes as right-anterior-superior with --assume-ras"
+        )
+    return data, np.diag([*np.asarray(header["pixdim"][1:4], dtype=float), 1.0])
+
+
+def _raw_header(path, image):
+    """The header as stored: nibabel's own loading replaces zero and negative pixdims silently."""
+    if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one
+        raise InputError(f"{path}: not a NIfTI file ({type(image).__name__})")
+    with nib.openers.ImageOpener(path, "rb") as stream:
+        return type(image).header_class.from_fileobj(stream, check=False)
+
+
+def _check_pixdim(path, header):
+    spacing = [float(value) for value in header["pixdim"][1:4]]
+    if not all(np.isfinite(value) and value > 0 for value in spacing):
+        raise InputError(f"{path}: spacing (pixdim) is {spacing} mm; expected three lengths above 0 mm")
+
+
+def _import_sitk(path):
+    try:
+        import SimpleITK  # noqa: PLC0415 (optional and slow to import)
+    except ImportError:
+        raise InputError(
+            f"{path}: DICOM series, MetaImage and NRRD need SimpleITK: pip install SimpleITK"
+        ) from None
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # its warnings become errors below
+    return SimpleITK
+
+
+def _read_image(path):
+    sitk = _import_sitk(path)
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise InputError(f"{path}: SimpleITK cannot read it ({_last_line(error)})") from None
+    return _from_sitk(path, sitk, image)
+
+
+def _last_line(error) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def _from_sitk(path, sitk, image):
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise InputError(
+            f"{path}: {image.GetNumberOfComponentsPerPixel()} values per voxel; expected one (HU)"
+        )
+    data = sitk.GetArrayFromImage(image).T
+    if data.ndim != 3:
+        raise InputError(f"{path}: shape is {data.shape}; expected a 3D volume")
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return data, _lps_to_ras(affine)
+
+
+def _lps_to_ras(affine):
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _read_dicom(path):
+    """One series; the affine comes from the slices' own positions, so a tilted gantry is handled."""
+    sitk = _import_sitk(path)
+    reader = sitk.ImageSeriesReader()
+    series = [reader.GetGDCMSeriesFileNames(str(path), uid) for uid in reader.GetGDCMSeriesIDs(str(path))]
+    if len(series) > 1:
+        series = [names for names in series if len(names) >= MIN_SERIES_SLICES]
+    if len(series) != 1:
+        raise InputError(
+            f"{path}: {len(series)} DICOM series of {MIN_SERIES_SLICES} or more slices;"
+            " expected one per folder: put each CT into its own folder"
+        )
+    names = series[0]
+    try:
+        if len(names) == 1:  # enhanced multi-frame CT (a plain single slice fails the 3D check)
+            return _from_sitk(path, sitk, sitk.ReadImage(names[0]))
+        slices = sorted((_slice_position(path, sitk, name) for name in names), key=lambda s: s[0])
+        affine = _series_affine(path, slices)
+        reader.SetFileNames([name for _, _, _, name in slices])
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise InputError(f"{path}: SimpleITK cannot read the DICOM series ({_last_line(error)})") from None
+    data, first = _from_sitk(path, sitk, image)
+    affine[:3, :2] = first[:3, :2]
+    return data, affine
+
+
+def _slice_position(path, sitk, name):
+    """(position along the normal, origin, the two in-plane directions, file name), LPS mm, of one DICOM slice."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(name)
+    reader.ReadImageInformation()
+    modality = reader.GetMetaData("0008|0060").strip() if reader.HasMetaDataKey("0008|0060") else "CT"
+    if modality != "CT":
+        raise InputError(f"{path}: DICOM modality is {modality}; expected CT")
+    if not reader.HasMetaDataKey("0020|0032") or not reader.HasMetaDataKey("0020|0037"):
+        raise InputError(f"{name}: no ImagePositionPatient or ImageOrientationPatient; cannot place the slice")
+    origin = np.array([float(v) for v in reader.GetMetaData("0020|0032").split("\\")])
+    axes = np.array([float(v) for v in reader.GetMetaData("0020|0037").split("\\")]).reshape(2, 3)
+    return float(np.cross(*axes) @ origin), origin, axes, name
+
+
+def _series_affine(path, slices):
+    """Origin and slice step (third and fourth column, RAS) of a series; refuses gaps and mixed orientations."""
+    positions = np.array([position for position, _, _, _ in slices])
+    if any(np.abs(axes - slices[0][2]).max() > 1e-3 for _, _, axes, _ in slices):
+        raise InputError(f"{path}: the slices of the series have different orientations")
+    steps = np.diff(positions)
+    typical = float(np.median(steps))
+    if np.abs(steps - typical).max() > max(0.01, 0.05 * typical):
+        worst = int(np.abs(steps - typical).argmax())
+        raise InputError(
+            f"{path}: slice spacing is not uniform (mostly {typical:g} mm, but {steps[worst]:g} mm between slices"
+            f" {worst + 1} and {worst + 2} of {len(slices)}); slices are missing or doubled"
+        )
+    affine = np.eye(4)
+    affine[:3, 2] = (slices[-1][1] - slices[0][1]) / (len(slices) - 1)
+    affine[:3, 3] = slices[0][1]
+    return _lps_to_ras(affine)
+
+
+def _check_data(path, data):
+    if data.ndim == 4 and data.shape[3] == 1:
+        data = data[..., 0]
+    if data.ndim != 3 or min(data.shape) < 2:
+        raise InputError(f"{path}: shape is {tuple(data.shape)}; expected a 3D volume (one CT)")
+    if data.dtype.kind == "f":
+        if not np.isfinite(data).all():
+            raise InputError(f"{path}: holds NaN or infinite values; expected finite Hounsfield units")
+        return data.astype(np.float32, copy=False)
+    if data.dtype.kind not in "iu":
+        raise InputError(f"{path}: voxel type is {data.dtype}; expected one number (HU) per voxel")
+    return data
+
+
+def _check_affine(path, affine):
+    if not np.isfinite(affine).all():
+        raise InputError(f"{path}: the affine holds NaN or infinite values")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    low, high = SPACING_RANGE_MM
+    if not all(low <= value <= high for value in spacing):
+        raise InputError(
+            f"{path}: spacing is {[round(float(v), 4) for v in spacing]} mm; expected {low} to {high} mm per axis"
+        )
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.1:
+        raise InputError(f"{path}: the affine is singular (two voxel axes point the same way)")
+
+
+def _check_hu(path, data):
+    """Refuse what cannot be a body in HU. Padding below -1500 does not count as air."""
+    hint = "; expected Hounsfield units with air near -1000 and water at 0"
+    low, high = int(data.min()), int(data.max())
+    if low >= 0:
+        raise InputError(f"{path}: all values are positive ({low} to {high}){hint} (HU + 1024? a mask?)")
+    air = np.count_nonzero((data < -500) & (data > PADDING_BELOW_HU)) / data.size
+    if air < 1e-3:
+        raise InputError(f"{path}: no air (values {low} to {high}, {air:.2%} between -1500 and -500){hint}")
+    if np.count_nonzero((data > -300) & (data < 300)) / data.size < 1e-3:
+        raise InputError(f"{path}: no soft tissue (values {low} to {high}, hardly any between -300 and 300){hint}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Resampling
+
+
+def cube_affine(centre_mm, fov_mm: float, size: int) -> np.ndarray:
+    """Affine (RAS mm) of the cube as stored on disk, axes (W, H, D) = (left, posterior, inferior)."""
+    step = fov_mm / size
+    affine = np.diag([-step, -step, -step, 1.0])
+    affine[:3, 3] = np.asarray(centre_mm, dtype=np.float64) + step * (size - 1) / 2
+    return affine
+
+
+def resample_cube(ct: CtImage, centre_mm, fov_mm: float, size: int):
+    """Resample a CT from its own affine to the patient cube around ``centre_mm`` (RAS mm).
+
+    Returns ``(hu, mask)``, both ``(size, size, size)`` as (D, H, W): int16 HU in [-1024, 3071], and
+    uint8, 1 inside the scan. Outside the scan, and where the scan is padded (below -1500), HU is -1024
+    and the mask 0. Trilinear; source axes finer than the cube are low-pass filtered first, by the
+    Gaussian that makes up the difference of the full widths at half maximum (Cardoso et al., MICCAI 2015).
+    """
+    to_world = cube_affine(centre_mm, fov_mm, size)[:, [2, 1, 0, 3]]  # columns for (d, h, w)
+    return _resample(ct, to_world, (size, size, size))
+
+
+def _resample(ct, to_world, shape):
+    """``to_world``: 4 x 4 from output indices to RAS mm."""
+    to_source = np.linalg.inv(ct.affine) @ to_world
+    matrix, offset = to_source[:3, :3], to_source[:3, 3]
+    source_mm = np.linalg.norm(ct.affine[:3, :3], axis=0)
+    target_mm = np.linalg.norm(to_world[:3, :3], axis=0).min()
+    ratio = target_mm / source_mm
+    sigma = np.sqrt(np.maximum(ratio**2 - 1.0, 0.0) / (8.0 * np.log(2.0)))
+    data, start = _crop(ct.data, matrix, offset, shape, margin=np.ceil(4 * sigma).astype(int) + 2)
+    if data.size == 0:
+        return np.full(shape, AIR_HU, np.int16), np.zeros(shape, np.uint8)
+
+    def sample(values):
+        for axis in range(3):
+            if sigma[axis] > 0.1:
+                values = ndimage.gaussian_filter1d(values, sigma[axis], axis=axis, mode="nearest", truncate=4.0)
+        return ndimage.affine_transform(
+            values, matrix, offset - start, output_shape=shape, order=1, mode="nearest", prefilter=False
+        )
+
+    inside = _inside(matrix, offset, shape, ct.data.shape)
+    padding = data < PADDING_BELOW_HU
+    if padding.any():
+        inside &= sample((~padding).astype(np.float32)) >= 0.5
+    hu = sample(np.clip(data, AIR_HU, MAX_HU).astype(np.float32))
+    hu = np.where(inside, np.rint(hu), AIR_HU).astype(np.int16)
+    return hu, inside.astype(np.uint8)
+
+
+def _crop(data, matrix, offset, shape, margin):
+    """The part of the source that the output grid touches, and its first index."""
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), -1).reshape(-1, 3)
+    index = corners @ matrix.T + offset
+    low = np.clip(np.floor(index.min(axis=0)).astype(int) - margin, 0, data.shape)
+    high = np.clip(np.ceil(index.max(axis=0)).astype(int) + margin + 1, 0, data.shape)
+    return data[tuple(slice(a, b) for a, b in zip(low, high))], low
+
+
+def _inside(matrix, offset, shape, source_shape):
+    """Output voxels whose centre lies in a source voxel (a voxel reaches half a step beyond its centre)."""
+    inside = np.ones(shape, dtype=bool)
+    d, h, w = np.ogrid[tuple(slice(n) for n in shape)]
+    for axis in range(3):
+        index = (matrix[axis, 0] * d + offset[axis]) + matrix[axis, 1] * h + matrix[axis, 2] * w
+        inside &= (index >= -0.501) & (index <= source_shape[axis] - 0.499)
+    return inside
+
+
+# ------------------------------------------------------------------------------------------------
+# Body, lungs, couch
+
+
+def locate_cube(ct: CtImage, fov_mm: float = FOV_MM) -> tuple[float, float, float]:
+    """Centre (x, y, z RAS mm) of the cube for one CT.
+
+    Along the axis of the body: the centre of the scan when its whole height fits into ``fov_mm``; else
+    the middle of the lungs (large regions of -960 to -400 HU inside the body), moved no further than
+    needed for the cube to stay within the scan; without lungs the centre of the scan.
+    In-plane: the median over the slices of the cube of the centre of the body's bounding box; the body
+    is what :func:`body_mask` finds, without the couch. Raises InputError when there is no body.
+    """
+    corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in ct.data.shape], indexing="ij")).reshape(3, -1)
+    world = ct.affine[:3, :3] @ corners + ct.affine[:3, 3:]
+    low, high = world.min(axis=1), world.max(axis=1)
+    shape = tuple(int(n) for n in np.ceil((high - low) / COARSE_MM).astype(int)[::-1])
+    to_world = np.zeros((4, 4))  # (d, h, w) runs from the superior, anterior, right corner
+    to_world[[2, 1, 0], [0, 1, 2]] = -COARSE_MM
+    to_world[:3, 3] = high - COARSE_MM / 2
+    to_world[3, 3] = 1.0
+    hu, _ = _resample(ct, to_world, shape)
+    body = body_mask(hu, COARSE_MM)
+    if not body.any():
+        raise InputError(f"{ct.name}: no body found (no large region above -300 HU)")
+
+    z = (low[2] + high[2]) / 2
+    if high[2] - low[2] > fov_mm:
+        lungs = _lung_rows(hu, body)
+        if lungs is not None:
+            middle = high[2] - COARSE_MM * (lungs[0] + lungs[1] + 1) / 2
+            z = float(np.clip(middle, low[2] + fov_mm / 2, high[2] - fov_mm / 2))
+    depth_mm = high[2] - COARSE_MM * (np.arange(shape[0]) + 0.5)
+    used = body[np.abs(depth_mm - z) <= fov_mm / 2]
+    used = used if used.any() else body
+    y = high[1] - COARSE_MM * _middle(used.any(axis=2))
+    x = high[0] - COARSE_MM * _middle(used.any(axis=1))
+    return float(x), float(y), float(z)
+
+
+def _middle(profiles):
+    """Median over the non-empty rows of the middle, in voxels, of the occupied range; ``(rows, n)`` bool."""
+    profiles = profiles[profiles.any(axis=1)]
+    first = profiles.argmax(axis=1)
+    last = profiles.shape[1] - 1 - profiles[:, ::-1].argmax(axis=1)
+    return float(np.median((first + last + 1) / 2))
+
+
+def _lung_rows(hu, body):
+    """First and last row (coarse voxels) of the lungs, or None."""
+    air = ndimage.binary_opening((hu > -960) & (hu < -400) & body)
+    labels, count = ndimage.label(air)
+    sizes = np.bincount(labels.ravel())[1:]
+    if not count or sizes.max() * COARSE_MM**3 < MIN_LUNG_MM3:
+        return None
+    lungs = np.isin(labels, 1 + np.flatnonzero(sizes >= 0.2 * sizes.max()))
+    cumulative = np.cumsum(lungs.sum(axis=(1, 2))) / lungs.sum()
+    return int(np.searchsorted(cumulative, 0.005)), int(np.searchsorted(cumulative, 0.995))
+
+
+def body_mask(hu: np.ndarray, spacing_mm: float) -> np.ndarray:
+    """The patient without couch, ``(D, H, W)`` bool, from HU ``(D, H, W)`` with cubic voxels.
+
+    Per axial slice: above -300 HU, opened by 4 mm (thin couch shells vanish), closed by 10 mm and holes
+    filled (lungs), opened by 10 mm (cuts what barely touches the body); then the largest 3D component.
+    """
+    body = np.zeros(hu.shape, dtype=bool)
+    for d, tissue in enumerate(hu > -300):
+        if tissue.any():
+            slab = _dilate(_erode(tissue, 4 / spacing_mm), 4 / spacing_mm)
+            slab = ndimage.binary_fill_holes(_erode(_dilate(slab, 10 / spacing_mm), 10 / spacing_mm))
+            body[d] = _dilate(_erode(slab, 10 / spacing_mm), 10 / spacing_mm)
+    labels, count = ndimage.label(body)
+    if count > 1:
+        body = labels == 1 + np.bincount(labels.ravel())[1:].argmax()
+    return body
+
+
+def _erode(mask, radius):
+    # A frame of the edge's own values: a body cut by the image border is not eroded from there.
+    pad = int(np.ceil(radius)) + 1
+    padded = np.pad(mask, pad, mode="edge")
+    if padded.all():
+        return mask
+    return (ndimage.distance_transform_edt(padded) > radius)[pad:-pad, pad:-pad]
+
+
+def _dilate(mask, radius):
+    return ndimage.distance_transform_edt(~mask) <= radius if mask.any() else mask
+
+
+def remove_couch(hu: np.ndarray, spacing_mm: float | None = None) -> np.ndarray:
+    """Set everything but the patient to air (-1024): couch, blankets, tubes. HU ``(D, H, W)``, same dtype out.
+
+    spacing_mm: edge of the cubic voxels (default: those of a cube of the standard field of view). The
+    body is :func:`body_mask` at about 2.8 mm, grown by 3 mm to keep the skin; arms stay while connected.
+    """
+    spacing_mm = FOV_MM / hu.shape[0] if spacing_mm is None else spacing_mm
+    factor = max(1, round(2.8 / spacing_mm))
+    if any(n % factor for n in hu.shape):
+        factor = 1
+    body = body_mask(area_average(hu, factor), spacing_mm * factor)
+    body = np.stack([_dilate(slab, 3 / (spacing_mm * factor)) for slab in body])
+    for axis in range(3):
+        body = body.repeat(factor, axis=axis)
+    return np.where(body, hu, np.asarray(AIR_HU, dtype=hu.dtype))
+
+
+def area_average(volume: np.ndarray, factor: int) -> np.ndarray:
+    """Mean over blocks of ``factor`` voxels per axis: ``(D, H, W)`` -> float32 ``(D/f, H/f, W/f)``."""
+    if factor == 1:
+        return volume.astype(np.float32)
+    d, h, w = (n // factor for n in volume.shape)
+    return volume.reshape(d, factor, h, factor, w, factor).mean(axis=(1, 3, 5), dtype=np.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# Prepared cubes
+
+
+def write_cube(path, volume: np.ndarray, affine: np.ndarray) -> None:
+    """Write ``(D, H, W)`` as NIfTI with axes (W, H, D); ``affine`` from :func:`cube_affine`. Atomic."""
+    image = nib.Nifti1Image(np.ascontiguousarray(volume.transpose(2, 1, 0)), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    with atomic_path(path) as temporary:
+        nib.save(image, temporary)
+
+
+def mask_path(path) -> Path:
+    """``ID.nii.gz`` -> ``ID_mask.nii.gz`` beside it."""
+    path = Path(path)
+    return path.with_name(path.name[: len(path.name) - len(_suffix(path))] + "_mask.nii.gz")
+
+
+def read_cube(path, fov_mm: float = FOV_MM, size: int = 256, assume_ras: bool = False):
+    """Read a CT as a patient cube: ``(hu float32 (D, H, W), mask uint8 (D, H, W), affine)``, edge ``size``.
+
+    A file that already is a cube of this field of view keeps its place (area-averaged when its edge is a
+    multiple of ``size``, else resampled) and its ``ID_mask.nii.gz``, if there is one; any other CT is
+    located and resampled. ``affine`` is that of the returned cube on disk. Raises InputError as :func:`read_ct`.
+    """
+    ct = read_ct(path, assume_ras=assume_ras)
+    edge = ct.data.shape[0]
+    centre = ct.affine[:3, 3] - fov_mm / edge * (edge - 1) / 2
+    is_cube = ct.data.shape == (edge,) * 3 and np.allclose(ct.affine, cube_affine(centre, fov_mm, edge), atol=1e-2)
+    if not is_cube:
+        centre = locate_cube(ct, fov_mm)
+        hu, mask = resample_cube(ct, centre, fov_mm, size)
+        return hu.astype(np.float32), mask, cube_affine(centre, fov_mm, size)
+    scan = _read_mask(mask_path(path), ct)
+    if edge % size:
+        hu, mask = resample_cube(ct, centre, fov_mm, size)
+        scan = resample_cube(CtImage(scan.data, ct.affine, scan.name), centre, fov_mm, size)[0]
+        return hu.astype(np.float32), (mask & (scan > 0)).astype(np.uint8), cube_affine(centre, fov_mm, size)
+    hu = area_average(np.clip(ct.data, AIR_HU, MAX_HU).transpose(2, 1, 0), edge // size)
+    mask = area_average(scan.data.transpose(2, 1, 0), edge // size) >= 0.5
+    return hu, mask.astype(np.uint8), cube_affine(centre, fov_mm, size)
+
+
+def _read_mask(path, ct):
+    if not path.exists():
+        return CtImage(np.ones(ct.data.shape, np.uint8), ct.affine, str(path))
+    data, affine = _read_nifti(path, assume_ras=False)
+    if data.shape != ct.data.shape or not np.allclose(affine, ct.affine, atol=1e-2):
+        raise InputError(f"{path}: the scan mask does not lie on the grid of {ct.name}")
+    return CtImage(data, ct.affine, str(path))

@@ -1,0 +1,349 @@
+"""The patient-folder data set: ``ROOT/ID/{ID.nii.gz, ID_pa_drr.png, ID_lat_drr.png}``.
+
+Prepared by ``prepare_data.py`` (then ``ROOT/dataset.json`` says how) or made by hand (then stated
+defaults hold, with a warning). Disk is read once: volumes and X-rays are cached at the resolution in
+use, as memory-mapped arrays under ``ROOT/.cache`` (or ``cache_dir``), so that no gzip is read in training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ct_io import cube_affine, read_cube
+from files import InputError, atomic_path, read_json
+from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
+from xray_io import check_views, read_xray
+
+MANIFEST = "dataset.json"
+MANIFEST_VERSION = 1
+SPLITS = ("train", "val", "test")
+VOLUME_SUFFIXES = (".nii.gz", ".nii", ".npy")
+XRAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".dcm")
+VIEW_NAMES = (("_pa_drr", "_pa", "_frontal"), ("_lat_drr", "_lat", "_lateral"))
+CUBE_SIZE = 256  # resolution at which a CT without a manifest is sampled
+CACHE_VERSION = 1  # raised when the cached arrays' meaning changes
+
+
+# ------------------------------------------------------------------------------------------------
+# Split
+
+
+def split_by_hash(ids, val_fraction: float = 0.1, test_fraction: float = 0.1) -> dict[str, list[str]]:
+    """Split patients by the SHA-256 of their id: adding patients never moves the others.
+
+    With three patients or more, validation and test get at least one each: those with the hash
+    nearest to the share. Returns ``{"train": [...], "val": [...], "test": [...]}``, sorted.
+    """
+    position = {i: int(hashlib.sha256(i.encode()).hexdigest()[:12], 16) / 16**12 for i in ids}
+    order = sorted(position, key=position.get)
+    split = {
+        "test": [i for i in order if position[i] < test_fraction],
+        "val": [i for i in order if test_fraction <= position[i] < test_fraction + val_fraction],
+    }
+    if len(order) >= 3:
+        split["test"] = split["test"] or order[:1]
+        split["val"] = split["val"] or [i for i in order if i not in split["test"]][:1]
+    held_out = set(split["test"]) | set(split["val"])
+    split["train"] = [i for i in order if i not in held_out]
+    return {name: sorted(split[name]) for name in SPLITS}
+
+
+def check_split(split: dict, ids, origin: str) -> dict[str, list[str]]:
+    """Validate a ``{"train", "val", "test"}`` dict against the patients at hand.
+
+    Raises :class:`InputError` naming ``origin`` and the patients when one stands in two splits, is
+    not there, or is in none. Returns the split with sorted ids.
+    """
+    if not isinstance(split, dict) or set(split) - set(SPLITS) or "train" not in split:
+        raise InputError(f"{origin}: expected lists named train, val and test; found {sorted(split)}")
+    seen: dict[str, str] = {}
+    for name in SPLITS:
+        for patient in split.get(name, []):
+            if patient in seen:
+                raise InputError(f"{origin}: patient {patient} stands in both {seen[patient]} and {name}")
+            seen[patient] = name
+    missing = sorted(set(seen) - set(ids))
+    if missing:
+        raise InputError(f"{origin}: no data for patients {', '.join(missing[:10])} ({len(missing)} in all)")
+    unlisted = sorted(set(ids) - set(seen))
+    if unlisted:
+        raise InputError(f"{origin}: patients {', '.join(unlisted[:10])} stand in no split ({len(unlisted)} in all)")
+    return {name: sorted(split.get(name, [])) for name in SPLITS}
+
+
+def split_hash(split: dict) -> str:
+    """SHA-256 of the canonical JSON of a split: two results compare only if it is the same."""
+    return hashlib.sha256(json.dumps(split, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------
+# Patient folders
+
+
+class PatientFolder:
+    """One patient's files; ``xrays[view]`` is None where the X-ray has to be rendered."""
+
+    def __init__(self, folder: Path):
+        self.id = folder.name
+        self.folder = folder
+        self.volume = self._find([""], VOLUME_SUFFIXES)
+        self.mask = self._find(["_mask"], (".nii.gz", ".nii"))
+        self.xrays = tuple(self._find(names, XRAY_SUFFIXES) for names in VIEW_NAMES)
+
+    def _find(self, stems, suffixes) -> Path | None:
+        for stem in stems:
+            for suffix in suffixes:
+                path = self.folder / f"{self.id}{stem}{suffix}"
+                if path.exists():
+                    return path
+        return None
+
+
+def find_patients(root: Path) -> dict[str, PatientFolder]:
+    """All folders of ``root`` that hold a volume named after them, by id.
+
+    Raises :class:`InputError` when ``root`` is missing or holds no such folder.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; expected a data set (see prepare_data.py)")
+    folders = [PatientFolder(p) for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    patients = {p.id: p for p in folders if p.volume is not None}
+    if not patients:
+        raise InputError(
+            f"{root}: no patient folder found; expected {root}/ID/ID.nii.gz (or .nii, .npy)."
+            " A folder of CTs is turned into such a data set by prepare_data.py"
+        )
+    return patients
+
+
+class Manifest:
+    """How a data set was made: read from ``dataset.json``, or stated defaults where there is none."""
+
+    def __init__(self, root: Path, patients: dict[str, PatientFolder]):
+        path = root / MANIFEST
+        self.present = path.exists()
+        if self.present:
+            self._read(path, patients)
+        else:
+            self.geometry, self.hu_window, self.xray_scale, self.cube_size = Geometry(), HU_WINDOW, XRAY_SCALE, CUBE_SIZE
+            self.split = split_by_hash(patients)
+
+    def _read(self, path, patients):
+        data = read_json(path)
+        version = data.get("format_version")
+        if version != MANIFEST_VERSION:
+            raise InputError(f"{path}: format_version {version}; this version reads {MANIFEST_VERSION}")
+        try:
+            self.geometry = Geometry.from_dict(data["geometry"])
+            self.hu_window = tuple(float(v) for v in data["hu_window"])
+            self.xray_scale = float(data["xray_scale"])
+            self.cube_size = int(data["cube_size"])
+            mu_water, listed = data["mu_water"], set(data["patients"])
+        except KeyError as error:
+            raise InputError(f"{path}: key {error} is missing; prepare the data again") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: {error}") from None
+        if mu_water != MU_WATER:
+            raise InputError(f"{path}: mu_water {mu_water}; this version renders with {MU_WATER}")
+        if listed - set(patients):
+            raise InputError(f"{path}: no volume for patient {sorted(listed - set(patients))[0]}")
+        for patient in listed:
+            for view, xray in zip(VIEW_NAMES, patients[patient].xrays):
+                if xray is None:
+                    raise InputError(f"{path.parent / patient / (patient + view[0] + '.png')}: this view is missing")
+        for extra in set(patients) - listed:
+            warnings.warn(f"{path.parent / extra} is not in {MANIFEST}: left out", stacklevel=3)
+            del patients[extra]
+        self.split = check_split(data["split"], listed, f"{path} (split)")
+
+
+# ------------------------------------------------------------------------------------------------
+# Data set
+
+
+class PatientDataset(Dataset):
+    """Patients of one split as ``{"id", "xrays", "ct_volume", "mask", "affine"}``.
+
+    xrays ``(2, xray_size, xray_size)`` float32 in [0, 1] (left out with ``xray_size=None``);
+    ct_volume ``(1, N, N, N)`` float32, ``hu_window`` mapped to [0, 1]; mask ``(1, N, N, N)``
+    float32, 1 inside the scan; affine ``(4, 4)`` of ``ct_volume`` as stored in NIfTI (W, H, D).
+
+    split: "train", "val", "test" or "all". max_patients: the first so many (by id).
+    hu_window: another window than the data set's own. xray_normalization: for X-rays of a data set
+    without manifest (see :func:`xray_io.read_xray`).
+    Raises :class:`InputError` naming file or folder for anything unusable.
+    """
+
+    def __init__(
+        self,
+        root,
+        split: str = "train",
+        volume_size: int = 64,
+        xray_size: int | None = 512,
+        cache_dir=None,
+        max_patients: int | None = None,
+        hu_window=None,
+        xray_normalization: str = "percentile",
+    ):
+        self.root = Path(root)
+        patients = find_patients(self.root)
+        manifest = Manifest(self.root, patients)
+        if not manifest.present:
+            warnings.warn(
+                f"{self.root} has no {MANIFEST}: assuming {manifest.geometry}; HU window {list(HU_WINDOW)}; X-rays"
+                f" normalised by {xray_normalization!r}, missing ones rendered; split by hash of the patient's id",
+                stacklevel=2,
+            )
+        self.has_manifest = manifest.present
+        self.geometry, self.xray_scale, self.cube_size = manifest.geometry, manifest.xray_scale, manifest.cube_size
+        self.hu_window = tuple(hu_window or manifest.hu_window)
+        self.splits = manifest.split
+        self.split_hash = split_hash(manifest.split)
+        if split not in (*SPLITS, "all"):
+            raise InputError(f"split is {split!r}; expected one of {', '.join(SPLITS)}, all")
+        ids = sorted(patients) if split == "all" else manifest.split[split]
+        self.ids = ids[:max_patients] if max_patients else list(ids)
+        if not self.ids:
+            raise InputError(f"{self.root}: the {split} split is empty ({len(patients)} patients in all)")
+        self._patients = patients
+        self._normalization = "manifest" if manifest.present else xray_normalization
+        self.volume_size, self.xray_size = int(volume_size), xray_size
+        if self.cube_size % self.volume_size:
+            raise InputError(f"volume size {volume_size} does not divide the data set's cube of {self.cube_size}")
+        self.cache = Path(cache_dir) if cache_dir else self.root / ".cache"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def split_of(self, patient: str) -> str:
+        """Name of the split a patient belongs to."""
+        return next(name for name, ids in self.splits.items() if patient in ids)
+
+    def __getitem__(self, index: int) -> dict:
+        patient = self._patients[self.ids[index]]
+        volume, mask, affine = self._volume(patient)
+        item = {
+            "id": patient.id,
+            "ct_volume": torch.from_numpy(volume.astype(np.float32)).div_(65535.0).unsqueeze(0),
+            "mask": torch.from_numpy(mask.astype(np.float32)).unsqueeze(0),
+            "affine": torch.from_numpy(np.array(affine)),
+        }
+        if self.xray_size is not None:
+            xrays = self._xrays(patient)
+            item["xrays"] = torch.from_numpy(xrays.astype(np.float32)).div_(65535.0)
+        return item
+
+    def build_cache(self, rank: int = 0, world_size: int = 1, progress=None) -> None:
+        """Fill the cache for every ``world_size``-th patient; a barrier afterwards makes it whole.
+
+        progress: wraps the iterable of indices (such as ``tqdm``).
+        """
+        indices = range(rank, len(self), world_size)
+        for index in progress(indices) if progress else indices:
+            patient = self._patients[self.ids[index]]
+            self._volume(patient)
+            if self.xray_size is not None:
+                self._xrays(patient)
+
+    # -- cached arrays ---------------------------------------------------------------------------
+
+    def _cached(self, patient: PatientFolder, name: str, shape, dtype, sources, make):
+        """Memory-map an array of the cache; make it when it is absent, stale or damaged.
+
+        The key covers the source files' size and time, so that a changed source is read anew. Two
+        ranks that build the same entry write the same bytes, each under its own temporary name.
+        """
+        stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
+        settings = [CACHE_VERSION, name, list(shape), self.geometry.to_dict(), self.hu_window, self._normalization]
+        key = hashlib.sha256(json.dumps([settings, stamps], sort_keys=True).encode()).hexdigest()[:16]
+        path = self.cache / patient.id / f"{name}-{key}.npy"
+        try:
+            array = np.load(path, mmap_mode="r")
+            if array.shape == tuple(shape) and array.dtype == dtype:
+                return array
+        except (OSError, ValueError):
+            pass  # absent, or cut short by a crash of the machine: made again below
+        array = np.ascontiguousarray(make(), dtype=dtype)
+        with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+            np.save(stream, array)
+        return array
+
+    def _volume(self, patient):
+        size = self.volume_size
+        sources = [p for p in (patient.volume, patient.mask) if p is not None]
+        made: dict[str, np.ndarray] = {}
+
+        def make(part):
+            if not made:
+                made.update(self._read_volume(patient))
+            return made[part]
+
+        cube = (size, size, size)
+        volume = self._cached(patient, f"volume{size}", cube, np.uint16, sources, lambda: make("volume"))
+        mask = self._cached(patient, f"mask{size}", cube, np.uint8, sources, lambda: make("mask"))
+        affine = self._cached(patient, f"affine{size}", (4, 4), np.float64, sources, lambda: make("affine"))
+        return volume, mask, affine
+
+    def _read_volume(self, patient) -> dict[str, np.ndarray]:
+        """Window first, then average: the mean of clipped values, as the multi-scale target has it."""
+        hu, mask, affine = self._read_cube(patient)
+        unit = torch.from_numpy(hu_to_unit(hu, self.hu_window))
+        factor = self.cube_size // self.volume_size
+        pooled = torch.nn.functional.avg_pool3d(unit[None, None], factor)[0, 0].numpy()
+        share = torch.nn.functional.avg_pool3d(torch.from_numpy(mask).float()[None, None], factor)[0, 0].numpy()
+        centre = affine @ np.array([*[(self.cube_size - 1) / 2] * 3, 1.0])
+        return {
+            "volume": np.round(pooled * 65535.0).astype(np.uint16),
+            "mask": (share >= 0.5).astype(np.uint8),
+            "affine": cube_affine(centre[:3], self.geometry.fov_mm, self.volume_size),
+        }
+
+    def _read_cube(self, patient):
+        """HU ``(D, H, W)`` float32, scan mask uint8 and affine at the data set's full resolution."""
+        return read_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
+
+    def _xrays(self, patient):
+        sources = [p for p in (*patient.xrays, patient.volume) if p is not None]
+        shape = (2, self.xray_size, self.xray_size)
+        return self._cached(patient, f"xrays{self.xray_size}", shape, np.uint16, sources, lambda: self._read_xrays(patient))
+
+    def _read_xrays(self, patient):
+        images, rendered = [], None
+        for view, path in enumerate(patient.xrays):
+            if path is None:
+                if rendered is None:
+                    hu = self._read_cube(patient)[0]
+                    volume = torch.from_numpy(hu_to_unit(hu, self.hu_window))[None, None]
+                    rendered = render_xrays(volume, self.geometry, (512, 512), self.hu_window, self.xray_scale)[0]
+                image = torch.nn.functional.interpolate(rendered[None, view : view + 1], self.xray_size, mode="area")
+                images.append(image[0, 0].clip(0, 1).numpy())
+            else:
+                xray = read_xray(path, normalization=self._normalization, size=self.xray_size)
+                for note in xray.notes:
+                    if not self.has_manifest:
+                        warnings.warn(f"{path}: {note}", stacklevel=2)
+                images.append(xray.pixels)
+        names = [str(path or f"{patient.id} (rendered)") for path in patient.xrays]
+        check_views(images[0], images[1], names)
+        return np.round(np.stack(images) * 65535.0).astype(np.uint16)
+
+
+def mean_volume(dataset: PatientDataset) -> torch.Tensor:
+    """Voxel-wise mean over a data set's volumes ``(1, N, N, N)``: the predictor every model must beat."""
+    total = torch.zeros(1, *[dataset.volume_size] * 3, dtype=torch.float64)
+    for index in range(len(dataset)):
+        total += dataset[index]["ct_volume"].double()
+    return (total / len(dataset)).float()
+
+
+def default_data_root() -> str:
+    """``$XRAY2CT_DATA`` or ``data``: where commands look when ``--data`` is not given."""
+    return os.environ.get("XRAY2CT_DATA", "data")

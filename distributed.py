@@ -1,0 +1,109 @@
+"""Processes: torchrun, plain python (one process per visible GPU), or a single process; NCCL or Gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from files import InputError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among all of them."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather_objects(self, value) -> list:
+        """Every rank's value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean over the ranks (a new tensor)."""
+        if self.world_size == 1:
+            return tensor
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor / self.world_size
+
+
+@contextlib.contextmanager
+def process_group(timeout_minutes: float = 30.0):
+    """Join the group that ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` describe; yields :class:`Processes`.
+
+    Without them: a single process on the first GPU, or on the CPU. NCCL with GPUs (Linux), otherwise Gloo.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local_rank} of this machine has no GPU ({torch.cuda.device_count()} visible);"
+                " start no more processes than GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield Processes(device=device)
+        return
+    nccl = device.type == "cuda" and dist.is_nccl_available()
+    dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield Processes(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(worker, wanted: int, *args) -> None:
+    """Run ``worker(*args)`` in as many processes as the machine and ``wanted`` allow.
+
+    Under torchrun this process is already one of several: it just runs. Plain ``python`` starts one
+    process per visible GPU, at most ``wanted``; without a GPU it runs here.
+    """
+    count = min(wanted, torch.cuda.device_count())
+    if "RANK" in os.environ or count <= 1:
+        worker(*args)
+        return
+    with socket.socket() as probe:  # a free port, so that two runs on one machine do not collide
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_spawned, args=(count, port, worker, args), nprocs=count)
+
+
+def _spawned(local_rank: int, count: int, port: int, worker, args) -> None:
+    os.environ.update(
+        RANK=str(local_rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    if os.name == "nt":  # Windows builds of torch often lack libuv, the store's default
+        os.environ["USE_LIBUV"] = "0"
+    worker(*args)

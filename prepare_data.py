@@ -1,0 +1,396 @@
+"""Prepare a folder of CTs: one patient cube, scan mask and two X-rays each, and a manifest with the split.
+
+    python prepare_data.py --input CTS --output data/prepared
+    python prepare_data.py --input CTS --output data/prepared --split split.json --remove-couch --workers 8
+
+CTS may hold NIfTI files and, with SimpleITK installed, folders of DICOM files, .mhd/.mha and .nrrd. Every
+patient folder gets ``ID.nii.gz`` (int16 HU), ``ID_mask.nii.gz``, ``ID_pa_drr.png``, ``ID_lat_drr.png`` and, last,
+``prepared.json`` (settings and checksums): the same command run again skips what is done and goes on where it
+was stopped. ``dataset.json`` is written at the end. A CT that cannot be used is reported by name at the end,
+the others are done, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ct_io import CtSource, cube_affine, find_cts, locate_cube, read_ct, remove_couch, resample_cube, write_cube
+from files import InputError, read_json, run_cli, write_json
+from projector import FOV_MM, HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
+from xray_io import write_png16
+
+FORMAT_VERSION = 1
+RECORD = "prepared.json"
+MANIFEST = "dataset.json"
+SPLITS = ("train", "val", "test")
+
+
+# ------------------------------------------------------------------------------------------------
+# Split
+
+
+def split_by_hash(ids, val_fraction: float = 0.1, test_fraction: float = 0.1, seed: int = 0) -> dict:
+    """Split patients by a stable hash: ``{"train": [...], "val": [...], "test": [...]}``, each sorted.
+
+    A patient's number in [0, 1) is the SHA-256 of ``seed:id``; below ``test_fraction`` it is a test patient,
+    below ``test_fraction + val_fraction`` a validation patient, else a training patient: independent of the
+    other patients. Only where a split with a fraction above 0 would be empty (three or more patients), the
+    patients with the nearest numbers fill it. One or two patients are all training patients.
+    """
+    order = sorted(ids, key=lambda patient: (_hash_number(patient, seed), patient))
+    count = len(order)
+    test_end = sum(_hash_number(patient, seed) < test_fraction for patient in order)
+    val_end = sum(_hash_number(patient, seed) < test_fraction + val_fraction for patient in order)
+    if count < 3:
+        test_end = val_end = 0
+    else:
+        least_test, least_val = int(test_fraction > 0), int(val_fraction > 0)
+        test_end = min(max(test_end, least_test), count - 1 - least_val)
+        val_end = min(max(val_end, test_end + least_val), count - 1)
+    parts = {"train": order[val_end:], "val": order[test_end:val_end], "test": order[:test_end]}
+    return {name: sorted(patients) for name, patients in parts.items()}
+
+
+def _hash_number(patient, seed):
+    return int(hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()[:16], 16) / 16**16
+
+
+def read_split(path, ids) -> dict:
+    """Read ``{"train": [...], "val": [...], "test": [...]}`` and check it against the patients found.
+
+    Raises InputError naming the patients: listed twice, listed but not found, found but not listed.
+    """
+    split = read_json(path)
+    if not isinstance(split, dict) or set(split) != set(SPLITS):
+        raise InputError(f"{path}: expected an object with exactly the keys train, val and test")
+    for name in SPLITS:
+        if not isinstance(split[name], list) or not all(isinstance(patient, str) for patient in split[name]):
+            raise InputError(f"{path}: {name} must be a list of patient ids")
+    listed = [patient for name in SPLITS for patient in split[name]]
+    problems = {
+        "listed more than once": {patient for patient in listed if listed.count(patient) > 1},
+        "listed but not found among the CTs": set(listed) - set(ids),
+        "found but not listed": set(ids) - set(listed),
+    }
+    texts = [f"{what}: {', '.join(sorted(who))}" for what, who in problems.items() if who]
+    if texts:
+        raise InputError(f"{path}: {'; '.join(texts)}")
+    return {name: sorted(split[name]) for name in SPLITS}
+
+
+def split_hash(split: dict) -> str:
+    """SHA-256 of the split as canonical JSON."""
+    return hashlib.sha256(json.dumps(split, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------
+# One patient
+
+
+def prepare_patient(source: CtSource, folder, settings: dict) -> tuple[dict, list[str]]:
+    """Write one patient's folder; ``settings`` as in the manifest. Returns the manifest entry and notes.
+
+    Each file is replaced atomically, and the record that makes the patient count as done comes last.
+    """
+    folder = Path(folder)
+    patient = source.patient_id
+    geometry = Geometry.from_dict(settings["geometry"])
+    fov_mm, size = geometry.fov_mm, settings["cube_size"]
+    ct = read_ct(source.path, source.kind, assume_ras=settings["assume_ras"])
+    centre = locate_cube(ct, fov_mm)
+    hu, mask = resample_cube(ct, centre, fov_mm, size)
+    del ct
+    if settings["couch_removed"]:
+        hu = remove_couch(hu, fov_mm / size)
+    xrays, notes = _render(hu, geometry, settings)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RECORD, {"complete": False, "settings": settings})  # marks the folder as ours
+    for stale in folder.glob(f".{patient}*.tmp*"):  # a run that was killed while writing
+        stale.unlink()
+    names = patient_files(patient)
+    affine = cube_affine(centre, fov_mm, size)
+    write_cube(folder / names[0], hu, affine)
+    write_cube(folder / names[1], mask, affine)
+    for name, image in zip(names[2:], xrays):
+        write_png16(folder / name, image)
+    entry = {
+        "source": source.path.name,
+        "centre_mm": [round(value, 3) for value in centre],
+        "scan_fraction": round(float(mask.mean()), 4),
+        "files": {name: sha256(folder / name) for name in names},
+    }
+    record = {"complete": True, "settings": settings, "signature": _signature(source.path), "patient": entry}
+    write_json(folder / RECORD, record)
+    return entry, notes
+
+
+def _render(hu, geometry, settings):
+    volume = torch.from_numpy(hu_to_unit(hu.astype(np.float32), settings["hu_window"]))[None, None]
+    size = settings["xray_size"]
+    with torch.inference_mode():
+        xrays = render_xrays(volume, geometry, (size, size), settings["hu_window"], settings["xray_scale"])[0].numpy()
+    notes = []
+    for view, image in zip(("PA", "lateral"), xrays):
+        if image.max() > 1:
+            notes.append(
+                f"{view} X-ray: {np.mean(image > 1):.2%} of the pixels above 1 clipped (maximum {image.max():.2f})"
+            )
+    return xrays.clip(0, 1), notes
+
+
+def patient_files(patient: str) -> tuple[str, str, str, str]:
+    """Names of the four files of a patient: cube, scan mask, frontal and lateral X-ray."""
+    return f"{patient}.nii.gz", f"{patient}_mask.nii.gz", f"{patient}_pa_drr.png", f"{patient}_lat_drr.png"
+
+
+def sha256(path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _signature(path):
+    """Number of files, bytes and newest change of a source: tells a replaced CT from the prepared one."""
+    files = [path] if path.is_file() else [entry for entry in sorted(path.iterdir()) if entry.is_file()]
+    stats = [entry.stat() for entry in files]
+    return [len(stats), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+
+
+# ------------------------------------------------------------------------------------------------
+# All patients
+
+
+def check_output(output: Path, sources, settings, overwrite: bool) -> None:
+    """Refuse an output that other settings or someone else wrote; names what differs."""
+    manifest = output / MANIFEST
+    if manifest.exists():
+        found = read_json(manifest)
+        if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
+            raise InputError(f"{manifest}: not a manifest of format version {FORMAT_VERSION}; choose another --output")
+        if not overwrite:
+            _check_settings(manifest, {k: found.get(k) for k in settings}, settings)
+    for source in sources:
+        folder = output / source.patient_id
+        if (folder / RECORD).exists():
+            if not overwrite:
+                _check_settings(folder / RECORD, read_json(folder / RECORD).get("settings"), settings)
+        elif any((folder / name).exists() for name in patient_files(source.patient_id)):
+            raise InputError(
+                f"{folder}: holds files that this command did not write (no {RECORD}); choose another --output"
+            )
+
+
+def _check_settings(path, found, settings):
+    found = found or {}
+    wanted = json.loads(json.dumps(settings))
+    different = [f"{k} ({found.get(k)} there, {wanted[k]} now)" for k in wanted if found.get(k) != wanted[k]]
+    if different:
+        raise InputError(
+            f"{path}: prepared with other settings: {'; '.join(different)}."
+            " Use the same ones, another --output, or --overwrite to do everything again"
+        )
+
+
+def finished_entry(source: CtSource, folder: Path) -> dict | None:
+    """The manifest entry of a patient that is done: source unchanged, all files there with their checksums."""
+    if not (folder / RECORD).exists():
+        return None
+    record = read_json(folder / RECORD)
+    if not record.get("complete") or record["signature"] != _signature(source.path):
+        return None
+    for name, checksum in record["patient"]["files"].items():
+        if not (folder / name).exists() or sha256(folder / name) != checksum:
+            return None
+    return record["patient"]
+
+
+def prepare_all(sources, output: Path, settings: dict, workers: int, overwrite: bool = False):
+    """Prepare all patients. Returns ``(entries, failures)``: ``{id: manifest entry}``, ``{id: message}``."""
+    entries, failures, todo = {}, {}, []
+    for source in tqdm(sources, desc="checking", unit="CT", leave=False):
+        entry = None if overwrite else finished_entry(source, output / source.patient_id)
+        if entry is None:
+            todo.append(source)
+        else:
+            entries[source.patient_id] = entry
+    if entries:
+        print(f"{len(entries)} of {len(sources)} CTs are done already")
+
+    with tqdm(total=len(todo), desc="preparing", unit="CT") as bar:
+        for source, entry, problem, notes in _run(todo, output, settings, workers):
+            for note in notes:
+                bar.write(f"note: {source.patient_id}: {note}")
+            if problem:
+                failures[source.patient_id] = problem
+                bar.write(f"failed: {problem}")
+            else:
+                entries[source.patient_id] = entry
+            bar.update()
+    return entries, failures
+
+
+def _run(todo, output, settings, workers):
+    """Yield ``(source, entry, problem, notes)`` as CTs finish; survives worker processes that die."""
+    if workers == 1:
+        for source in todo:
+            yield source, *_try_patient(source, output / source.patient_id, settings)
+        return
+    suspects = []
+    for source, result in _pool(todo, output, settings, min(workers, max(1, len(todo)))):
+        if result is None:
+            suspects.append(source)
+        else:
+            yield source, *result
+    for source in suspects:  # one of them killed the pool: alone, each shows whether it was the one
+        for _, result in _pool([source], output, settings, 1):
+            died = (None, f"{source.path}: its worker process died (out of memory?); try --workers 1", [])
+            yield source, *(result or died)
+
+
+def _pool(todo, output, settings, workers):
+    """Yield ``(source, result)``; result None where the pool broke before the source was done."""
+    # spawn: forking a process in which torch has started threads can deadlock
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(_try_patient, s, output / s.patient_id, settings): s for s in todo}
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield futures[future], future.result()
+                except BrokenProcessPool:
+                    yield futures[future], None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _try_patient(source, folder, settings):
+    """``(entry, problem, notes)``: what is wrong with one CT must not stop the others."""
+    try:
+        entry, notes = prepare_patient(source, folder, settings)
+    except (InputError, OSError, MemoryError) as error:
+        message = str(error) or type(error).__name__
+        return None, message if str(source.path) in message else f"{source.path}: {message}", []
+    return entry, None, notes
+
+
+def write_manifest(output: Path, settings: dict, split: dict, method: str, entries: dict) -> None:
+    """Write ``dataset.json``; says which patients changed sides against an existing one."""
+    path = output / MANIFEST
+    if path.exists():
+        before = {p: name for name, patients in read_json(path).get("split", {}).items() for p in patients}
+        for name in SPLITS:
+            moved = [p for p in split[name] if before.get(p, name) != name]
+            if moved:
+                print(f"note: now in {name}, before elsewhere (old checkpoints know them): {', '.join(moved)}")
+    manifest = {"format_version": FORMAT_VERSION, **settings, "split": split, "split_method": method}
+    manifest["split_hash"] = split_hash(split)
+    manifest["patients"] = {patient: entries[patient] for patient in sorted(entries)}
+    write_json(path, manifest)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="folder of CTs, searched with its sub-folders")
+    parser.add_argument("--output", type=Path, required=True, help="data set folder to make or complete")
+    parser.add_argument("--geometry", choices=("cone", "parallel"), default="cone")
+    parser.add_argument("--sdd-mm", type=float, help="source to detector, cone only (default 1800)")
+    parser.add_argument("--sid-mm", type=float, help="source to isocentre, cone only (default 1600)")
+    parser.add_argument("--fov-mm", type=float, default=FOV_MM, help="edge of the cube (default %(default)g)")
+    parser.add_argument("--size", type=int, default=256, help="voxels per edge (default %(default)s)")
+    parser.add_argument("--xray-size", type=int, default=512, help="pixels per edge (default %(default)s)")
+    parser.add_argument("--remove-couch", action="store_true", help="set everything but the patient to air")
+    parser.add_argument("--assume-ras", action="store_true", help="accept NIfTI files that state no orientation")
+    parser.add_argument("--split", type=Path, help="JSON file with train, val and test lists of patient ids")
+    parser.add_argument("--val-fraction", type=float, default=0.1, help="without --split (default %(default)s)")
+    parser.add_argument("--test-fraction", type=float, default=0.1, help="without --split (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split by hash (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="default %(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="do everything again, whatever is there")
+    return parser.parse_args(argv)
+
+
+def _check_args(args):
+    for name, low in (("size", 16), ("xray_size", 32), ("workers", 1)):
+        if getattr(args, name) < low:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least {low}")
+    for name in ("val_fraction", "test_fraction"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 0 up to below 1")
+    if args.val_fraction + args.test_fraction >= 1:
+        raise InputError("--val-fraction and --test-fraction leave nothing to train on; expected a sum below 1")
+    if args.geometry == "parallel" and (args.sdd_mm or args.sid_mm):
+        raise InputError("--sdd-mm and --sid-mm belong to --geometry cone; parallel rays have no source distance")
+    if not args.input.is_dir():
+        raise InputError(f"--input {args.input}: no such folder")
+    if args.output.resolve().is_relative_to(args.input.resolve()):
+        raise InputError(f"--output {args.output} lies inside --input {args.input}; its cubes would be taken for CTs")
+    if args.output.exists() and not args.output.is_dir():
+        raise InputError(f"--output {args.output} is a file; expected a folder")
+
+
+def settings_of(args) -> dict:
+    """The settings that decide what is written, as they appear in the manifest."""
+    try:
+        geometry = Geometry(args.geometry, args.fov_mm, args.sdd_mm, args.sid_mm)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return {
+        "geometry": geometry.to_dict(),
+        "hu_window": list(HU_WINDOW),
+        "mu_water": MU_WATER,
+        "xray_scale": XRAY_SCALE,
+        "cube_size": args.size,
+        "xray_size": args.xray_size,
+        "couch_removed": args.remove_couch,
+        "assume_ras": args.assume_ras,
+    }
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    _check_args(args)
+    settings = settings_of(args)
+    sources = find_cts(args.input)
+    ids = [source.patient_id for source in sources]
+    given = read_split(args.split, ids) if args.split else None  # wrong lists should not wait for hours of work
+    check_output(args.output, sources, settings, args.overwrite)
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    entries, failures = prepare_all(sources, args.output, settings, args.workers, args.overwrite)
+    if entries:
+        if given:
+            split = {name: [patient for patient in given[name] if patient in entries] for name in SPLITS}
+        else:
+            split = split_by_hash(entries, args.val_fraction, args.test_fraction, args.seed)
+        write_manifest(args.output, settings, split, "file" if given else "hash", entries)
+        counts = ", ".join(f"{len(split[name])} {name}" for name in SPLITS)
+        print(f"{len(entries)} patients ({counts}) in {args.output}; settings and split in {args.output / MANIFEST}")
+    if failures:
+        print(f"{len(failures)} of {len(sources)} CTs could not be prepared:")
+        for patient in sorted(failures):
+            print(f"  {patient}: {failures[patient]}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
