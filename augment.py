@@ -68,7 +68,7 @@ def random_displacement(config: AugmentConfig, fov_mm: float, size: int, generat
 class PairMaker:
     """Source volumes -> training batches ``{"xrays", "ct_volume", "mask"}`` on their device.
 
-    ``__call__(volumes (B, 1, S, S, S) in [0, 1], masks, seeds)``: one seed per sample. Returns xrays
+    ``__call__(volumes (B, 1, S, S, S) in [0, 1] or uint16, masks, seeds)``: one seed per sample. Returns xrays
     ``(B, 2, xray_size, xray_size)``, ct_volume and mask ``(B, 1, *volume_size)``.
     """
 
@@ -86,7 +86,8 @@ class PairMaker:
 
     @torch.no_grad()
     def __call__(self, volumes, masks, seeds) -> dict[str, torch.Tensor]:
-        volumes, masks = volumes.float(), masks.float()
+        volumes = volumes.float() / 65535.0 if volumes.dtype == torch.uint16 else volumes.float()
+        masks = masks.float()
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         if self.config.enabled:
             volumes, masks = self._warp(volumes, masks, generators)

@@ -1,0 +1,531 @@
+"""The training engine all training scripts share: epoch loop, accumulation, EMA, validation, resume.
+
+A script gives a :class:`Task` (data, batch, loss, validation); :func:`fit` does the rest. Every random
+number follows from (seed, epoch, position in the epoch), so a resumed run, and a run on another number
+of processes with the same global batch, sees the same samples with the same augmentation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from checkpoints import load_checkpoint, save_checkpoint
+from config import config_dict
+from distributed import Processes
+from files import InputError
+
+LABELS = {
+    "l1": "L1",
+    "ssim": "SSIM",
+    "perceptual": "Perc",
+    "edge": "Edge",
+    "multiscale": "Multi",
+    "mse": "MSE",
+    "projection": "Proj",
+}
+MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the scaler may skip while it finds its scale
+# Settings that may change between a run and its continuation: they do not change the result.
+FREE_ON_RESUME = ("logging.", "data.num_workers", "data.prefetch_factor", "data.cache_dir", "data.dataset_path")
+
+
+class TrainingError(InputError):
+    """Training cannot go on; the last good checkpoint is kept."""
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the state has been saved."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+class Task(Protocol):
+    """What differs between the training scripts."""
+
+    weights_key: str  # checkpoint key of the weights: "model_state_dict", ...
+    best_name: str  # "best_model.pt", ...
+    train_data: Dataset
+
+    def header(self) -> dict:
+        """Checkpoint entries that describe model and data: kind, model_config, geometry, ..."""
+
+    def make_batch(self, raw: dict, seeds: list[int], device: torch.device) -> dict:
+        """Loader output -> what :meth:`loss` needs, on the device."""
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Total loss and its components (0-d tensors)."""
+
+    def validate(self, model: nn.Module, processes: Processes, precision) -> list[dict]:
+        """Rows of this rank's share of the validation patients: ``{"id", "loss", "psnr", ...}``."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Pieces
+
+
+class Precision:
+    """Autocast and gradient scaling for ``auto``, ``float32``, ``bfloat16`` or ``float16``."""
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "auto":
+            name = _best_precision(device)
+        if name == "float16" and device.type != "cuda":
+            raise InputError("training.precision is float16, which needs a GPU; use bfloat16 or float32")
+        self.name, self.device = name, device
+        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
+
+    def autocast(self):
+        """Context in which the model's forward pass runs."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "float32")
+
+
+def _best_precision(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+    # Emulated bfloat16 is slower than float32: only where the processor has the instructions.
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    supported = capabilities.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if supported else "float32"
+
+
+def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, minimum_ratio: float) -> float:
+    """Linear warm-up from 0, then a cosine to ``minimum_ratio * peak`` (Loshchilov and Hutter, 2017)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return peak * (minimum_ratio + (1.0 - minimum_ratio) * cosine)
+
+
+class MovingAverage:
+    """Exponential moving average of a model's parameters, in a second model kept in eval mode.
+
+    The decay grows as (1 + n) / (10 + n) up to its limit, so that early averages forget the start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, updates: int) -> None:
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        ours, theirs = list(self.model.parameters()), [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(ours, theirs, 1.0 - decay)
+        for our, their in zip(self.model.buffers(), model.buffers()):
+            our.copy_(their)
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """Store convolution weights channels-last: activations follow; faster on CPUs and tensor cores."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.to(memory_format=torch.channels_last)
+    return model
+
+
+def sample_seed(seed: int, epoch: int, position: int) -> int:
+    """Seed of one sample's augmentation: the same whichever process draws it."""
+    return ((seed * 1_000_003 + epoch) * 1_000_003 + position) % (2**63 - 1)
+
+
+class EpochPlan:
+    """Which samples each process takes at each step of an epoch.
+
+    Patients are repeated ``repeats`` times, shuffled by (seed, epoch) and padded from the front to
+    whole global batches; step s takes positions ``[s G, (s + 1) G)``, split over micro-batches and ranks.
+    """
+
+    def __init__(self, patients: int, repeats: int, batch_size: int, accumulation: int, processes: Processes, seed: int):
+        self.count, self.repeats, self.batch_size = patients, repeats, batch_size
+        self.accumulation, self.processes, self.seed = accumulation, processes, seed
+        self.global_batch = batch_size * accumulation * processes.world_size
+        self.steps = math.ceil(patients * repeats / self.global_batch)
+
+    def order(self, epoch: int) -> list[int]:
+        """Patient index at every position of the epoch."""
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, 0))
+        order = torch.cat([torch.randperm(self.count, generator=generator) for _ in range(self.repeats)])
+        padded = order.repeat(math.ceil(self.steps * self.global_batch / len(order)))
+        return padded[: self.steps * self.global_batch].tolist()
+
+    def batches(self, first_step: int) -> list[list[int]]:
+        """Positions of this rank's micro-batches from ``first_step`` on."""
+        batches = []
+        for step in range(first_step, self.steps):
+            for micro in range(self.accumulation):
+                start = step * self.global_batch + (micro * self.processes.world_size + self.processes.rank) * self.batch_size
+                batches.append(list(range(start, start + self.batch_size)))
+        return batches
+
+
+def accumulation_steps(config, world_size: int) -> int:
+    """Micro-batches per step that keep the configured global batch on ``world_size`` processes."""
+    training = config.training
+    wanted = training.batch_size * training.gradient_accumulation_steps * config.world_size
+    per_round = training.batch_size * world_size
+    if wanted % per_round:
+        raise InputError(
+            f"the global batch of {wanted} (training.batch_size x gradient_accumulation_steps x world_size) cannot be made"
+            f" of {world_size} processes x {training.batch_size}; change training.batch_size or world_size"
+        )
+    return wanted // per_round
+
+
+class _Positions(Dataset):
+    """A data set read by position in an epoch's order."""
+
+    def __init__(self, data: Dataset, order: list[int]):
+        self.data, self.order = data, order
+
+    def __getitem__(self, position: int) -> dict:
+        return {**self.data[self.order[position]], "position": position}
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+class SignalCatcher:
+    """Turns SIGTERM and SIGINT into a flag, so that the step in progress is finished first."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def __enter__(self):
+        self._old = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _receive(self, number, _frame):
+        if self.received is not None:
+            raise KeyboardInterrupt  # asked twice: stop at once
+        self.received = number
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------
+# Trainer
+
+
+class Trainer:
+    """State and epoch loop of one run; see :func:`fit`."""
+
+    def __init__(self, model: nn.Module, task: Task, config, output: Path, processes: Processes):
+        self.task, self.config, self.output, self.processes = task, config, Path(output), processes
+        training = config.training
+        self.precision = Precision(training.precision, processes.device)
+        self.model = model.to(processes.device)
+        if training.channels_last:
+            to_channels_last(self.model)
+        self.average = MovingAverage(self.model, training.ema_decay) if training.ema_decay > 0 else None
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, training.weight_decay),
+            lr=training.learning_rate,
+            fused=processes.device.type == "cuda",
+        )
+        accumulation = accumulation_steps(config, processes.world_size)
+        self.plan = EpochPlan(
+            len(task.train_data), config.data.repeats, training.batch_size, accumulation, processes, training.seed
+        )
+        self.epoch, self.step_in_epoch, self.updates, self.best_psnr = 1, 0, 0, None
+        self.sums: dict[str, float] = {}
+        self.skipped = 0
+        self.last_save = time.monotonic()
+        self.runner = torch.compile(self.model) if training.compile else self.model
+        if processes.world_size > 1:
+            device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+            self.runner = DistributedDataParallel(self.runner, device_ids=device_ids)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def resume(self) -> bool:
+        """Load ``last.pt`` of the output folder when there is one; True when it did."""
+        path = self.output / "last.pt"
+        if not path.exists():
+            return False
+        data = load_checkpoint(path, kind=self.task.header()["kind"])
+        changed = changed_settings(data["config"], config_dict(self.config))
+        if changed:
+            raise InputError(
+                f"{path} was trained with other settings ({'; '.join(changed)});"
+                " choose another --output, or restore these settings to go on"
+            )
+        if data["split_hash"] != self.task.header()["split_hash"]:
+            raise InputError(f"{path} was trained on another split of the data; choose another --output")
+        state = data["training_state"]
+        self.model.load_state_dict(state["model"] if state["model"] else data[self.task.weights_key])
+        if self.average:
+            self.average.model.load_state_dict(data[self.task.weights_key])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+        self.updates, self.best_psnr, self.sums = state["updates"], state["best_psnr"], state["sums"]
+        return True
+
+    def checkpoint(self, metrics: dict | None = None) -> dict:
+        """Weights for inference (the moving average when there is one) with what describes them."""
+        weights = self.average.model if self.average else self.model
+        return {
+            **self.task.header(),
+            self.task.weights_key: weights.state_dict(),
+            "config": config_dict(self.config),
+            "epoch": self.epoch,
+            "step": self.updates,
+            "metrics": metrics or {},
+        }
+
+    def save_last(self, name: str = "last.pt") -> None:
+        """Everything needed to go on bit for bit. Rank 0 writes; all ranks wait."""
+        if self.processes.is_main:
+            state = {
+                "model": self.model.state_dict() if self.average else None,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.precision.scaler.state_dict(),
+                "epoch": self.epoch,
+                "step_in_epoch": self.step_in_epoch,
+                "updates": self.updates,
+                "best_psnr": self.best_psnr,
+                "sums": self.sums,
+            }
+            save_checkpoint(self.output / name, {**self.checkpoint(), "training_state": state})
+        self.last_save = time.monotonic()
+        self.processes.barrier()
+
+    # -- training --------------------------------------------------------------------------------
+
+    def train_epoch(self, catcher: SignalCatcher) -> dict[str, float]:
+        """The rest of the current epoch; returns its mean losses and samples/s."""
+        plan, training = self.plan, self.config.training
+        batches = plan.batches(self.step_in_epoch)
+        loader = self._loader(plan.order(self.epoch), batches)
+        self.runner.train()
+        started, first = time.monotonic(), self.step_in_epoch
+        bar = tqdm(
+            total=plan.steps, initial=first, desc=f"Epoch {self.epoch}", disable=not self.processes.is_main, leave=False
+        )
+        iterator = iter(loader)
+        while self.step_in_epoch < plan.steps:
+            losses = self._step(iterator)
+            self.step_in_epoch += 1
+            for name, value in losses.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            bar.update()
+            if self.step_in_epoch % self.config.logging.log_interval == 0:
+                done = (self.step_in_epoch - first) * plan.global_batch
+                self._log_step(losses, done / (time.monotonic() - started))
+            self._maybe_stop(catcher)
+        bar.close()
+        samples = (plan.steps - first) * plan.global_batch
+        means = {name: value / plan.steps for name, value in self.sums.items()}
+        rate = learning_rate_at(self.updates, *self._schedule(), training.learning_rate, training.min_learning_rate_ratio)
+        return {**means, "samples_per_second": samples / max(1e-9, time.monotonic() - started), "learning_rate": rate}
+
+    def _loader(self, order, batches):
+        workers = self.config.data.num_workers if self.processes.device.type == "cuda" else 0
+        return DataLoader(
+            _Positions(self.task.train_data, order),
+            batch_sampler=batches,
+            num_workers=workers,
+            prefetch_factor=self.config.data.prefetch_factor if workers else None,
+            pin_memory=self.processes.device.type == "cuda",
+        )
+
+    def _schedule(self) -> tuple[int, int]:
+        training = self.config.training
+        return training.num_epochs * self.plan.steps, round(training.warmup_epochs * self.plan.steps)
+
+    def _step(self, iterator) -> dict[str, float]:
+        """One optimiser step over all micro-batches; returns losses averaged over them and the ranks."""
+        training, task = self.config.training, self.task
+        rate = learning_rate_at(self.updates, *self._schedule(), training.learning_rate, training.min_learning_rate_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        # Losses that draw at random (perceptual slices) draw the same on every rank and after a resume.
+        torch.manual_seed(sample_seed(training.seed, self.epoch, -1 - self.step_in_epoch))
+        sums: dict[str, torch.Tensor] = {}
+        for micro in range(self.plan.accumulation):
+            raw = next(iterator)
+            seeds = [sample_seed(training.seed, self.epoch, int(p)) for p in raw["position"]]
+            batch = task.make_batch(raw, seeds, self.processes.device)
+            last = micro == self.plan.accumulation - 1
+            hold = self.processes.world_size > 1 and not last
+            with self.runner.no_sync() if hold else contextlib.nullcontext():
+                with self.precision.autocast():
+                    total, parts = task.loss(self.runner, batch)
+                self._check_finite(total, parts, raw["id"])
+                self.precision.scaler.scale(total / self.plan.accumulation).backward()
+            for name, value in {"loss": total, **parts}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float() / self.plan.accumulation
+        self._optimise(raw["id"])
+        names = sorted(sums)
+        values = self.processes.mean(torch.stack([sums[name] for name in names]))
+        return dict(zip(names, values.tolist()))
+
+    def _optimise(self, ids) -> None:
+        scaler, training = self.precision.scaler, self.config.training
+        scaler.unscale_(self.optimizer)
+        limit = training.grad_clip_max_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if not torch.isfinite(norm):
+            if not scaler.is_enabled():
+                raise TrainingError(self._where(f"the gradient norm is {norm.item()}", ids))
+            self.skipped += 1
+            if self.skipped > MAX_SKIPPED_STEPS:
+                raise TrainingError(self._where(f"{self.skipped} float16 steps in a row overflowed", ids))
+        else:
+            self.skipped = 0
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.updates += 1
+        if self.average:
+            self.average.update(self.model, self.updates)
+
+    def _check_finite(self, total, parts, ids) -> None:
+        if torch.isfinite(total):
+            return
+        values = ", ".join(f"{LABELS.get(k, k)} {v.item():.4g}" for k, v in parts.items())
+        raise TrainingError(self._where(f"the loss is {total.item()} ({values})", ids))
+
+    def _where(self, what: str, ids) -> str:
+        kept = self.output / "last.pt"
+        return (
+            f"epoch {self.epoch}, step {self.step_in_epoch + 1}, patients {', '.join(ids)}: {what}."
+            f" Stopped; {kept if kept.exists() else 'no checkpoint'} is the last good state."
+            " Try a lower training.learning_rate, or training.precision=float32"
+        )
+
+    def _maybe_stop(self, catcher: SignalCatcher) -> None:
+        stop = self.processes.any(catcher.received is not None)
+        minutes = (time.monotonic() - self.last_save) / 60
+        due = self.processes.any(minutes >= self.config.logging.checkpoint_minutes)
+        if stop or (due and self.step_in_epoch < self.plan.steps):
+            self.save_last()
+        if stop:
+            raise Interrupted(catcher.received or signal.SIGTERM)
+
+    # -- reporting -------------------------------------------------------------------------------
+
+    def _log_step(self, losses, samples_per_second) -> None:
+        if not self.processes.is_main:
+            return
+        parts = [f"Loss: {losses['loss']:.4f}"]
+        parts += [f"{LABELS.get(k, k)}: {losses[k]:.4f}" for k in LABELS if k in losses]
+        progress = f"Epoch {self.epoch} [{self.step_in_epoch}/{self.plan.steps}]"
+        tqdm.write(f"{progress} {' | '.join(parts)} | {samples_per_second:.2f} samples/s")
+        self.log("step", step=self.updates, step_in_epoch=self.step_in_epoch, **losses)
+
+    def log(self, event: str, **values) -> None:
+        """Append one line to ``log.jsonl`` (rank 0)."""
+        if self.processes.is_main:
+            line = json.dumps({"event": event, "time": round(time.time(), 3), "epoch": self.epoch, **values})
+            with open(self.output / "log.jsonl", "a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+
+    def validate(self) -> dict[str, float]:
+        """Validation of the weights that would be saved, over all ranks; means over patients."""
+        model = self.average.model if self.average else self.model
+        was_training = model.training
+        model.eval()
+        rows = self.task.validate(model, self.processes, self.precision)
+        model.train(was_training)
+        rows = [row for part in self.processes.gather_objects(rows) for row in part]
+        names = [name for name in rows[0] if name != "id"]
+        return {name: sum(row[name] for row in rows) / len(rows) for name in names} | {"patients": len(rows)}
+
+    def finish_epoch(self, summary: dict[str, float]) -> None:
+        """Summary, validation, best and periodic checkpoints, then the next epoch's start is saved."""
+        config, main = self.config, self.processes.is_main
+        if main:
+            print(f"Epoch {self.epoch} Training Summary:")
+            for name, value in summary.items():
+                if name == "loss" or name in LABELS:
+                    print(f"  {LABELS.get(name, 'Total Loss')}: {value:.4f}")
+            print(f"  {summary['samples_per_second']:.2f} samples/s, learning rate {summary['learning_rate']:.2e}", flush=True)
+        self.log("epoch", **summary)
+        if self.epoch % config.logging.val_interval == 0 or self.epoch == config.training.num_epochs:
+            metrics = self.validate()
+            self.log("validation", **metrics)
+            if main:
+                print(f"Validation Results ({metrics['patients']} patients):")
+                print(f"  Total Loss: {metrics['loss']:.4f}")
+                print(f"  PSNR: {metrics['psnr']:.2f} dB", flush=True)
+                for name, value in metrics.items():
+                    if name not in ("loss", "psnr", "patients") and name not in LABELS:
+                        print(f"  {name}: {value:.4f}", flush=True)
+            if self.best_psnr is None or metrics["psnr"] > self.best_psnr:
+                self.best_psnr = metrics["psnr"]
+                if main:
+                    save_checkpoint(self.output / self.task.best_name, self.checkpoint(metrics))
+                    print(f"New best model saved! PSNR: {self.best_psnr:.2f} dB", flush=True)
+        interval = config.logging.save_checkpoint_interval
+        finished = self.epoch
+        self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, {}
+        if interval and finished % interval == 0:
+            self.save_last(f"epoch_{finished}.pt")
+        self.save_last()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW groups: matrices and kernels decay, biases, norms and embeddings (1D and priors) do not."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or "embedding" in name or "prior" in name
+            (rest if plain else decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Settings that differ and matter for the result, as ``key old -> new``."""
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        name = f"{prefix}{key}"
+        if name.startswith(FREE_ON_RESUME):
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += changed_settings(a, b, f"{name}.")
+        elif a != b:
+            changed.append(f"{name} {a} -> {b}")
+    return changed
+
+
+def fit(model: nn.Module, task: Task, config, output, processes: Processes) -> None:
+    """Train ``model`` as ``config`` says; running the same command again resumes.
+
+    Writes ``best`` (by validation PSNR), ``epoch_X.pt``, ``last.pt`` and ``log.jsonl`` into ``output``.
+    Raises :class:`TrainingError` on a non-finite loss and :class:`Interrupted` after a signal.
+    """
+    output = Path(output)
+    if processes.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+    processes.barrier()
+    trainer = Trainer(model, task, config, output, processes)
+    if trainer.resume() and processes.is_main:
+        print(f"Resumed {output / 'last.pt'} at epoch {trainer.epoch}, step {trainer.step_in_epoch}", flush=True)
+    if processes.is_main and trainer.epoch > config.training.num_epochs:
+        print(f"Nothing to do: {output / 'last.pt'} has all {config.training.num_epochs} epochs")
+    with SignalCatcher() as catcher:
+        while trainer.epoch <= config.training.num_epochs:
+            trainer.finish_epoch(trainer.train_epoch(catcher))
+            trainer._maybe_stop(catcher)

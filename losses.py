@@ -1,0 +1,516 @@
+"""Training losses: L1, MSE, 3D SSIM, VGG16 perceptual, 3D Sobel edge, multi-scale L1, projection.
+
+    from losses import EnhancedLoss
+    criterion = EnhancedLoss(perceptual_weights="random")
+    total, parts = criterion(prediction, target, aux)   # volumes (B, 1, D, H, W) in [0, 1]
+
+Each loss is a function or module of its own with its formula in its docstring; ``EnhancedLoss`` is
+their weighted sum. Statistics and sums are float32 whatever the prediction's dtype and whether or
+not autocast is on; only the VGG16 convolutions follow autocast.
+"""
+
+from __future__ import annotations
+
+import http.client
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from files import InputError
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, render_xrays
+
+SSIM_SIGMA = 1.5
+SSIM_TAPS = 11
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # (K1 * range)^2 and (K2 * range)^2 for a data range of 1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ------------------------------------------------------------------------------------------------
+# Separable filters
+
+
+class _CorrelateAxis(torch.autograd.Function):
+    """Correlation with a short 1D kernel along one axis, no padding, as shifted sums.
+
+    On a CPU about 20 times faster than a one-channel ``conv3d``; on a GPU exact float32 (cuDNN
+    would use TF32, which is too coarse for the variances of SSIM) and deterministic.
+    """
+
+    @staticmethod
+    def forward(ctx, x, taps, axis):
+        ctx.taps, ctx.axis, ctx.shape = taps, axis, x.shape
+        length = x.shape[axis] - len(taps) + 1
+        out = x.narrow(axis, 0, length) * taps[0]
+        for k, tap in enumerate(taps[1:], start=1):
+            if tap:
+                out.add_(x.narrow(axis, k, length), alpha=tap)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        length = grad.shape[ctx.axis]
+        grad_x = grad.new_zeros(ctx.shape)
+        for k, tap in enumerate(ctx.taps):
+            if tap:
+                grad_x.narrow(ctx.axis, k, length).add_(grad, alpha=tap)
+        return grad_x, None, None
+
+
+def correlate(x: torch.Tensor, taps: Mapping[int, tuple[float, ...]]) -> torch.Tensor:
+    """Correlate ``x`` with the outer product of 1D kernels ``{axis: taps}``; each axis shrinks by taps - 1.
+
+    Raises ``ValueError`` when an axis is shorter than its kernel.
+    """
+    for axis, kernel in taps.items():
+        if x.shape[axis] < len(kernel):
+            raise ValueError(
+                f"volume of shape {tuple(x.shape)} is smaller than the window: axis {axis} needs at least"
+                f" {len(kernel)} voxels"
+            )
+        x = _CorrelateAxis.apply(x, kernel, axis)
+    return x
+
+
+def _full_precision(x: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32 (the moments of SSIM cancel); float64 stays, for gradient checks."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gaussian_window(sigma: float = SSIM_SIGMA, taps: int = SSIM_TAPS) -> tuple[float, ...]:
+    """1D Gaussian of ``taps`` samples that sums to 1 (Wang et al. 2004: sigma 1.5, 11 taps)."""
+    weights = [math.exp(-((k - (taps - 1) / 2) ** 2) / (2 * sigma**2)) for k in range(taps)]
+    total = sum(weights)
+    return tuple(weight / total for weight in weights)
+
+
+# ------------------------------------------------------------------------------------------------
+# SSIM
+
+
+def ssim_map(x, y, window=None, axes=(-3, -2, -1), covariance_scale=1.0) -> torch.Tensor:
+    """Structural similarity of two float tensors with data range 1, at every position the window fits.
+
+    SSIM = (2 mx my + C1)(2 sxy + C2) / ((mx^2 + my^2 + C1)(sx^2 + sy^2 + C2)), C1 = 0.01^2, C2 = 0.03^2,
+    with window-weighted means m, variances s^2 and covariance sxy over ``axes`` (three axes: true 3D
+    statistics). In [-1, 1]. Wang et al., IEEE Trans. Image Process. 13, 600 (2004), eq. 13.
+
+    x, y: same shape. window: 1D weights that sum to 1 (default: Gaussian, sigma 1.5, 11 taps).
+    covariance_scale: factor on variances and covariance (N / (N - 1) makes sample statistics).
+    Returns the map, each of ``axes`` shorter by taps - 1. Raises ``ValueError`` if it would be empty.
+    """
+    x, y = _full_precision(x), _full_precision(y)
+    kernels = dict.fromkeys(axes, window or gaussian_window())
+    # Two stacks: the target's moments need no backward pass.
+    mean_y, mean_yy = correlate(torch.stack([y, y * y]), kernels)
+    mean_x, mean_xx, mean_xy = correlate(torch.stack([x, x * x, x * y]), kernels)
+    var_x = covariance_scale * (mean_xx - mean_x * mean_x)
+    var_y = covariance_scale * (mean_yy - mean_y * mean_y)
+    covariance = covariance_scale * (mean_xy - mean_x * mean_y)
+    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x * mean_x + mean_y * mean_y + SSIM_C1)
+    return luminance * (2 * covariance + SSIM_C2) / (var_x + var_y + SSIM_C2)
+
+
+def ssim_loss(
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """1 - mean 3D SSIM (:func:`ssim_map`), in [0, 2]; 0 at equality. Volumes ``(B, 1, D, H, W)``, range 1.
+
+    mask: the window's centre voxel decides whether a position counts. Sizes below 11 raise ``ValueError``.
+    """
+    return masked_mean(1.0 - ssim_map(prediction, target), _crop(mask, SSIM_TAPS // 2))
+
+
+# ------------------------------------------------------------------------------------------------
+# Voxel losses
+
+
+def masked_mean(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Mean of ``values`` weighted by ``weight`` (same shape); 0, with zero gradient, where nothing counts."""
+    if weight is None:
+        return values.mean()
+    return (values * weight).sum() / weight.sum().clamp_min(1e-6)
+
+
+def _crop(mask, margin):
+    return None if mask is None else mask[..., margin:-margin, margin:-margin, margin:-margin]
+
+
+def edge_loss(
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """L1 distance of the 3D Sobel gradients: mean over voxels and axes a of |S_a(prediction - target)|.
+
+    S_a = derivative (-1, 0, 1)/2 along axis a, smoothing (1, 2, 1)/4 along the other two (Sobel and
+    Feldman 1968 in 3D), scaled so that a ramp of 1 per voxel gives 1; positions where the kernel fits.
+    Components, not magnitudes: orientation counts, and the gradient is finite at equality.
+    Volumes ``(B, 1, D, H, W)``, at least 3 voxels per axis; mask: the centre voxel decides.
+    """
+    # The filter is linear: one pass over the difference serves both volumes.
+    difference = _full_precision(prediction) - _full_precision(target)
+    smooth, derive = (0.25, 0.5, 0.25), (-0.5, 0.0, 0.5)
+    weight = _crop(mask, 1)
+    terms = []
+    for axis in (-3, -2, -1):
+        gradient = correlate(difference, {a: derive if a == axis else smooth for a in (-3, -2, -1)})
+        terms.append(masked_mean(gradient.abs(), weight))
+    return torch.stack(terms).mean()
+
+
+def multiscale_loss(aux: Mapping[str, torch.Tensor], target: torch.Tensor, mask: torch.Tensor | None = None):
+    """Mean over the lower-resolution predictions of their L1 distance to the average-pooled target.
+
+    aux: ``{name: (B, 1, d, h, w)}``, each size dividing the target's; target ``(B, 1, D, H, W)``.
+    mask: coarse voxels count by the fraction of them inside it. Another size raises ``ValueError``.
+    """
+    terms = []
+    for name, coarse in aux.items():
+        coarse = _full_precision(coarse)
+        size = tuple(coarse.shape[-3:])
+        factors = tuple(big // small for big, small in zip(target.shape[-3:], size))
+        if (
+            coarse.shape[:2] != target.shape[:2]
+            or tuple(f * s for f, s in zip(factors, size)) != target.shape[-3:]
+        ):
+            raise ValueError(
+                f"aux[{name!r}] has shape {tuple(coarse.shape)}; expected (B, 1, d, h, w) with sizes that"
+                f" divide the target's {tuple(target.shape)}"
+            )
+        weight = None if mask is None else F.avg_pool3d(mask, factors)
+        terms.append(masked_mean((coarse - F.avg_pool3d(target, factors)).abs(), weight))
+    return torch.stack(terms).mean()
+
+
+class ProjectionLoss(nn.Module):
+    """DRR loss: mean |rendered X-rays of the prediction - X-rays|, in X-ray units ([0, 1]).
+
+    The prediction is rendered at twice its own resolution (rays are samples) and both sides are
+    averaged down to it, so that detail the volume cannot hold does not count. It looks at the whole
+    cube: an X-ray knows no mask.
+    """
+
+    def __init__(self, geometry: Geometry, hu_window=HU_WINDOW, xray_scale: float = XRAY_SCALE):
+        super().__init__()
+        self.geometry, self.hu_window, self.xray_scale = geometry, tuple(hu_window), xray_scale
+
+    def forward(self, prediction: torch.Tensor, xrays: torch.Tensor) -> torch.Tensor:
+        """Volume ``(B, 1, D, H, W)`` and X-rays ``(B, 2, H, W)`` or ``(B, 2, 1, H, W)`` -> 0-d tensor."""
+        if xrays.ndim == 5:
+            xrays = xrays[:, :, 0]
+        if xrays.ndim != 4 or xrays.shape[:2] != (prediction.shape[0], 2):
+            raise ValueError(
+                f"xrays have shape {tuple(xrays.shape)}; expected ({prediction.shape[0]}, 2, H, W)"
+            )
+        size = min(max(prediction.shape[-3:]), *xrays.shape[-2:])
+        rendered = render_xrays(
+            prediction, self.geometry, (2 * size, 2 * size), self.hu_window, self.xray_scale
+        )
+        rendered = F.avg_pool2d(rendered, 2)
+        return (rendered - F.adaptive_avg_pool2d(xrays.float(), size)).abs().mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# VGG16 perceptual loss
+
+# Convolutions of VGG16 (configuration D) up to relu3_3: index in torchvision's `features`, input and
+# output channels, and whether the activation is compared (relu1_2, relu2_2, relu3_3); a 2x2 max
+# pooling follows each compared activation.
+VGG_LAYERS = (
+    (0, 3, 64, False),
+    (2, 64, 64, True),
+    (5, 64, 128, False),
+    (7, 128, 128, True),
+    (10, 128, 256, False),
+    (12, 256, 256, False),
+    (14, 256, 256, True),
+)
+VGG_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # all 13: tells VGG16 from its siblings
+RANDOM_SEED = 2016
+# What reading a weights file raises when it is missing, truncated, foreign or not to be trusted.
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
+# Slices are evaluated this many pixels at a time (128 of 64x64, 8 of 256x256): about 0.5 GB of activations.
+CHUNK_PIXELS = 2**19
+
+
+def _import_torchvision():
+    """Import torchvision, also a CUDA build beside a CPU-only torch.
+
+    Such a pair lacks torchvision's compiled operators, and the import stops at the two that it gives
+    shapes to without looking. Nothing here calls them: declaring them is enough.
+    """
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(f"torchvision::{name}", signature)
+        import torchvision
+    return torchvision
+
+
+def _imagenet_state() -> dict:
+    """VGG16's ImageNet weights from torchvision (528 MB, cached in ``torch.hub.get_dir()``)."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        weights = _import_torchvision().models.VGG16_Weights.IMAGENET1K_V1
+        state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+    except (ImportError, http.client.HTTPException, *LOAD_ERRORS) as error:
+        raise InputError(
+            f"loss.perceptual_weights is 'imagenet', but VGG16's weights can neither be read from {cache}"
+            f" nor downloaded ({_first_line(error)}). Run once with internet access; or download"
+            " vgg16-397923af.pth from download.pytorch.org/models elsewhere and set"
+            " loss.perceptual_weights to its path; or set loss.perceptual_weights to 'random', or"
+            " loss.perceptual_weight to 0."
+        ) from error
+    return _checked(state, cache / "vgg16-397923af.pth")
+
+
+def _file_state(path) -> dict:
+    """VGG16 weights from a file in torchvision's format; anything else raises :class:`InputError`."""
+    if not isinstance(path, str | os.PathLike) or not Path(path).expanduser().is_file():
+        raise InputError(
+            f"loss.perceptual_weights is {path!r}; expected 'imagenet', 'random' or the path of an existing"
+            " file vgg16-397923af.pth"
+        )
+    path = Path(path).expanduser()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except LOAD_ERRORS as error:
+        raise InputError(f"{path}: not readable as VGG16 weights ({_first_line(error)})") from None
+    return _checked(state, path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _checked(state, path) -> dict:
+    """``state`` if it is a VGG16's in torchvision's format; otherwise :class:`InputError` naming the file."""
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: not VGG16 weights: holds a {type(state).__name__}, expected a state dict")
+    expected = {
+        f"features.{index}.weight": (outputs, inputs, 3, 3) for index, inputs, outputs, _ in VGG_LAYERS
+    }
+    expected |= {f"features.{index}.bias": (outputs,) for index, _, outputs, _ in VGG_LAYERS}
+    for name, shape in expected.items():
+        found = tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else "missing"
+        if found != shape:
+            raise InputError(f"{path}: not VGG16 weights: {name} is {found}, expected shape {shape}")
+    allowed = {f"features.{index}.{kind}" for index in VGG_CONVOLUTIONS for kind in ("weight", "bias")}
+    extra = [key for key in state if str(key).startswith("features.") and key not in allowed]
+    if extra:
+        raise InputError(f"{path}: not VGG16 weights: holds {extra[0]}, which VGG16 does not have")
+    return state
+
+
+def _random_state() -> dict:
+    """He-initialised VGG16 filters from a fixed seed; the global random state is neither used nor changed."""
+    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    state = {}
+    for index, inputs, outputs, _ in VGG_LAYERS:
+        weight = torch.empty(outputs, inputs, 3, 3)
+        state[f"features.{index}.weight"] = weight.normal_(
+            0.0, math.sqrt(2 / (9 * inputs)), generator=generator
+        )
+        state[f"features.{index}.bias"] = torch.zeros(outputs)
+    return state
+
+
+class PerceptualLoss(nn.Module):
+    """VGG16 feature distance on slices of all three orientations.
+
+    Mean over relu1_2, relu2_2 and relu3_3 of the mean |features(prediction) - features(target)| of
+    slices, grey values repeated to RGB and normalised with ImageNet's mean and deviation. Features of
+    Simonyan and Zisserman (arXiv:1409.1556), compared as in Johnson et al. (ECCV 2016,
+    arXiv:1603.08155), with L1 instead of squared distances. At least 0; weights decide its scale.
+
+    weights: ``"imagenet"`` (torchvision's download or cache), ``"random"`` (fixed seed) or the path of
+        torchvision's ``vgg16-397923af.pth``. What cannot be had raises :class:`InputError`.
+    slices: per orientation and call, the same for the whole batch: in training drawn without
+        replacement from torch's global CPU generator (so a restored RNG state repeats them), in eval
+        mode equally spaced.
+
+    The filters are buffers outside the state dict: nothing trains, averages or saves them.
+    """
+
+    def __init__(
+        self, weights: str | os.PathLike = "imagenet", slices: int = 4, chunk_pixels: int = CHUNK_PIXELS
+    ):
+        super().__init__()
+        if slices < 1:
+            raise InputError(f"loss.perceptual_slices is {slices}; expected at least 1")
+        self.slices, self.chunk_pixels = slices, chunk_pixels
+        if weights == "imagenet":
+            state = _imagenet_state()
+        elif weights == "random":
+            state = _random_state()
+        else:
+            state = _file_state(weights)
+        for index, *_ in VGG_LAYERS:
+            for kind in ("weight", "bias"):
+                value = state[f"features.{index}.{kind}"].detach().float().clone()
+                self.register_buffer(f"{kind}{index}", value, persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Grey images ``(N, 1, H, W)`` in [0, 1], at least 4 x 4 -> [relu1_2, relu2_2, relu3_3]."""
+        x = (images - self.mean) / self.std
+        compared = []
+        for index, _, _, is_compared in VGG_LAYERS:
+            x = F.relu(F.conv2d(x, getattr(self, f"weight{index}"), getattr(self, f"bias{index}"), padding=1))
+            if is_compared:
+                compared.append(x)
+                if index != VGG_LAYERS[-1][0]:
+                    x = F.max_pool2d(x, 2)
+        return compared
+
+    def _distance(self, prediction, target):
+        """Slices ``(N, 1, H, W)`` -> sum over slices of the distance, float32."""
+        with torch.no_grad():
+            wanted = self.features(target)
+        pairs = zip(self.features(prediction), wanted)
+        return len(prediction) * torch.stack([F.l1_loss(x.float(), y.float()) for x, y in pairs]).mean()
+
+    def _positions(self, size: int, device) -> torch.Tensor:
+        count = min(self.slices, size)
+        if self.training:
+            positions = torch.randperm(size)[:count]
+        else:
+            positions = ((torch.arange(count) + 0.5) * size / count).long()
+        return positions.to(device)
+
+    def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Volumes ``(B, 1, D, H, W)`` in [0, 1] -> 0-d float32 tensor."""
+        distance, count = 0.0, 0
+        for axis in (2, 3, 4):
+            positions = self._positions(prediction.shape[axis], prediction.device)
+            pair = [v.float().index_select(axis, positions).movedim(axis, 1) for v in (prediction, target)]
+            x, y = (v.reshape(-1, 1, *v.shape[-2:]) for v in pair)
+            step = max(1, self.chunk_pixels // (x.shape[-2] * x.shape[-1]))
+            for start in range(0, len(x), step):
+                chunk = x[start : start + step], y[start : start + step]
+                if len(x) > step and torch.is_grad_enabled():
+                    # Recomputed in the backward pass: only one chunk's activations exist at a time.
+                    distance = distance + checkpoint(
+                        self._distance, *chunk, use_reentrant=False, preserve_rng_state=False
+                    )
+                else:
+                    distance = distance + self._distance(*chunk)
+            count += len(x)
+        return distance / count
+
+
+# ------------------------------------------------------------------------------------------------
+# The sum
+
+
+class EnhancedLoss(nn.Module):
+    """Weighted sum of the losses above; a term of weight 0 is neither built nor computed.
+
+    Terms: ``l1`` mean |p - t|; ``mse`` mean (p - t)^2; ``ssim`` :func:`ssim_loss`; ``perceptual``
+    :class:`PerceptualLoss`; ``edge`` :func:`edge_loss`; ``multiscale`` :func:`multiscale_loss` (left out
+    when no ``aux`` is given); ``projection`` :class:`ProjectionLoss` (needs ``geometry``; left out when
+    no ``xrays`` are given).
+
+    perceptual_weights, perceptual_slices: see :class:`PerceptualLoss`.
+    geometry, hu_window, xray_scale: of the data, for the projection term.
+    Raises :class:`InputError` naming the option for a negative or non-finite weight, all weights 0,
+    perceptual weights that cannot be had, or a projection weight without geometry.
+    """
+
+    def __init__(
+        self,
+        l1_weight: float = 1.0,
+        ssim_weight: float = 0.5,
+        perceptual_weight: float = 0.1,
+        edge_weight: float = 0.1,
+        multiscale_weight: float = 0.3,
+        mse_weight: float = 0.0,
+        projection_weight: float = 0.0,
+        perceptual_weights: str | os.PathLike = "imagenet",
+        geometry: Geometry | None = None,
+        perceptual_slices: int = 4,
+        hu_window=HU_WINDOW,
+        xray_scale: float = XRAY_SCALE,
+    ):
+        super().__init__()
+        self.weights = {
+            "l1": l1_weight,
+            "mse": mse_weight,
+            "ssim": ssim_weight,
+            "perceptual": perceptual_weight,
+            "edge": edge_weight,
+            "multiscale": multiscale_weight,
+            "projection": projection_weight,
+        }
+        for name, weight in self.weights.items():
+            if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight >= 0):
+                raise InputError(f"loss.{name}_weight is {weight!r}; expected a number of at least 0")
+        if not any(self.weights.values()):
+            raise InputError("loss: every weight is 0, nothing would be trained; set at least one above 0")
+        if projection_weight and geometry is None:
+            raise InputError(
+                f"loss.projection_weight is {projection_weight}, which needs the data's geometry"
+            )
+        self.perceptual = PerceptualLoss(perceptual_weights, perceptual_slices) if perceptual_weight else None
+        self.projection = ProjectionLoss(geometry, hu_window, xray_scale) if projection_weight else None
+
+    def forward(
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        aux: Mapping[str, torch.Tensor] | None = None,
+        mask: torch.Tensor | None = None,
+        xrays: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compare volumes ``(B, 1, D, H, W)`` in [0, 1], any float dtype.
+
+        aux: lower-resolution predictions ``{name: (B, 1, d, h, w)}``.
+        mask: ``(B, 1, D, H, W)`` in {0, 1}; what the prediction holds where it is 0 has no influence
+            on any term but the projection.
+        xrays: ``(B, 2, H, W)`` in [0, 1].
+        Returns ``(total, {term: unweighted 0-d float32 tensor})``. Shapes that differ raise ``ValueError``.
+        """
+        for name, volume in (("target", target), ("mask", mask)):
+            if volume is not None and volume.shape != prediction.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(volume.shape)}, the prediction {tuple(prediction.shape)};"
+                    " expected the same (B, 1, D, H, W)"
+                )
+        parts = {}
+        with torch.autocast(device_type=prediction.device.type, enabled=False):
+            prediction, target = _full_precision(prediction), _full_precision(target)
+            if self.projection is not None and xrays is not None:
+                parts["projection"] = self.projection(prediction, xrays)
+            if mask is not None:
+                mask = mask.to(prediction.dtype)
+                # Windows and kernels of counted voxels reach outside the mask: nothing to see there.
+                prediction = torch.where(mask > 0, prediction, target)
+            parts |= self._volume_terms(prediction, target, aux, mask)
+        if self.perceptual is not None:
+            parts["perceptual"] = self.perceptual(prediction, target)
+        parts = {name: parts[name] for name in self.weights if name in parts}
+        return sum(self.weights[name] * value for name, value in parts.items()), parts
+
+    def _volume_terms(self, prediction, target, aux, mask) -> dict[str, torch.Tensor]:
+        weights, parts = self.weights, {}
+        difference = prediction - target
+        if weights["l1"]:
+            parts["l1"] = masked_mean(difference.abs(), mask)
+        if weights["mse"]:
+            parts["mse"] = masked_mean(difference.square(), mask)
+        if weights["ssim"]:
+            parts["ssim"] = ssim_loss(prediction, target, mask)
+        if weights["edge"]:
+            parts["edge"] = edge_loss(prediction, target, mask)
+        if weights["multiscale"] and aux:
+            parts["multiscale"] = multiscale_loss(aux, target, mask)
+        return parts

@@ -1,0 +1,182 @@
+"""Train stage 1 (X-rays -> 64^3). Works on 4 GPUs, fewer, or none; the same command resumes.
+
+    python train_enhanced_4gpu.py --data ROOT                      # one process per visible GPU, or the CPU
+    torchrun --nproc_per_node 4 train_enhanced_4gpu.py --data ROOT
+    python train_enhanced_4gpu.py --config config_cpu.json --data ROOT --output runs/cpu
+    python train_enhanced_4gpu.py --data ROOT --set training.batch_size=2 --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from augment import PairMaker
+from config import EnhancedConfig, config_dict, load_config, resolve_config_path
+from dataset import PatientDataset
+from distributed import Processes, launch, process_group
+from engine import Interrupted, Precision, accumulation_steps, fit
+from files import InputError, run_cli, write_json
+from losses import EnhancedLoss
+from metrics import psnr, ssim_3d
+from model_enhanced import KIND, EnhancedDirectModel
+
+
+class EnhancedTask:
+    """Stage 1 for the engine: augmented pairs rendered on the device, :class:`EnhancedLoss`, PSNR."""
+
+    weights_key = "model_state_dict"
+    best_name = "best_model.pt"
+
+    def __init__(self, config: EnhancedConfig, processes: Processes):
+        self.config = config
+        size = config.model.volume_size
+        if len(set(size)) != 1:
+            raise InputError(f"model.volume_size is {size}; the data set's field of view is a cube, so expected three equal sizes")
+        data = config.data
+        common = {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
+        root = data.dataset_path
+        self.val_data = PatientDataset(root, "val", size[0], config.model.xray_size, **common)
+        self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
+        if self.renders:
+            source = config.augment.source_size if config.augment.enabled else size[0] * 2
+            self.train_data = PatientDataset(root, "train", source, None, max_patients=data.max_patients, raw=True, **common)
+        else:
+            self.train_data = PatientDataset(
+                root, "train", size[0], config.model.xray_size, max_patients=data.max_patients, **common
+            )
+        self.pairs = PairMaker(
+            self.train_data.geometry,
+            size,
+            config.model.xray_size,
+            config.augment,
+            self.train_data.hu_window,
+            self.train_data.xray_scale,
+        )
+        weights = {k: v for k, v in config_dict(config)["loss"].items() if k != "use_scan_mask"}
+        self.criterion = EnhancedLoss(**weights, geometry=self.train_data.geometry).to(processes.device)
+        for dataset in (self.train_data, self.val_data):
+            bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
+            dataset.build_cache(processes.rank, processes.world_size, bar)
+        processes.barrier()
+
+    def build_model(self) -> EnhancedDirectModel:
+        """The network for this data; its initial weights depend on the seed only."""
+        torch.manual_seed(self.config.training.seed)
+        return EnhancedDirectModel(**config_dict(self.config)["model"], geometry=self.train_data.geometry)
+
+    def header(self) -> dict:
+        data = self.train_data
+        return {
+            "kind": KIND,
+            "model_config": config_dict(self.config)["model"],
+            "geometry": data.geometry.to_dict(),
+            "hu_window": list(data.hu_window),
+            "xray_scale": data.xray_scale,
+            "xray_size": self.config.model.xray_size,
+            "split_hash": data.split_hash,
+            "train_patients": list(data.ids),
+        }
+
+    def make_batch(self, raw, seeds, device) -> dict:
+        moved = {k: raw[k].to(device, non_blocking=True) for k in ("ct_volume", "mask", "xrays") if k in raw}
+        if self.renders:
+            moved = self.pairs(moved["ct_volume"], moved["mask"], seeds)
+        return moved
+
+    def loss(self, model, batch):
+        volume, aux = model(batch["xrays"])
+        return self._criterion(volume, aux, batch)
+
+    def _criterion(self, volume, aux, batch):
+        mask = batch["mask"] if self.config.loss.use_scan_mask else None
+        return self.criterion(volume, batch["ct_volume"], aux=aux, mask=mask, xrays=batch["xrays"])
+
+    @torch.no_grad()
+    def validate(self, model, processes, precision: Precision) -> list[dict]:
+        rows = []
+        self.criterion.eval()
+        for index in range(processes.rank, len(self.val_data), processes.world_size):
+            item = self.val_data[index]
+            batch = {k: item[k].unsqueeze(0).to(processes.device) for k in ("xrays", "ct_volume", "mask")}
+            with precision.autocast():
+                volume, aux = model(batch["xrays"])
+                total, parts = self._criterion(volume, aux, batch)
+            volume, target = volume[0, 0].float(), batch["ct_volume"][0, 0]
+            row = {"id": item["id"], "loss": total.item(), "psnr": float(psnr(volume, target)), "ssim_3d": float(ssim_3d(volume, target))}
+            rows.append(row | {name: value.item() for name, value in parts.items()})
+        self.criterion.train()
+        return rows
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="JSON settings (default: config_enhanced.json beside this script)")
+    parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
+    parser.add_argument("--output", default="checkpoints_enhanced", help="folder for checkpoints and log.jsonl")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes, stop")
+    return parser.parse_args(argv)
+
+
+def read_config(args) -> EnhancedConfig:
+    """The configuration a command line describes."""
+    config = load_config(EnhancedConfig, resolve_config_path(args.config, "config_enhanced.json"), args.set)
+    if args.data:
+        config.data.dataset_path = args.data
+    return config
+
+
+def describe(task: EnhancedTask, model, processes: Processes) -> None:
+    """Print what is about to run (rank 0)."""
+    if not processes.is_main:
+        return
+    config = task.config
+    accumulation = accumulation_steps(config, processes.world_size)
+    batch = config.training.batch_size * accumulation * processes.world_size
+    parameters = sum(p.numel() for p in model.parameters())
+    precision = Precision(config.training.precision, processes.device).name
+    print(f"Model: {parameters / 1e6:.2f} M parameters, X-rays {config.model.xray_size}^2 -> {config.model.volume_size[0]}^3")
+    print(f"Data: {config.data.dataset_path}, {len(task.train_data)} training and {len(task.val_data)} validation patients")
+    print(f"Geometry: {task.train_data.geometry}; HU window {list(task.train_data.hu_window)}")
+    print(f"X-rays in training: {'rendered from the augmented volume' if task.renders else 'files, no augmentation'}")
+    print(
+        f"Processes: {processes.world_size} on {processes.device.type}, {precision};"
+        f" global batch {batch} = {config.training.batch_size} x {processes.world_size} x {accumulation} (accumulated)",
+        flush=True,
+    )
+
+
+def worker(args: argparse.Namespace) -> None:
+    """What each process runs."""
+    with process_group() as processes:
+        config = read_config(args)
+        task = EnhancedTask(config, processes)
+        model = task.build_model()
+        describe(task, model, processes)
+        if args.dry_run:
+            return
+        if processes.is_main:
+            write_json(Path(args.output) / "config.json", config_dict(config))
+        fit(model, task, config, args.output, processes)
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    config = read_config(args)
+    if not Path(config.data.dataset_path).is_dir():
+        raise InputError(f"{config.data.dataset_path}: no such data set; make one with prepare_data.py, then pass --data ROOT")
+    try:
+        launch(worker, config.world_size, args)
+    except Interrupted as signal_received:
+        print(f"{signal_received}: saved {Path(args.output) / 'last.pt'}; the same command goes on from there", file=sys.stderr)
+        return 128 + signal_received.signal_number
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
