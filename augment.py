@@ -115,8 +115,9 @@ class PairMaker:
             fields = [random_displacement(self.config, fov, size, g) for g in generators]
             grid = grid + torch.cat(fields).to(grid.device)
         warped = F.grid_sample(volumes, grid, align_corners=False)
-        inside = F.grid_sample(masks, grid, align_corners=False)
-        return warped, inside
+        # The mask is only needed at the target's resolution: sampled there, at the cells' centres.
+        coarse = F.adaptive_avg_pool3d(grid.permute(0, 4, 1, 2, 3), self.volume_size).permute(0, 2, 3, 4, 1)
+        return warped, F.grid_sample(masks, coarse, align_corners=False)
 
     def _change_density(self, volumes, generators):
         """Scale and shift density (HU + 1000) of everything that is not air, as scanners and contrast do."""

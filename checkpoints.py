@@ -48,7 +48,8 @@ def load_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict:
             ) from None
         raise InputError(f"{path}: not a checkpoint of this project, or damaged") from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise InputError(f"{path}: truncated or not a checkpoint ({str(error).splitlines()[0]})") from None
+        detail = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: truncated or not a checkpoint ({detail})") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise InputError(f"{path}: not a checkpoint of this project (no format number)")
     if checkpoint["format"] != FORMAT:

@@ -52,7 +52,7 @@ class LossConfig:
     mse_weight: float = 0.0
     projection_weight: float = 0.0
     perceptual_weights: str = "imagenet"  # imagenet, random, or a path to VGG16 weights
-    use_scan_mask: bool = True  # leave out what the scan did not see
+    use_scan_mask: bool = False  # leave out what the scan did not see (then strict scores there are up to chance)
 
 
 @dataclass

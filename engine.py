@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -141,6 +143,20 @@ def to_channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
+def keep_freed_memory() -> None:
+    """Make glibc reuse freed blocks instead of giving them back to the kernel after every operation.
+
+    Activations are tens of megabytes, which malloc otherwise maps and unmaps each time: page faults
+    were a fifth of a CPU training step. No effect where the C library has no ``mallopt``.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX of malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**28)
+
+
 def sample_seed(seed: int, epoch: int, position: int) -> int:
     """Seed of one sample's augmentation: the same whichever process draws it."""
     return ((seed * 1_000_003 + epoch) * 1_000_003 + position) % (2**63 - 1)
@@ -233,6 +249,8 @@ class Trainer:
         self.task, self.config, self.output, self.processes = task, config, Path(output), processes
         training = config.training
         self.precision = Precision(training.precision, processes.device)
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         self.model = model.to(processes.device)
         if training.channels_last:
             to_channels_last(self.model)

@@ -68,12 +68,10 @@ def correlate(x: torch.Tensor, taps: Mapping[int, tuple[float, ...]]) -> torch.T
 
     Raises ``ValueError`` when an axis is shorter than its kernel.
     """
+    size, needed = [x.shape[axis] for axis in taps], [len(kernel) for kernel in taps.values()]
+    if any(have < need for have, need in zip(size, needed)):
+        raise ValueError(f"volume of {size} voxels is smaller than the window; expected at least {needed}")
     for axis, kernel in taps.items():
-        if x.shape[axis] < len(kernel):
-            raise ValueError(
-                f"volume of shape {tuple(x.shape)} is smaller than the window: axis {axis} needs at least"
-                f" {len(kernel)} voxels"
-            )
         x = _CorrelateAxis.apply(x, kernel, axis)
     return x
 
@@ -361,15 +359,14 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Grey images ``(N, 1, H, W)`` in [0, 1], at least 4 x 4 -> [relu1_2, relu2_2, relu3_3]."""
+        """Grey images ``(N, 1, H, W)`` in [0, 1], at least 8 x 8 -> [relu1_2, relu2_2, relu3_3]."""
         x = (images - self.mean) / self.std
         compared = []
         for index, _, _, is_compared in VGG_LAYERS:
             x = F.relu(F.conv2d(x, getattr(self, f"weight{index}"), getattr(self, f"bias{index}"), padding=1))
             if is_compared:
                 compared.append(x)
-                if index != VGG_LAYERS[-1][0]:
-                    x = F.max_pool2d(x, 2)
+                x = F.max_pool2d(x, 2)
         return compared
 
     def _distance(self, prediction, target):

@@ -1,0 +1,171 @@
+"""What ``launch_4gpu.sh`` and ``launch_4gpu.bat`` do: see that the environment is there, then start the job.
+
+    python launch.py [demo | test | smoke] [options of the job ...]
+
+Without a word it trains stage 1. The running Python is used as it is when it satisfies requirements.txt;
+otherwise ``.venv`` is made beside this file, once. Paths among the options are relative to the current folder
+(``test``: to the repository). Standard library only: it runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+JOBS = {"demo": "demo.py", "smoke": "test_enhanced.py", "train": "train_enhanced_4gpu.py"}
+MAX_GPUS = 4
+USAGE = """usage: launch_4gpu.sh [demo | test | smoke] [options]   (Windows: launch_4gpu.bat)
+  (no word)  train on up to 4 GPUs, or the CPU: options of train_enhanced_4gpu.py, such as --data ROOT
+  demo       phantoms -> data -> training -> scores and pictures: options of demo.py
+  test       the tests: options of pytest
+  smoke      checks before a long training: options of test_enhanced.py"""
+
+
+# ------------------------------------------------------------------------------------------------
+# Environment
+
+
+def read_requirements(path: Path) -> list[tuple[str, str]]:
+    """``(name, least version)`` of every line ``name>=version`` of a requirements file; ``-r`` is followed."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        line = line.partition("#")[0].strip()
+        if line.startswith("-r"):
+            found += read_requirements(path.parent / line[2:].strip())
+        elif line:
+            match = re.fullmatch(r"([\w.-]+)\s*>=\s*([\d.]+)", line)
+            if match is None:
+                raise ValueError(f"{path}: {line!r}; expected name>=version")
+            found.append((match[1], match[2]))
+    return found
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Comparable numbers of a version: ``2.13.0+cu130`` -> (2, 13); trailing zeros say nothing."""
+    numbers = [int(n) for n in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def missing_requirements(path: Path) -> list[str]:
+    """Requirements that the running Python does not satisfy, as ``name>=version (found ...)``."""
+    missing = []
+    for name, least in read_requirements(path):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(f"{name}>={least} (not installed)")
+            continue
+        if release(version) < release(least):
+            missing.append(f"{name}>={least} (found {version})")
+    return missing
+
+
+def venv_python(venv: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def works(python: Path) -> bool:
+    """True when ``python`` runs and has pip: not so where making the environment was interrupted."""
+    if not python.exists():
+        return False
+    return subprocess.call([str(python), "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0
+
+
+def make_environment(venv: Path, requirements: Path, constraints: Path) -> Path:
+    """Make or complete ``venv`` and return its interpreter; instant when it is up to date.
+
+    A copy of the requirements is left inside when everything is installed: an interrupted or outdated
+    installation lacks it or has another one, and is done again. Exits on failure.
+    """
+    python = venv_python(venv)
+    sources = [requirements.with_name("requirements.txt"), requirements, constraints]
+    wanted = "".join(path.read_text(encoding="utf-8") for path in sources)
+    stamp = venv / f"installed-{requirements.name}"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted and python.exists():
+        return python
+    print(f"Installing {requirements.name} into {venv} (once)", flush=True)
+    if not works(python) and subprocess.call([sys.executable, "-m", "venv", "--clear", str(venv)]):
+        sys.exit(f"error: {venv} could not be made (on Debian and Ubuntu: apt install python3-venv)")
+    install = [str(python), "-m", "pip", "install", "-r", str(requirements), "-c", str(constraints)]
+    if subprocess.call(install):
+        sys.exit(f"error: installing {requirements} failed; the same command tries again")
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def find_python(requirements: Path) -> Path:
+    """The running Python where it satisfies ``requirements``, otherwise that of ``.venv``."""
+    missing = missing_requirements(requirements)
+    if not missing:
+        return Path(sys.executable)
+    print(f"{sys.executable} lacks {', '.join(missing)}: using .venv", flush=True)
+    return make_environment(HERE / ".venv", requirements, HERE / "constraints.txt")
+
+
+# ------------------------------------------------------------------------------------------------
+# Jobs
+
+
+def gpu_count(python: Path) -> int:
+    """GPUs that torch can use; says so when there is a driver but torch was built without CUDA."""
+    code = "import torch; print(torch.cuda.device_count(), torch.version.cuda or torch.version.hip or '-')"
+    count, cuda = subprocess.check_output([str(python), "-c", code], text=True).split()
+    if cuda == "-" and shutil.which("nvidia-smi"):
+        print(
+            f"warning: this machine has an NVIDIA driver, but torch of {python} is a build without CUDA."
+            " To use the GPU, install the build that https://pytorch.org/get-started names, with that Python",
+            file=sys.stderr,
+        )
+    return int(count)
+
+
+def job_command(python: Path, word: str, options: list[str]) -> list[str]:
+    """Command line of a job. Training uses torchrun for several GPUs, except on Windows.
+
+    Windows builds of torch lack libuv, which torchrun needs; the script starts the processes itself there.
+    """
+    if word == "test":
+        return [str(python), "-m", "pytest", *options]
+    command = [str(python)]
+    if word == "train":
+        processes = min(MAX_GPUS, gpu_count(python))
+        if processes >= 2 and os.name != "nt":
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*command, str(HERE / JOBS[word]), *options]
+
+
+def run(command: list[str]) -> int:
+    """Run the job in place of this process, so that signals reach it and its exit status is ours."""
+    sys.stdout.flush()
+    if os.name == "nt":
+        return subprocess.call(command)
+    os.execv(command[0], command)
+
+
+def main(argv: list[str]) -> int:
+    word, options = "train", argv
+    if argv and not argv[0].startswith("-"):
+        word, options = argv[0], argv[1:]
+    if word not in (*JOBS, "test"):
+        print(f"error: unknown word {word!r}\n{USAGE}", file=sys.stderr)
+        return 2
+    if options[:1] in (["-h"], ["--help"]) and word == "train":
+        print(USAGE)
+        return 0
+    python = find_python(HERE / ("requirements-dev.txt" if word == "test" else "requirements.txt"))
+    if word == "test":
+        os.chdir(HERE)
+    return run(job_command(python, word, options))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,24 @@
+@echo off
+rem Set up what is missing, then train on the GPUs of this machine (or run the demo, the tests, the smoke test).
+rem
+rem   launch_4gpu.bat --data data\prepared      train; options go to train_enhanced_4gpu.py
+rem   launch_4gpu.bat demo                      phantoms, training, scores and pictures, in minutes
+rem   launch_4gpu.bat test                      the tests
+rem   launch_4gpu.bat smoke --data ROOT         checks before a long training
+rem
+rem What happens is in launch.py, which launch_4gpu.sh starts on Linux and macOS.
+setlocal
+set "PYTHON=python"
+if defined VIRTUAL_ENV goto start
+if defined CONDA_PREFIX goto start
+where py >nul 2>nul
+if not errorlevel 1 set "PYTHON=py -3"
+:start
+%PYTHON% -c "import sys; sys.exit(sys.version_info < (3, 10))"
+if errorlevel 1 goto old
+%PYTHON% "%~dp0launch.py" %*
+exit /b %ERRORLEVEL%
+
+:old
+echo error: %PYTHON% is not Python 3.10 or newer: install one, or activate its environment 1>&2
+exit /b 2

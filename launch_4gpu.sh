@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Set up what is missing, then train on up to 4 GPUs (or run the demo, the tests, the smoke test).
+#
+#   bash launch_4gpu.sh --data data/prepared      train; options go to train_enhanced_4gpu.py
+#   bash launch_4gpu.sh demo                      phantoms -> training -> scores and pictures, in minutes
+#   bash launch_4gpu.sh test                      the tests
+#   bash launch_4gpu.sh smoke --data ROOT         checks before a long training
+#
+# What happens is in launch.py, which launch_4gpu.bat starts on Windows.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=python3
+if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
+    python=python # the one of the activated environment
+fi
+if ! "$python" -c "import sys; sys.exit(sys.version_info < (3, 10))"; then
+    echo "error: $python is not Python 3.10 or newer: install one, or activate its environment" >&2
+    exit 2
+fi
+exec "$python" "$here/launch.py" "$@"
