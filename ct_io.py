@@ -557,6 +557,27 @@ def read_cube(path, fov_mm: float = FOV_MM, size: int = 256, assume_ras: bool = 
     return hu, mask.astype(np.uint8), cube_affine(centre, fov_mm, size)
 
 
+def read_array_cube(path, fov_mm: float = FOV_MM, size: int = 256):
+    """An ``.npy`` volume, as :func:`read_cube` gives it.
+
+    An array has no affine, so its meaning is fixed: HU, the project's axes (D, H, W), one cube of
+    ``fov_mm`` with equal edges; it is centred at the origin. Raises InputError for anything else.
+    """
+    path = Path(path)
+    try:
+        data = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path}: not a readable .npy array ({error})") from None
+    data = _check_data(path, data)
+    if len(set(data.shape)) != 1:
+        raise InputError(f"{path}: shape is {data.shape}; expected a cube (N, N, N), axes (D, H, W), in HU")
+    _check_hu(path, data)
+    centre = (0.0, 0.0, 0.0)
+    ct = CtImage(data.transpose(2, 1, 0), cube_affine(centre, fov_mm, data.shape[0]), str(path))
+    hu, mask = resample_cube(ct, centre, fov_mm, size)
+    return hu.astype(np.float32), mask, cube_affine(centre, fov_mm, size)
+
+
 def _read_mask(path, ct):
     if not path.exists():
         return CtImage(np.ones(ct.data.shape, np.uint8), ct.affine, str(path))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ct_io import cube_affine, read_cube
+from ct_io import cube_affine, read_array_cube, read_cube
 from files import InputError, atomic_path, read_json
 from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 from xray_io import check_views, read_xray
@@ -308,6 +308,8 @@ class PatientDataset(Dataset):
 
     def _read_cube(self, patient):
         """HU ``(D, H, W)`` float32, scan mask uint8 and affine at the data set's full resolution."""
+        if patient.volume.suffix == ".npy":
+            return read_array_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
         return read_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
 
     def _xrays(self, patient):

@@ -1,0 +1,241 @@
+"""The training engine's pieces: sample plan, schedule, averages, settings that may change, failures."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_data import TINY_MODEL, make_dataset
+from torch import nn
+
+import engine
+from checkpoints import load_checkpoint
+from config import EnhancedConfig, config_dict, load_config
+from distributed import Processes
+from engine import (
+    EpochPlan,
+    MovingAverage,
+    TrainingError,
+    accumulation_steps,
+    changed_settings,
+    fit,
+    learning_rate_at,
+    parameter_groups,
+    sample_seed,
+)
+from files import InputError
+from train_enhanced_4gpu import EnhancedTask
+
+TINY = [
+    *[f"model.{key}={json.dumps(value)}" for key, value in TINY_MODEL.items()],
+    "training.precision=float32",
+    "training.batch_size=1",
+    "training.num_epochs=2",
+    "training.learning_rate=2e-3",
+    "training.warmup_epochs=0.5",
+    "training.ema_decay=0.9",
+    "loss.perceptual_weight=0",
+    "augment.source_size=32",
+    "logging.log_interval=1",
+    "world_size=2",
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("engine") / "data")
+
+
+def build(root, *overrides):
+    config = load_config(EnhancedConfig, None, [*TINY, f"data.dataset_path={root}", *overrides])
+    task = EnhancedTask(config, Processes())
+    return config, task, task.build_model()
+
+
+# -- plan ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (2, 2), (4, 1)])
+def test_every_number_of_processes_takes_the_same_samples_at_each_step(world, accumulation):
+    def step_samples(world_size, accumulated):
+        plans = [EpochPlan(7, 3, 2, accumulated, Processes(r, world_size), seed=5) for r in range(world_size)]
+        per_rank = [plan.batches(0) for plan in plans]
+        steps = []
+        for step in range(plans[0].steps):
+            chosen = slice(step * accumulated, (step + 1) * accumulated)
+            steps.append(sorted(p for batches in per_rank for batch in batches[chosen] for p in batch))
+        return steps, plans[0].order(1)
+
+    assert step_samples(world, accumulation) == step_samples(1, 4)
+
+
+def test_an_epoch_draws_every_patient_equally_often_in_an_order_of_its_own():
+    plan = EpochPlan(6, 2, 2, 1, Processes(), seed=0)
+    assert sorted(plan.order(1)) == sorted([*range(6)] * 2)
+    assert plan.order(1) == plan.order(1)
+    assert plan.order(1) != plan.order(2)
+    assert plan.batches(2) == plan.batches(0)[2:]
+
+
+def test_few_patients_are_repeated_to_fill_a_global_batch():
+    plan = EpochPlan(2, 1, 8, 1, Processes(), seed=0)
+    assert plan.steps == 1
+    assert len(plan.order(1)) == 8
+    assert set(plan.order(1)) == {0, 1}
+
+
+def test_accumulation_keeps_the_global_batch_or_says_why_not():
+    config = load_config(EnhancedConfig, None, ["training.batch_size=4", "world_size=4"])
+    assert [accumulation_steps(config, n) for n in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(InputError, match="global batch of 16.*3 processes"):
+        accumulation_steps(config, 3)
+
+
+def test_sample_seeds_differ():
+    seeds = {sample_seed(s, e, p) for s in range(3) for e in range(5) for p in range(100)}
+    assert len(seeds) == 3 * 5 * 100
+
+
+# -- schedule, averages, groups ------------------------------------------------------------------
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine():
+    rates = [learning_rate_at(s, 100, 10, 1e-3, 0.1) for s in range(101)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9] == rates[10] == pytest.approx(1e-3)
+    assert rates[55] == pytest.approx(1e-3 * (0.1 + 0.9 * 0.5))
+    assert rates[100] == pytest.approx(1e-4)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_moving_average_matches_the_recurrence():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    average, expected = MovingAverage(model, 0.9), model.weight.detach().clone()
+    for n in range(1, 30):
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight))
+        average.update(model, n)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    assert torch.allclose(average.model.weight, expected, atol=1e-6)
+
+
+def test_biases_norms_and_priors_do_not_decay(root):
+    _, _, model = build(root)
+    decay, rest = parameter_groups(model, 0.01)
+    assert decay["weight_decay"] == 0.01
+    assert rest["weight_decay"] == 0.0
+    assert all(p.ndim >= 2 for p in decay["params"])
+    assert any(p is model.prior for p in rest["params"])
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_only_settings_that_matter_count_as_changed():
+    old = config_dict(EnhancedConfig())
+    new = config_dict(load_config(EnhancedConfig, None, ["logging.log_interval=99", "data.num_workers=0"]))
+    assert changed_settings(old, new) == []
+    new = config_dict(load_config(EnhancedConfig, None, ["loss.ssim_weight=0.25"]))
+    assert changed_settings(old, new) == ["loss.ssim_weight 0.5 -> 0.25"]
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_what_it_promises(root, tmp_path, capsys):
+    config, task, model = build(root, "training.num_epochs=10", "data.repeats=2", "logging.save_checkpoint_interval=5")
+    fit(model, task, config, tmp_path, Processes())
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [e["l1"] for e in events if e["event"] == "epoch"]
+    psnr = [e["psnr"] for e in events if e["event"] == "validation"]
+    assert len(losses) == 10
+    assert losses[-1] < 0.6 * losses[0]
+    assert psnr[-1] > psnr[0] + 3
+    assert {p.name for p in tmp_path.iterdir()} == {"best_model.pt", "last.pt", "epoch_5.pt", "epoch_10.pt", "log.jsonl"}
+    best = load_checkpoint(tmp_path / "best_model.pt", kind="enhanced_direct")
+    assert best["metrics"]["psnr"] == pytest.approx(max(psnr))
+    assert best["train_patients"] == ["p0", "p1", "p2"]
+    text = capsys.readouterr().out
+    for words in (
+        "Epoch 1 [1/3] Loss: ",
+        " | L1: ",
+        " | SSIM: ",
+        " | Edge: ",
+        " samples/s",
+        "Epoch 1 Training Summary:",
+        "Validation Results (1 patients):",
+        "New best model saved! PSNR: ",
+    ):
+        assert words in text
+
+
+def test_a_finished_run_has_nothing_to_do_and_other_settings_are_refused(root, tmp_path, capsys):
+    config, task, model = build(root)
+    fit(model, task, config, tmp_path, Processes())
+    before = (tmp_path / "last.pt").read_bytes()
+    fit(build(root)[2], task, config, tmp_path, Processes())
+    assert "Nothing to do" in capsys.readouterr().out
+    config, task, model = build(root, "training.num_epochs=4")
+    with pytest.raises(InputError, match=r"last\.pt.*training\.num_epochs 2 -> 4"):
+        fit(model, task, config, tmp_path, Processes())
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_run_on_another_split_is_refused(root, tmp_path):
+    config, task, model = build(root)
+    fit(model, task, config, tmp_path / "run", Processes())
+    other = make_dataset(tmp_path / "other", patients=5)
+    config, task, model = build(other)
+    with pytest.raises(InputError, match="another split"):
+        fit(model, task, config, tmp_path / "run", Processes())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(root, tmp_path, monkeypatch):
+    config, task, model = build(root)
+    config.logging.checkpoint_minutes = 0.0
+    original, calls = task.loss, []
+
+    def loss(model, batch):
+        calls.append(1)
+        total, parts = original(model, batch)
+        return (total * math.nan if len(calls) == 3 else total), parts
+
+    monkeypatch.setattr(task, "loss", loss)
+    with pytest.raises(TrainingError, match=r"epoch 1, step 2, patients p\d: the loss is nan \(L1"):
+        fit(model, task, config, tmp_path, Processes())
+    kept = load_checkpoint(tmp_path / "last.pt")
+    assert kept["training_state"]["step_in_epoch"] == 1
+    assert all(torch.isfinite(v).all() for v in kept["model_state_dict"].values() if torch.is_tensor(v))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(root, tmp_path):
+    config, task, model = build(root)
+    before = model.prior.detach().clone()
+    model.prior.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(TrainingError, match="gradient norm"):
+        fit(model, task, config, tmp_path, Processes())
+    assert torch.equal(model.prior, before)
+
+
+def test_a_disk_full_while_saving_keeps_the_last_checkpoint(root, tmp_path, monkeypatch):
+    config, task, model = build(root)
+    config.logging.checkpoint_minutes = 0.0
+    save, calls = torch.save, []
+
+    def full(data, path):
+        calls.append(1)
+        if len(calls) > 1:
+            path.write_bytes(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+        save(data, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(model, task, config, tmp_path, Processes())
+    assert load_checkpoint(tmp_path / "last.pt")["training_state"]["updates"] == 1
+    assert not [p for p in tmp_path.iterdir() if "tmp" in p.name]
+
+
+def test_float16_needs_a_gpu():
+    with pytest.raises(InputError, match="float16"):
+        engine.Precision("float16", torch.device("cpu"))

@@ -1,0 +1,148 @@
+"""Whole training runs as users start them: killed, interrupted, on two processes, with bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import TINY
+from tiny_data import make_dataset
+
+from checkpoints import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "train_enhanced_4gpu.py")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("training") / "data")
+
+
+def command(root, output, *overrides):
+    options = [word for text in (*TINY, *overrides) for word in ("--set", text)]
+    return [sys.executable, SCRIPT, "--config", str(ROOT / "config_enhanced.json"), "--data", str(root), "--output", str(output), *options]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(words):
+    return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def events(output, kind):
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def weights(path):
+    state = load_checkpoint(path)["training_state"]["model"]
+    return {k: v for k, v in state.items() if torch.is_tensor(v)}
+
+
+def assert_same_weights(one, other):
+    a, b = weights(one / "last.pt"), weights(other / "last.pt")
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    a, b = load_checkpoint(one / "best_model.pt"), load_checkpoint(other / "best_model.pt")
+    assert a["metrics"]["psnr"] == b["metrics"]["psnr"]
+
+
+LONGER = ("training.num_epochs=3", "data.repeats=4", "logging.checkpoint_minutes=0.0")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted")
+    done = run(command(root, output, *LONGER))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def start_and_signal(words, output, steps, number):
+    """Start a run, send it a signal once it has logged so many steps; returns its exit status."""
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        log = output / "log.jsonl"
+        if log.exists() and log.read_text().count('"event": "step"') >= steps:
+            process.send_signal(number)
+            break
+        time.sleep(0.01)
+    return process.wait(timeout=240)
+
+
+def test_killed_in_the_middle_of_an_epoch_ends_with_the_same_weights_bit_for_bit(root, uninterrupted, tmp_path):
+    words = command(root, tmp_path, *LONGER)
+    assert start_and_signal(words, tmp_path, 9, signal.SIGKILL) == -signal.SIGKILL
+    state = load_checkpoint(tmp_path / "last.pt")["training_state"]
+    assert state["updates"] < 18
+    again = run(words)
+    assert again.returncode == 0, again.stderr
+    assert "Resumed" in again.stdout
+    assert_same_weights(tmp_path, uninterrupted)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+def test_sigterm_finishes_the_step_saves_and_the_same_command_goes_on(root, uninterrupted, tmp_path):
+    words = command(root, tmp_path, *LONGER[:2])  # no checkpoint within an epoch but the signal's
+    assert start_and_signal(words, tmp_path, 8, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert load_checkpoint(tmp_path / "last.pt")["training_state"]["step_in_epoch"] > 0
+    again = run(words)
+    assert again.returncode == 0, again.stderr
+    assert_same_weights(tmp_path, uninterrupted)
+
+
+def test_two_processes_follow_the_same_loss_curve_as_one(root, tmp_path):
+    """Same global batch, float32: only the order of summation differs (relative tolerance 1e-4)."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(command(root, one)).returncode == 0
+    words = command(root, two)[1:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    done = run(torchrun)
+    assert done.returncode == 0, done.stderr
+    assert "Processes: 2 on cpu" in done.stdout
+    a, b = events(one, "step"), events(two, "step")
+    assert len(a) == len(b) == 4
+    for left, right in zip(a, b):
+        for name in ("loss", "l1", "ssim", "edge", "multiscale"):
+            assert left[name] == pytest.approx(right[name], rel=1e-4), name
+    assert events(one, "validation")[-1]["psnr"] == pytest.approx(events(two, "validation")[-1]["psnr"], abs=1e-3)
+    a, b = weights(one / "last.pt"), weights(two / "last.pt")
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(root, tmp_path):
+    done = run([*command(root, tmp_path / "out"), "--dry-run"])
+    assert done.returncode == 0, done.stderr
+    assert "M parameters" in done.stdout
+    assert "global batch 2 = 1 x 1 x 2" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--data", "nowhere"], ["nowhere", "prepare_data.py"]),
+        (["--set", "training.num_epoch=1"], ["training.num_epoch", "did you mean training.num_epochs"]),
+        (["--config", "missing.json"], ["missing.json", "no such file"]),
+        (["--set", "model.volume_size=[16,16,32]"], ["model.volume_size", "equal"]),
+        (["--set", "model.base_channels=20"], ["model.base_channels", "multiple of 16"]),
+        (["--set", "loss.perceptual_weight=0.1", "--set", "loss.perceptual_weights=nowhere.pth"], ["nowhere.pth"]),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_nothing_is_written(root, tmp_path, changes, words):
+    done = run([*command(root, tmp_path / "out"), *changes])
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (tmp_path / "out").exists()
