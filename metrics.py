@@ -23,7 +23,7 @@ from projector import HU_WINDOW
 
 PSNR_CAP = 100.0  # dB; what identical volumes score (X2CT-GAN's convention), so that scores stay finite
 X2CT_PEAK = 4095.0  # peak of X2CT-GAN's PSNR, on data that span 2,500 HU
-_SLAB = 32  # slices of SSIM computed at once: bounds the memory at 256^3
+_SLAB = 16  # slices of SSIM computed at once: bounds the memory at 256^3
 
 
 # ------------------------------------------------------------------------------------------------

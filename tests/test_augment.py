@@ -1,0 +1,118 @@
+"""Augmentation: pairs stay consistent, seeds decide, ranges hold, sides are kept in mind."""
+
+import pytest
+import torch
+from tiny_data import make_hu
+
+from augment import AugmentConfig, PairMaker
+from projector import Geometry, hu_to_unit, render_xrays
+
+OFF = {
+    "rotation_deg": 0.0,
+    "scale": 0.0,
+    "translation_mm": 0.0,
+    "elastic_mm": 0.0,
+    "hu_shift": 0.0,
+    "hu_scale": 0.0,
+    "mirror_probability": 0.0,
+    "xray_noise": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def volume():
+    return torch.from_numpy(hu_to_unit(make_hu(0, 64).astype("float32")))[None, None]
+
+
+def make(volume, seeds=(1,), masks=None, **changes):
+    maker = PairMaker(Geometry(), (32, 32, 32), 64, AugmentConfig(source_size=64, **{**OFF, **changes}))
+    volume = volume.expand(len(seeds), -1, -1, -1, -1)
+    return maker(volume, torch.ones_like(volume) if masks is None else masks, list(seeds))
+
+
+def centroid_mm(volume, low=0.0):
+    """Centre of mass (z, y, x) in mm of what lies above ``low``."""
+    weight = (volume[0, 0] - low).clamp_min(0)
+    axes = [Geometry().voxel_centres_mm(n) for n in weight.shape]
+    total = weight.sum()
+    return [float((weight.sum([d for d in range(3) if d != i]) * a).sum() / total) for i, a in enumerate(axes)]
+
+
+def test_without_changes_the_pair_is_the_volume_and_its_rendering(volume):
+    pair = make(volume)
+    assert torch.allclose(pair["ct_volume"], torch.nn.functional.avg_pool3d(volume, 2), atol=1e-5)
+    assert torch.allclose(pair["xrays"], render_xrays(volume, Geometry(), (64, 64)), atol=1e-4)
+    assert pair["mask"].min() == 1
+
+
+def test_uint16_volumes_mean_the_same(volume):
+    coded = (volume * 65535).round().to(torch.uint16)
+    masks = torch.ones_like(volume, dtype=torch.uint8)
+    assert torch.allclose(make(coded, masks=masks)["ct_volume"], make(volume)["ct_volume"], atol=2e-5)
+
+
+def test_xrays_belong_to_the_augmented_volume(volume):
+    """Rendering the (coarser) target again gives the X-rays of the pair, not those of the original."""
+    pair = make(volume, rotation_deg=10.0, scale=0.15, translation_mm=30.0, elastic_mm=8.0, mirror_probability=1.0)
+    again = render_xrays(pair["ct_volume"], Geometry(), (64, 64))
+    original = render_xrays(volume, Geometry(), (64, 64))
+    own, other = (again - pair["xrays"]).abs().mean(), (again - original).abs().mean()
+    assert own < 0.02
+    assert own < 0.3 * other
+
+
+def test_seeds_decide_and_do_not_touch_the_global_generator(volume):
+    changes = {"rotation_deg": 10.0, "elastic_mm": 8.0, "xray_noise": 0.01, "hu_shift": 20.0}
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one, two = make(volume, (5, 6), **changes), make(volume, (6, 5), **changes)
+    assert torch.equal(state, torch.get_rng_state())
+    for key in ("xrays", "ct_volume"):
+        assert torch.allclose(one[key][0], two[key][1], atol=1e-5)
+        assert torch.allclose(one[key][1], two[key][0], atol=1e-5)
+        assert not torch.allclose(one[key][0], one[key][1], atol=1e-2)
+
+
+def test_mirroring_swaps_the_sides_in_the_frontal_view_only(volume):
+    plain, mirrored = make(volume), make(volume, mirror_probability=1.0)
+    assert torch.allclose(mirrored["ct_volume"], plain["ct_volume"].flip(-1), atol=1e-4)
+    assert torch.allclose(mirrored["xrays"][:, 0], plain["xrays"][:, 0].flip(-1), atol=1e-3)
+    parallel = PairMaker(Geometry("parallel"), (32,) * 3, 64, AugmentConfig(source_size=64, **{**OFF, "mirror_probability": 1.0}))
+    pair = parallel(volume, torch.ones_like(volume), [1])
+    lateral = render_xrays(volume, Geometry("parallel"), (64, 64))[:, 1]
+    assert torch.allclose(pair["xrays"][:, 1], lateral, atol=1e-3)  # parallel rays: the lateral view cannot tell
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_translation_stays_in_its_range(seed):
+    ball = torch.zeros(1, 1, 64, 64, 64)
+    ball[..., 28:36, 28:36, 28:36] = 1.0
+    moved = centroid_mm(make(ball, (seed,), translation_mm=40.0)["ct_volume"])
+    assert all(abs(m) <= 40.5 for m in moved)
+    assert any(abs(m) > 2 for m in moved)
+
+
+def test_density_changes_leave_air_alone_and_stay_small(volume):
+    pair = make(volume, hu_shift=40.0, hu_scale=0.05)
+    difference = (pair["ct_volume"] - torch.nn.functional.avg_pool3d(volume, 2)).abs()
+    limit = (40.0 + 0.05 * 1440.0) / 2500.0
+    assert 1e-3 < difference.max() <= limit + 1e-5
+    air = torch.full((1, 1, 64, 64, 64), hu_to_unit(-1000.0 * torch.ones(())).item())
+    assert torch.allclose(make(air, hu_shift=40.0, hu_scale=0.05)["ct_volume"], air[..., :32, :32, :32], atol=1e-5)
+
+
+def test_the_mask_moves_with_the_volume(volume):
+    masks = torch.ones_like(volume)
+    masks[:, :, :20] = 0
+    pair = make(volume * masks, masks=masks, translation_mm=40.0, mirror_probability=1.0)
+    inside = pair["mask"][0, 0].mean((1, 2)) > 0.5
+    body = pair["ct_volume"][0, 0].amax((1, 2)) > 0.3
+    assert 5 < inside.sum() < 32
+    assert (inside != body).sum() <= 1
+
+
+def test_disabled_augmentation_ignores_the_seed(volume):
+    maker = PairMaker(Geometry(), (32, 32, 32), 64, AugmentConfig(enabled=False, source_size=64))
+    one, two = (maker(volume, torch.ones_like(volume), [seed]) for seed in (1, 2))
+    assert torch.equal(one["xrays"], two["xrays"])
+    assert torch.equal(one["ct_volume"], two["ct_volume"])

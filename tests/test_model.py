@@ -1,0 +1,191 @@
+"""Stage-1 model: shapes, size, geometry, gradients, checkpointing, input handling."""
+
+import pytest
+import torch
+from torch import nn
+
+import model_enhanced
+from engine import to_channels_last
+from files import InputError
+from model_enhanced import EnhancedDirectModel, EnhancedLoss, ResidualBlock
+from projector import Geometry, render_xrays
+
+SMALL = {"volume_size": (16, 16, 16), "base_channels": 16, "stem_stride": 1, "encoder_blocks": (1, 1, 1, 1)}
+
+
+def small(**changes):
+    """A small model whose zero-initialised layers are drawn too, so that every path is alive."""
+    torch.manual_seed(0)
+    model = EnhancedDirectModel(**{**SMALL, "decoder_blocks": (1, 1, 1), "transformer_blocks": 1, **changes})
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def test_default_model_has_the_stated_size_shapes_and_scales():
+    model = EnhancedDirectModel(volume_size=(64, 64, 64), base_channels=64)
+    count = sum(p.numel() for p in model.parameters())
+    assert 15e6 <= count <= 20e6
+    widths = [stage.norm.num_channels for stage in model.decoder]
+    assert widths == [128, 64, 32]
+    with torch.no_grad():
+        volume, aux = model.eval()(torch.rand(1, 2, 128, 128))
+    assert volume.shape == (1, 1, 64, 64, 64)
+    assert aux["volume_16"].shape == (1, 1, 16, 16, 16)
+    assert aux["volume_32"].shape == (1, 1, 32, 32, 32)
+
+
+def test_the_encoder_ends_at_32_for_512():
+    model = EnhancedDirectModel(base_channels=16, encoder_blocks=(0, 0, 0, 0))
+    sizes = [f.shape[-1] for f in model.encoder(torch.rand(1, 2, 512, 512))]
+    assert sizes == [256, 128, 64, 32]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (64, 128)])
+def test_any_multiple_of_32_works_and_a_channel_axis_is_accepted(size):
+    model = small().eval()
+    xrays = torch.rand(2, 2, *size)
+    volume, _ = model(xrays)
+    assert volume.shape == (2, 1, 16, 16, 16)
+    assert torch.equal(model(xrays.unsqueeze(2))[0], volume)
+
+
+def test_other_shapes_are_named():
+    model = small()
+    with pytest.raises(ValueError, match=r"\(1, 3, 64, 64\).*PA, then lateral"):
+        model(torch.rand(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"\(50, 50\).*multiples of 32"):
+        model(torch.rand(1, 2, 50, 50))
+    with pytest.raises(InputError, match=r"model\.volume_size.*\[16, 16, 20\]"):
+        small(volume_size=(16, 16, 20))
+    with pytest.raises(InputError, match=r"model\.base_channels is 24"):
+        small(base_channels=24)
+    with pytest.raises(InputError, match=r"model\.stem_stride is 3"):
+        small(stem_stride=3)
+
+
+def test_output_is_clamped_in_eval_mode_only():
+    model = small()
+    with torch.no_grad():
+        model.decoder[0].head.bias.fill_(7.0)
+        xrays = torch.rand(1, 2, 64, 64)
+        assert model(xrays)[0].max() > 1
+        assert model.eval()(xrays)[0].max() == 1
+
+
+def test_every_parameter_gets_a_gradient():
+    model = small()
+    volume, aux = model(torch.rand(2, 2, 64, 64))
+    (volume.square().mean() + sum(v.square().mean() for v in aux.values())).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_residual_block_starts_as_the_identity():
+    x = torch.randn(1, 16, 6, 6, 6)
+    assert torch.equal(ResidualBlock(16, 3)(x), x)
+
+
+def test_the_views_are_kept_apart():
+    model = small().eval()
+    xrays = torch.rand(1, 2, 64, 64)
+    assert not torch.allclose(model(xrays)[0], model(xrays.flip(1))[0], atol=1e-4)
+
+
+def test_a_mark_in_one_view_changes_the_voxels_on_its_rays_most():
+    """Without the bottleneck's global context, the response to a PA mark is a beam at its row and column."""
+    model = small(transformer_blocks=0).eval()
+    xrays = torch.full((1, 2, 64, 64), 0.3)
+    marked = xrays.clone()
+    marked[0, 0, 8:12, 40:44] = 0.9  # a quarter from the top, right of the middle
+    with torch.no_grad():
+        change = model.decoder[2].lift(features(model, marked), model.geometry, (16, 16, 16))
+        change = (change - model.decoder[2].lift(features(model, xrays), model.geometry, (16, 16, 16))).abs().sum(1)[0]
+    z, _, x = (change == change.max()).nonzero()[0].tolist()
+    assert abs(z - 2.5) <= 1.5
+    assert abs(x - 10.5) <= 1.5
+    far = change[:, :, :4].max()  # columns the PA mark's rays never meet; the lateral view is unchanged
+    assert far < 0.2 * change.max()
+
+
+def features(model, xrays):
+    return model.encoder(xrays)[1]
+
+
+def test_geometry_reaches_the_lifting_and_travels_with_the_weights():
+    cone, parallel = small(), small(geometry=Geometry("parallel"))
+    xrays = torch.rand(1, 2, 64, 64)
+    assert not torch.allclose(cone.eval()(xrays)[0], parallel.eval()(xrays)[0], atol=1e-5)
+    cone.load_state_dict(parallel.state_dict())
+    assert cone.geometry == Geometry("parallel")
+    assert torch.equal(cone(xrays)[0], parallel(xrays)[0])
+
+
+def test_other_resolutions_are_resampled_to_the_trained_one():
+    model = small(xray_size=64).eval()
+    phantom = torch.zeros(1, 1, 32, 32, 32)
+    phantom[..., 8:20, 8:24, 10:30] = 0.5
+    fine = render_xrays(phantom, Geometry(), (128, 128))
+    coarse = torch.nn.functional.interpolate(fine, size=64, mode="area")
+    assert torch.allclose(model(fine)[0], model(coarse)[0], atol=1e-6)
+    fresh = small()
+    fresh.load_state_dict(model.state_dict())
+    assert fresh.xray_size == 64
+
+
+def test_activation_checkpointing_changes_memory_not_gradients():
+    plain, saving = small(), small(activation_checkpointing=True)
+    xrays = torch.rand(1, 2, 64, 64)
+    for model in (plain, saving):
+        volume, aux = model.train()(xrays)
+        (volume.mean() + aux["volume_8"].mean()).backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters()):
+        assert torch.allclose(a.grad, b.grad, atol=1e-6), name
+
+
+def test_channels_last_and_bfloat16_agree_with_float32():
+    model = small().eval()
+    xrays = torch.rand(1, 2, 64, 64)
+    with torch.no_grad():
+        reference = model(xrays)[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = model(xrays)[0]
+        last = to_channels_last(model)(xrays)[0]
+    assert torch.allclose(last, reference, atol=1e-5)
+    assert (low.float() - reference).abs().mean() < 0.02
+
+
+def test_it_learns_one_pair():
+    torch.manual_seed(0)
+    model = EnhancedDirectModel(**{**SMALL, "decoder_blocks": (1, 1, 1), "transformer_blocks": 1})
+    target = torch.zeros(1, 1, 16, 16, 16)
+    target[..., 4:12, 5:11, 3:9] = 0.6
+    xrays = render_xrays(target, model.geometry, (64, 64))
+    criterion = EnhancedLoss(perceptual_weight=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        volume, aux = model(xrays)
+        total, _ = criterion(volume, target, aux=aux)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        losses.append(total.item())
+    assert losses[-1] < 0.25 * losses[0]
+
+
+def test_load_base_model_names_a_file_whose_weights_do_not_fit(tmp_path):
+    from checkpoints import save_checkpoint
+
+    config = {**SMALL, "decoder_blocks": (1, 1, 1), "transformer_blocks": 1}
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+    state = small().state_dict()
+    path = tmp_path / "base.pt"
+    save_checkpoint(path, {"kind": model_enhanced.KIND, "model_config": config, "model_state_dict": state})
+    model, data = model_enhanced.load_base_model(path)
+    assert not model.training
+    assert data["model_config"] == config
+    del state["prior"]
+    save_checkpoint(path, {"kind": model_enhanced.KIND, "model_config": config, "model_state_dict": state})
+    with pytest.raises(InputError, match=r"base\.pt.*do not fit"):
+        model_enhanced.load_base_model(path)
