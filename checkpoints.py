@@ -71,7 +71,11 @@ def check_compatible(path, checkpoint: dict, **expected) -> None:
             same = not differing
             detail = ", ".join(f"{k} {found.get(k)} against {wanted.get(k)}" for k in differing)
         else:
-            same = list(found) == list(wanted) if isinstance(wanted, list | tuple) and found is not None else found == wanted
+            same = (
+                list(found) == list(wanted)
+                if isinstance(wanted, list | tuple) and found is not None
+                else found == wanted
+            )
             detail = f"{found} against {wanted}"
         if not same:
             raise InputError(f"{path}: the checkpoint's {key} is not the data's: {detail}")

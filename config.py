@@ -52,6 +52,7 @@ class LossConfig:
     mse_weight: float = 0.0
     projection_weight: float = 0.0
     perceptual_weights: str = "imagenet"  # imagenet, random, or a path to VGG16 weights
+    perceptual_slices: int = 4  # slices per orientation and volume that VGG16 sees at each step
     use_scan_mask: bool = False  # leave out what the scan did not see (then strict scores there are up to chance)
 
 
@@ -98,6 +99,7 @@ MINIMUM = {
     "training.gradient_accumulation_steps": 1,
     "training.warmup_epochs": 0.0,
     "training.ema_decay": 0.0,
+    "loss.perceptual_slices": 1,
     "data.max_patients": 1,
     "data.repeats": 1,
     "data.num_workers": 0,

@@ -133,7 +133,12 @@ class Manifest:
         if self.present:
             self._read(path, patients)
         else:
-            self.geometry, self.hu_window, self.xray_scale, self.cube_size = Geometry(), HU_WINDOW, XRAY_SCALE, CUBE_SIZE
+            self.geometry, self.hu_window, self.xray_scale, self.cube_size = (
+                Geometry(),
+                HU_WINDOW,
+                XRAY_SCALE,
+                CUBE_SIZE,
+            )
             self.split = split_by_hash(patients)
 
     def _read(self, path, patients):
@@ -205,7 +210,11 @@ class PatientDataset(Dataset):
                 stacklevel=2,
             )
         self.has_manifest = manifest.present
-        self.geometry, self.xray_scale, self.cube_size = manifest.geometry, manifest.xray_scale, manifest.cube_size
+        self.geometry, self.xray_scale, self.cube_size = (
+            manifest.geometry,
+            manifest.xray_scale,
+            manifest.cube_size,
+        )
         self.hu_window = tuple(hu_window or manifest.hu_window)
         self.splits = manifest.split
         self.split_hash = split_hash(manifest.split)
@@ -235,7 +244,12 @@ class PatientDataset(Dataset):
         volume, mask = torch.from_numpy(np.array(volume))[None], torch.from_numpy(np.array(mask))[None]
         if not self.raw:
             volume, mask = volume.float().div_(65535.0), mask.float()
-        item = {"id": patient.id, "ct_volume": volume, "mask": mask, "affine": torch.from_numpy(np.array(affine))}
+        item = {
+            "id": patient.id,
+            "ct_volume": volume,
+            "mask": mask,
+            "affine": torch.from_numpy(np.array(affine)),
+        }
         if self.xray_size is not None:
             xrays = self._xrays(patient)
             item["xrays"] = torch.from_numpy(xrays.astype(np.float32)).div_(65535.0)
@@ -262,14 +276,21 @@ class PatientDataset(Dataset):
         ranks that build the same entry write the same bytes, each under its own temporary name.
         """
         stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
-        settings = [CACHE_VERSION, name, list(shape), self.geometry.to_dict(), self.hu_window, self._normalization]
+        settings = [
+            CACHE_VERSION,
+            name,
+            list(shape),
+            self.geometry.to_dict(),
+            self.hu_window,
+            self._normalization,
+        ]
         key = hashlib.sha256(json.dumps([settings, stamps], sort_keys=True).encode()).hexdigest()[:16]
         path = self.cache / patient.id / f"{name}-{key}.npy"
         try:
             array = np.load(path, mmap_mode="r")
             if array.shape == tuple(shape) and array.dtype == dtype:
                 return array
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             pass  # absent, or cut short by a crash of the machine: made again below
         array = np.ascontiguousarray(make(), dtype=dtype)
         with atomic_path(path) as temporary, open(temporary, "wb") as stream:
@@ -315,7 +336,9 @@ class PatientDataset(Dataset):
     def _xrays(self, patient):
         sources = [p for p in (*patient.xrays, patient.volume) if p is not None]
         shape = (2, self.xray_size, self.xray_size)
-        return self._cached(patient, f"xrays{self.xray_size}", shape, np.uint16, sources, lambda: self._read_xrays(patient))
+        return self._cached(
+            patient, f"xrays{self.xray_size}", shape, np.uint16, sources, lambda: self._read_xrays(patient)
+        )
 
     def _read_xrays(self, patient):
         images, rendered = [], None

@@ -40,7 +40,13 @@ LABELS = {
 }
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the scaler may skip while it finds its scale
 # Settings that may change between a run and its continuation: they do not change the result.
-FREE_ON_RESUME = ("logging.", "data.num_workers", "data.prefetch_factor", "data.cache_dir", "data.dataset_path")
+FREE_ON_RESUME = (
+    "logging.",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.cache_dir",
+    "data.dataset_path",
+)
 
 
 class TrainingError(InputError):
@@ -169,7 +175,9 @@ class EpochPlan:
     whole global batches; step s takes positions ``[s G, (s + 1) G)``, split over micro-batches and ranks.
     """
 
-    def __init__(self, patients: int, repeats: int, batch_size: int, accumulation: int, processes: Processes, seed: int):
+    def __init__(
+        self, patients: int, repeats: int, batch_size: int, accumulation: int, processes: Processes, seed: int
+    ):
         self.count, self.repeats, self.batch_size = patients, repeats, batch_size
         self.accumulation, self.processes, self.seed = accumulation, processes, seed
         self.global_batch = batch_size * accumulation * processes.world_size
@@ -187,7 +195,10 @@ class EpochPlan:
         batches = []
         for step in range(first_step, self.steps):
             for micro in range(self.accumulation):
-                start = step * self.global_batch + (micro * self.processes.world_size + self.processes.rank) * self.batch_size
+                start = (
+                    step * self.global_batch
+                    + (micro * self.processes.world_size + self.processes.rank) * self.batch_size
+                )
                 batches.append(list(range(start, start + self.batch_size)))
         return batches
 
@@ -199,8 +210,8 @@ def accumulation_steps(config, world_size: int) -> int:
     per_round = training.batch_size * world_size
     if wanted % per_round:
         raise InputError(
-            f"the global batch of {wanted} (training.batch_size x gradient_accumulation_steps x world_size) cannot be made"
-            f" of {world_size} processes x {training.batch_size}; change training.batch_size or world_size"
+            f"the global batch of {wanted} (training.batch_size x gradient_accumulation_steps x world_size)"
+            f" cannot be made of {world_size} processes x {training.batch_size}; change training.batch_size or world_size"
         )
     return wanted // per_round
 
@@ -262,7 +273,12 @@ class Trainer:
         )
         accumulation = accumulation_steps(config, processes.world_size)
         self.plan = EpochPlan(
-            len(task.train_data), config.data.repeats, training.batch_size, accumulation, processes, training.seed
+            len(task.train_data),
+            config.data.repeats,
+            training.batch_size,
+            accumulation,
+            processes,
+            training.seed,
         )
         self.epoch, self.step_in_epoch, self.updates, self.best_psnr = 1, 0, 0, None
         self.sums: dict[str, float] = {}
@@ -338,7 +354,11 @@ class Trainer:
         self.runner.train()
         started, first = time.monotonic(), self.step_in_epoch
         bar = tqdm(
-            total=plan.steps, initial=first, desc=f"Epoch {self.epoch}", disable=not self.processes.is_main, leave=False
+            total=plan.steps,
+            initial=first,
+            desc=f"Epoch {self.epoch}",
+            disable=not self.processes.is_main,
+            leave=False,
         )
         iterator = iter(loader)
         while self.step_in_epoch < plan.steps:
@@ -354,8 +374,14 @@ class Trainer:
         bar.close()
         samples = (plan.steps - first) * plan.global_batch
         means = {name: value / plan.steps for name, value in self.sums.items()}
-        rate = learning_rate_at(self.updates, *self._schedule(), training.learning_rate, training.min_learning_rate_ratio)
-        return {**means, "samples_per_second": samples / max(1e-9, time.monotonic() - started), "learning_rate": rate}
+        rate = learning_rate_at(
+            self.updates, *self._schedule(), training.learning_rate, training.min_learning_rate_ratio
+        )
+        return {
+            **means,
+            "samples_per_second": samples / max(1e-9, time.monotonic() - started),
+            "learning_rate": rate,
+        }
 
     def _loader(self, order, batches):
         workers = self.config.data.num_workers if self.processes.device.type == "cuda" else 0
@@ -374,7 +400,9 @@ class Trainer:
     def _step(self, iterator) -> dict[str, float]:
         """One optimiser step over all micro-batches; returns losses averaged over them and the ranks."""
         training, task = self.config.training, self.task
-        rate = learning_rate_at(self.updates, *self._schedule(), training.learning_rate, training.min_learning_rate_ratio)
+        rate = learning_rate_at(
+            self.updates, *self._schedule(), training.learning_rate, training.min_learning_rate_ratio
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -478,7 +506,10 @@ class Trainer:
             for name, value in summary.items():
                 if name == "loss" or name in LABELS:
                     print(f"  {LABELS.get(name, 'Total Loss')}: {value:.4f}")
-            print(f"  {summary['samples_per_second']:.2f} samples/s, learning rate {summary['learning_rate']:.2e}", flush=True)
+            print(
+                f"  {summary['samples_per_second']:.2f} samples/s, learning rate {summary['learning_rate']:.2e}",
+                flush=True,
+            )
         self.log("epoch", **summary)
         if self.epoch % config.logging.val_interval == 0 or self.epoch == config.training.num_epochs:
             metrics = self.validate()

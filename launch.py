@@ -32,7 +32,7 @@ USAGE = """usage: launch_4gpu.sh [demo | test | smoke] [options]   (Windows: lau
 
 
 def read_requirements(path: Path) -> list[tuple[str, str]]:
-    """``(name, least version)`` of every line ``name>=version`` of a requirements file; ``-r`` is followed."""
+    """``(name, least version)`` of every line ``name>=version``; ``-r`` is followed."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         line = line.partition("#")[0].strip()

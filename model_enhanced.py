@@ -1,8 +1,8 @@
 """Stage 1: two X-rays -> a 64^3 volume, by a 2D encoder, geometric lifting and a 3D decoder.
 
-    from model_enhanced import EnhancedDirectModel
-    model = EnhancedDirectModel(volume_size=(64, 64, 64))
-    volume, aux = model(xrays)   # (B, 2, 512, 512) -> (B, 1, 64, 64, 64)
+from model_enhanced import EnhancedDirectModel
+model = EnhancedDirectModel(volume_size=(64, 64, 64))
+volume, aux = model(xrays)   # (B, 2, 512, 512) -> (B, 1, 64, 64, 64)
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ class Lifting(nn.Module):
         # Finer pixels than voxels would alias: average them first.
         target = [max(volume_size[0], 1), max(volume_size[1:])]
         if x.shape[-2] >= 2 * target[0] and x.shape[-1] >= 2 * target[1]:
-            x = F.avg_pool2d(x.flatten(0, 1), (x.shape[-2] // target[0], x.shape[-1] // target[1])).unflatten(0, (-1, 2))
+            x = F.avg_pool2d(x.flatten(0, 1), (x.shape[-2] // target[0], x.shape[-1] // target[1])).unflatten(
+                0, (-1, 2)
+            )
         pa, lateral = lift_features(x, geometry, volume_size).unbind(1)  # (B, c, D, H, W) each
         return self.fuse(torch.cat([pa, lateral, pa * lateral], dim=1))
 
@@ -203,7 +205,9 @@ class EnhancedDirectModel(nn.Module):
         self.bottleneck_size = tuple(n // 8 for n in self.volume_size)
         self.bottleneck_lift = Lifting(widths[3], 2 * c, 4 * c)
         self.prior = nn.Parameter(0.02 * torch.randn(1, 4 * c, *self.bottleneck_size))
-        self.transformer = nn.ModuleList(TransformerBlock(4 * c, heads=max(1, c // 8)) for _ in range(transformer_blocks))
+        self.transformer = nn.ModuleList(
+            TransformerBlock(4 * c, heads=max(1, c // 8)) for _ in range(transformer_blocks)
+        )
         self.bottleneck_block = ResidualBlock(4 * c, 3)
 
         # coarse channels, image channels, lifted channels per view, channels, blocks
@@ -282,5 +286,7 @@ def load_base_model(path, device="cpu") -> tuple[EnhancedDirectModel, dict]:
     try:
         model.load_state_dict(data["model_state_dict"])
     except RuntimeError as error:
-        raise InputError(f"{path}: its weights do not fit its own model_config ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"{path}: its weights do not fit its own model_config ({str(error).splitlines()[0]})"
+        ) from None
     return model.to(device).eval(), data

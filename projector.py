@@ -242,7 +242,12 @@ class _ViewIntegral(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, volume, geometry, view, image_size):
-        ctx.geometry, ctx.view, ctx.image_size, ctx.volume_shape = geometry, view, image_size, volume.shape[2:]
+        ctx.geometry, ctx.view, ctx.image_size, ctx.volume_shape = (
+            geometry,
+            view,
+            image_size,
+            volume.shape[2:],
+        )
         slabs = _to_slabs(volume, view)  # (B, K, D, C)
         batch, count = slabs.shape[:2]
         shape = volume.shape[2:]
@@ -350,7 +355,9 @@ def lift_features(
     if features.ndim != 5 or features.shape[1] != 2:
         raise ValueError(f"features have shape {tuple(features.shape)}; expected (B, 2, C, h, w)")
     if grid_mm is None:
-        weights = [_lift_weights(geometry, v, tuple(volume_size), tuple(features.shape[-2:]), features.device) for v in (0, 1)]
+        weights = [
+            _lift_weights(geometry, v, tuple(volume_size), tuple(features.shape[-2:]), features.device) for v in (0, 1)
+        ]
     else:
         grid_mm = tuple(axis.to(features.device, torch.float32) for axis in grid_mm)
         weights = [_lift_weights_at(geometry, v, grid_mm, features.shape[-2:]) for v in (0, 1)]

@@ -1,9 +1,9 @@
 """Train stage 1 (X-rays -> 64^3). Works on 4 GPUs, fewer, or none; the same command resumes.
 
-    python train_enhanced_4gpu.py --data ROOT                      # one process per visible GPU, or the CPU
-    torchrun --nproc_per_node 4 train_enhanced_4gpu.py --data ROOT
-    python train_enhanced_4gpu.py --config config_cpu.json --data ROOT --output runs/cpu
-    python train_enhanced_4gpu.py --data ROOT --set training.batch_size=2 --dry-run
+python train_enhanced_4gpu.py --data ROOT                      # one process per visible GPU, or the CPU
+torchrun --nproc_per_node 4 train_enhanced_4gpu.py --data ROOT
+python train_enhanced_4gpu.py --config config_cpu.json --data ROOT --output runs/cpu
+python train_enhanced_4gpu.py --data ROOT --set training.batch_size=2 --dry-run
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class EnhancedTask:
         self.config = config
         size = config.model.volume_size
         if len(set(size)) != 1:
-            raise InputError(f"model.volume_size is {size}; the data set's field of view is a cube, so expected three equal sizes")
+            raise InputError(
+                f"model.volume_size is {size}; the data set's field of view is a cube, so expected three equal sizes"
+            )
         data = config.data
         common = {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
         root = data.dataset_path
@@ -44,7 +46,9 @@ class EnhancedTask:
         self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
         if self.renders:
             source = config.augment.source_size if config.augment.enabled else size[0] * 2
-            self.train_data = PatientDataset(root, "train", source, None, max_patients=data.max_patients, raw=True, **common)
+            self.train_data = PatientDataset(
+                root, "train", source, None, max_patients=data.max_patients, raw=True, **common
+            )
         else:
             self.train_data = PatientDataset(
                 root, "train", size[0], config.model.xray_size, max_patients=data.max_patients, **common
@@ -58,7 +62,8 @@ class EnhancedTask:
             self.train_data.xray_scale,
         )
         weights = {k: v for k, v in config_dict(config)["loss"].items() if k != "use_scan_mask"}
-        self.criterion = EnhancedLoss(**weights, geometry=self.train_data.geometry).to(processes.device)
+        acquisition = {k: getattr(self.train_data, k) for k in ("geometry", "hu_window", "xray_scale")}
+        self.criterion = EnhancedLoss(**weights, **acquisition).to(processes.device)
         for dataset in (self.train_data, self.val_data):
             bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
             dataset.build_cache(processes.rank, processes.world_size, bar)
@@ -107,7 +112,12 @@ class EnhancedTask:
                 volume, aux = model(batch["xrays"])
                 total, parts = self._criterion(volume, aux, batch)
             volume, target = volume[0, 0].float(), batch["ct_volume"][0, 0]
-            row = {"id": item["id"], "loss": total.item(), "psnr": float(psnr(volume, target)), "ssim_3d": float(ssim_3d(volume, target))}
+            row = {
+                "id": item["id"],
+                "loss": total.item(),
+                "psnr": float(psnr(volume, target)),
+                "ssim_3d": float(ssim_3d(volume, target)),
+            }
             rows.append(row | {name: value.item() for name, value in parts.items()})
         self.criterion.train()
         return rows
@@ -140,8 +150,12 @@ def describe(task: EnhancedTask, model, processes: Processes) -> None:
     batch = config.training.batch_size * accumulation * processes.world_size
     parameters = sum(p.numel() for p in model.parameters())
     precision = Precision(config.training.precision, processes.device).name
-    print(f"Model: {parameters / 1e6:.2f} M parameters, X-rays {config.model.xray_size}^2 -> {config.model.volume_size[0]}^3")
-    print(f"Data: {config.data.dataset_path}, {len(task.train_data)} training and {len(task.val_data)} validation patients")
+    print(
+        f"Model: {parameters / 1e6:.2f} M parameters, X-rays {config.model.xray_size}^2 -> {config.model.volume_size[0]}^3"
+    )
+    print(
+        f"Data: {config.data.dataset_path}, {len(task.train_data)} training and {len(task.val_data)} validation patients"
+    )
     print(f"Geometry: {task.train_data.geometry}; HU window {list(task.train_data.hu_window)}")
     print(f"X-rays in training: {'rendered from the augmented volume' if task.renders else 'files, no augmentation'}")
     print(
@@ -169,11 +183,16 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     config = read_config(args)
     if not Path(config.data.dataset_path).is_dir():
-        raise InputError(f"{config.data.dataset_path}: no such data set; make one with prepare_data.py, then pass --data ROOT")
+        raise InputError(
+            f"{config.data.dataset_path}: no such data set; make one with prepare_data.py, then pass --data ROOT"
+        )
     try:
         launch(worker, config.world_size, args)
     except Interrupted as signal_received:
-        print(f"{signal_received}: saved {Path(args.output) / 'last.pt'}; the same command goes on from there", file=sys.stderr)
+        print(
+            f"{signal_received}: saved {Path(args.output) / 'last.pt'}; the same command goes on from there",
+            file=sys.stderr,
+        )
         return 128 + signal_received.signal_number
     return 0
 

@@ -1,7 +1,7 @@
 """Reading and writing X-ray pictures: any common format to float32 in [0, 1], attenuation bright (bone white).
 
-    from xray_io import check_views, read_xray, write_png16
-    pa = read_xray("ID_pa_drr.png", size=512).pixels
+from xray_io import check_views, read_xray, write_png16
+pa = read_xray("ID_pa_drr.png", size=512).pixels
 """
 
 from __future__ import annotations
@@ -152,7 +152,14 @@ def _decode_dicom(path):
     try:
         data = pydicom.dcmread(path)
         array = data.pixel_array.astype(np.float64)
-    except (pydicom.errors.InvalidDicomError, AttributeError, ValueError, EOFError, RuntimeError, NotImplementedError) as error:
+    except (
+        pydicom.errors.InvalidDicomError,
+        AttributeError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
         raise InputError(f"{path}: not a readable DICOM picture ({error})") from None
     array = array * float(data.get("RescaleSlope", 1) or 1) + float(data.get("RescaleIntercept", 0) or 0)
     notes = []
@@ -190,7 +197,9 @@ def _check_polarity(path, pixels) -> None:
     border = np.median(np.concatenate([pixels[:, :edge], pixels[:, -edge:]], axis=1))
     middle = np.median(pixels[rows // 4 : -rows // 4, columns // 4 : -columns // 4])
     if border > middle + 0.25 * (pixels.max() - pixels.min()):
-        raise InputError(f"{path}: bone looks dark and air bright; expected bone bright (invert the picture, or pass --invert)")
+        raise InputError(
+            f"{path}: bone looks dark and air bright; expected bone bright (invert the picture, or pass --invert)"
+        )
 
 
 def _fit(pixels, size, notes):
@@ -213,7 +222,7 @@ def _fit(pixels, size, notes):
 
 
 def body_width(pixels: np.ndarray) -> float:
-    """Mean width of the body as a share of the picture's width: pixels above a tenth of the 99th percentile."""
+    """Mean width of the body as a share of the picture's width: pixels above 0.15 of the 99th percentile."""
     return float((pixels > 0.15 * np.percentile(pixels, 99)).mean())
 
 
@@ -238,5 +247,8 @@ def check_views(pa: np.ndarray, lateral: np.ndarray, names=("the PA view", "the 
     if min(p.std() for p in profiles) > 0:
         match = float(np.corrcoef(*profiles)[0, 1])
         if match < 0.5:
-            return [f"{names[0]} and {names[1]} hardly match row by row (correlation {match:.2f}): same patient, both upright?"]
+            return [
+                f"{names[0]} and {names[1]} hardly match row by row (correlation {match:.2f}):"
+                " same patient, both upright?"
+            ]
     return []

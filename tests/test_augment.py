@@ -77,7 +77,12 @@ def test_mirroring_swaps_the_sides_in_the_frontal_view_only(volume):
     plain, mirrored = make(volume), make(volume, mirror_probability=1.0)
     assert torch.allclose(mirrored["ct_volume"], plain["ct_volume"].flip(-1), atol=1e-4)
     assert torch.allclose(mirrored["xrays"][:, 0], plain["xrays"][:, 0].flip(-1), atol=1e-3)
-    parallel = PairMaker(Geometry("parallel"), (32,) * 3, 64, AugmentConfig(source_size=64, **{**OFF, "mirror_probability": 1.0}))
+    parallel = PairMaker(
+        Geometry("parallel"),
+        (32,) * 3,
+        64,
+        AugmentConfig(source_size=64, **{**OFF, "mirror_probability": 1.0}),
+    )
     pair = parallel(volume, torch.ones_like(volume), [1])
     lateral = render_xrays(volume, Geometry("parallel"), (64, 64))[:, 1]
     assert torch.allclose(pair["xrays"][:, 1], lateral, atol=1e-3)  # parallel rays: the lateral view cannot tell

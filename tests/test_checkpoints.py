@@ -122,8 +122,8 @@ def test_atomic_path_replaces_only_on_success(tmp_path):
         temporary.write_text("one")
         assert not path.exists()
     assert path.read_text() == "one"
-    with pytest.raises(KeyError), atomic_path(path) as temporary:
+    with pytest.raises(FileNotFoundError), atomic_path(path) as temporary:
         temporary.write_text("two")
-        raise KeyError
+        (tmp_path / "none").read_text()
     assert path.read_text() == "one"
     assert os.listdir(path.parent) == ["out.nii.gz"]

@@ -1,5 +1,6 @@
 """The training engine's pieces: sample plan, schedule, averages, settings that may change, failures."""
 
+import itertools
 import json
 import math
 
@@ -87,7 +88,7 @@ def test_few_patients_are_repeated_to_fill_a_global_batch():
 def test_accumulation_keeps_the_global_batch_or_says_why_not():
     config = load_config(EnhancedConfig, None, ["training.batch_size=4", "world_size=4"])
     assert [accumulation_steps(config, n) for n in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(InputError, match="global batch of 16.*3 processes"):
+    with pytest.raises(InputError, match=r"global batch of 16.*3 processes"):
         accumulation_steps(config, 3)
 
 
@@ -105,7 +106,7 @@ def test_learning_rate_warms_up_then_follows_a_cosine():
     assert rates[9] == rates[10] == pytest.approx(1e-3)
     assert rates[55] == pytest.approx(1e-3 * (0.1 + 0.9 * 0.5))
     assert rates[100] == pytest.approx(1e-4)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_moving_average_matches_the_recurrence():
@@ -151,7 +152,13 @@ def test_a_run_learns_and_leaves_what_it_promises(root, tmp_path, capsys):
     assert len(losses) == 10
     assert losses[-1] < 0.6 * losses[0]
     assert psnr[-1] > psnr[0] + 3
-    assert {p.name for p in tmp_path.iterdir()} == {"best_model.pt", "last.pt", "epoch_5.pt", "epoch_10.pt", "log.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "best_model.pt",
+        "last.pt",
+        "epoch_5.pt",
+        "epoch_10.pt",
+        "log.jsonl",
+    }
     best = load_checkpoint(tmp_path / "best_model.pt", kind="enhanced_direct")
     assert best["metrics"]["psnr"] == pytest.approx(max(psnr))
     assert best["train_patients"] == ["p0", "p1", "p2"]

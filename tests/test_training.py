@@ -26,7 +26,17 @@ def root(tmp_path_factory):
 
 def command(root, output, *overrides):
     options = [word for text in (*TINY, *overrides) for word in ("--set", text)]
-    return [sys.executable, SCRIPT, "--config", str(ROOT / "config_enhanced.json"), "--data", str(root), "--output", str(output), *options]
+    return [
+        sys.executable,
+        SCRIPT,
+        "--config",
+        str(ROOT / "config_enhanced.json"),
+        "--data",
+        str(root),
+        "--output",
+        str(output),
+        *options,
+    ]
 
 
 def environment():
@@ -105,7 +115,15 @@ def test_two_processes_follow_the_same_loss_curve_as_one(root, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(command(root, one)).returncode == 0
     words = command(root, two)[1:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *words,
+    ]
     done = run(torchrun)
     assert done.returncode == 0, done.stderr
     assert "Processes: 2 on cpu" in done.stdout
@@ -135,7 +153,10 @@ def test_dry_run_prints_sizes_and_writes_nothing(root, tmp_path):
         (["--config", "missing.json"], ["missing.json", "no such file"]),
         (["--set", "model.volume_size=[16,16,32]"], ["model.volume_size", "equal"]),
         (["--set", "model.base_channels=20"], ["model.base_channels", "multiple of 16"]),
-        (["--set", "loss.perceptual_weight=0.1", "--set", "loss.perceptual_weights=nowhere.pth"], ["nowhere.pth"]),
+        (
+            ["--set", "loss.perceptual_weight=0.1", "--set", "loss.perceptual_weights=nowhere.pth"],
+            ["nowhere.pth"],
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line_and_nothing_is_written(root, tmp_path, changes, words):

@@ -1,0 +1,316 @@
+"""The patient-folder data set: items, cache, splits, folders made by hand, bad input."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import make_dataset, make_hu
+
+from ct_io import cube_affine, write_cube
+from dataset import PatientDataset, check_split, mean_volume, split_by_hash
+from files import InputError
+from projector import Geometry, hu_to_unit, render_xrays
+from xray_io import write_png16
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("dataset") / "data", cube_size=32, xray_size=64)
+
+
+@pytest.fixture
+def root(made, tmp_path):
+    """A copy that a test may break."""
+    return Path(shutil.copytree(made, tmp_path / "data", ignore=shutil.ignore_patterns(".cache")))
+
+
+def by_hand(root, patient="a", hu=None, xrays=True):
+    """A patient folder as users make it: a CT cube, perhaps two 8-bit pictures, no manifest."""
+    hu = make_hu(1, 64) if hu is None else hu
+    write_cube(root / patient / f"{patient}.nii.gz", hu, cube_affine((0, 0, 0), 360.0, hu.shape[0]))
+    if xrays:
+        volume = torch.from_numpy(hu_to_unit(hu.astype(np.float32)))[None, None]
+        for name, image in zip(("pa", "lat"), render_xrays(volume, Geometry(), (128, 128))[0].numpy()):
+            Image.fromarray((255 * image / image.max()).astype(np.uint8)).save(root / patient / f"{patient}_{name}.png")
+
+
+def quiet(*arguments, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PatientDataset(*arguments, **options)
+
+
+# -- items ---------------------------------------------------------------------------------------
+
+
+def test_items_hold_what_the_files_say(root):
+    data = PatientDataset(root, "test", volume_size=16, xray_size=64)
+    item = data[0]
+    assert (item["id"], len(data)) == ("p4", 2)
+    assert item["xrays"].shape == (2, 64, 64)
+    assert item["ct_volume"].shape == item["mask"].shape == (1, 16, 16, 16)
+    stored = nib.load(root / "p4" / "p4.nii.gz")
+    hu = np.asarray(stored.dataobj).transpose(2, 1, 0).astype(np.float32)
+    expected = hu_to_unit(hu).reshape(16, 2, 16, 2, 16, 2).mean((1, 3, 5))
+    assert np.abs(item["ct_volume"][0].numpy() - expected).max() < 1e-4
+    assert item["ct_volume"].dtype == item["xrays"].dtype == torch.float32
+    picture = np.asarray(Image.open(root / "p4" / "p4_pa_drr.png")) / 65535.0
+    assert np.abs(item["xrays"][0].numpy() - picture).max() < 1e-4
+    # The affine maps the coarse voxels to the same place: the centre of the cube, twice the spacing.
+    centre = item["affine"].numpy() @ [7.5, 7.5, 7.5, 1]
+    assert np.allclose(centre, stored.affine @ [15.5, 15.5, 15.5, 1])
+    assert np.allclose(np.diag(item["affine"])[:3], 2 * np.diag(stored.affine)[:3])
+
+
+def test_the_scan_mask_is_read(root):
+    data = PatientDataset(root, "all", volume_size=16, xray_size=None)
+    masks = {data[i]["id"]: data[i]["mask"] for i in range(len(data))}
+    assert masks["p0"].min() == 1
+    assert masks["p1"][0, :2].max() == 0
+    assert masks["p1"][0, 2:].min() == 1
+
+
+def test_raw_items_are_the_same_numbers_in_fewer_bytes(root):
+    plain, raw = (PatientDataset(root, "val", 16, None, raw=flag)[0] for flag in (False, True))
+    assert raw["ct_volume"].dtype == torch.uint16
+    assert torch.equal(raw["ct_volume"].float() / 65535.0, plain["ct_volume"])
+    assert torch.equal(raw["mask"].float(), plain["mask"])
+
+
+def test_mean_volume_is_the_mean(root):
+    data = PatientDataset(root, "train", 16, None)
+    expected = torch.stack([data[i]["ct_volume"] for i in range(3)]).mean(0)
+    assert torch.allclose(mean_volume(data), expected, atol=1e-6)
+
+
+# -- cache ---------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_built_once_and_read_from_then_on(root):
+    data = PatientDataset(root, "train", 16, 64)
+    data.build_cache()
+    files = {p: p.stat().st_mtime_ns for p in (root / ".cache").rglob("*.npy")}
+    assert len(files) == 3 * 4
+    first = data[0]
+    again = PatientDataset(root, "train", 16, 64)[0]
+    assert torch.equal(first["ct_volume"], again["ct_volume"])
+    assert {p: p.stat().st_mtime_ns for p in (root / ".cache").rglob("*.npy")} == files
+
+
+def test_ranks_share_the_work_of_building_the_cache(root):
+    PatientDataset(root, "all", 16, 64).build_cache(rank=1, world_size=2)
+    assert {p.name for p in (root / ".cache").iterdir()} == {"p1", "p3", "p5"}
+
+
+def test_a_changed_source_is_read_anew(root):
+    before = PatientDataset(root, "val", 16, 64)[0]
+    hu = make_hu(99, 32)
+    write_cube(root / "p3" / "p3.nii.gz", hu, nib.load(root / "p3" / "p3.nii.gz").affine)
+    after = PatientDataset(root, "val", 16, 64)[0]
+    assert not torch.allclose(before["ct_volume"], after["ct_volume"], atol=0.05)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other"])
+def test_a_damaged_cache_entry_is_made_again(root, damage):
+    expected = PatientDataset(root, "val", 16, 64)[0]["ct_volume"]
+    path = next((root / ".cache" / "p3").glob("volume16-*.npy"))
+    if damage == "other":
+        np.save(path, np.zeros((4, 4), np.uint16))
+    else:
+        path.write_bytes(path.read_bytes()[:200] if damage == "cut" else b"")
+    assert torch.equal(PatientDataset(root, "val", 16, 64)[0]["ct_volume"], expected)
+
+
+def test_the_cache_can_live_elsewhere(root, tmp_path):
+    PatientDataset(root, "val", 16, 64, cache_dir=tmp_path / "cache").build_cache()
+    assert (tmp_path / "cache" / "p3").is_dir()
+    assert not (root / ".cache").exists()
+
+
+# -- splits --------------------------------------------------------------------------------------
+
+
+def test_split_by_hash_is_stable_complete_and_disjoint():
+    ids = [f"patient{i}" for i in range(200)]
+    split = split_by_hash(ids)
+    parts = [set(split[name]) for name in ("train", "val", "test")]
+    assert set.union(*parts) == set(ids)
+    assert sum(map(len, parts)) == 200
+    assert 8 <= len(parts[1]) <= 35
+    assert 8 <= len(parts[2]) <= 35
+    more = split_by_hash([*ids, "another", "one more"])
+    for name in split:
+        assert set(split[name]) <= set(more[name])
+    assert split == split_by_hash(reversed(ids))
+
+
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_small_data_sets_still_get_validation_and_test_patients(count):
+    split = split_by_hash([f"x{i}" for i in range(count)])
+    assert all(split[name] for name in split)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ({"train": ["a", "b"], "val": ["b"], "test": ["c"]}, "b stands in both train and val"),
+        ({"train": ["a", "b"], "val": ["c"], "test": ["d"]}, "no data for patients d"),
+        ({"train": ["a"], "val": ["b"], "test": []}, "c stand in no split"),
+        ({"training": ["a", "b", "c"]}, "expected lists named train, val and test"),
+    ],
+)
+def test_bad_splits_are_named(split, words):
+    with pytest.raises(InputError, match=rf"split\.json.*{words}"):
+        check_split(split, ["a", "b", "c"], "split.json")
+
+
+# -- folders made by hand ------------------------------------------------------------------------
+
+
+def test_a_folder_without_manifest_works_with_stated_defaults(tmp_path):
+    for name, hu in zip("abc", (make_hu(s, 64) for s in range(3))):
+        by_hand(tmp_path, name, hu, xrays=name != "c")
+    with pytest.warns(UserWarning, match=r"no dataset\.json: assuming cone.*HU window.*normalised by 'percentile'"):
+        data = PatientDataset(tmp_path, "all", volume_size=16, xray_size=64)
+    assert not data.has_manifest
+    items = {item["id"]: item for item in (data[i] for i in range(3))}
+    hu = torch.from_numpy(hu_to_unit(make_hu(2, 64).astype(np.float32)))[None, None]
+    own = render_xrays(hu, Geometry(), (512, 512))
+    expected = torch.nn.functional.interpolate(own, size=64, mode="area")[0].clip(0, 1)
+    assert torch.allclose(items["c"]["xrays"], expected, atol=0.02)  # missing: rendered
+    assert np.corrcoef(items["a"]["xrays"][0].ravel(), render_64(0)[0].ravel())[0, 1] > 0.99  # 8 bit: as given
+
+
+def render_64(seed):
+    volume = torch.from_numpy(hu_to_unit(make_hu(seed, 64).astype(np.float32)))[None, None]
+    return render_xrays(volume, Geometry(), (64, 64))[0].numpy()
+
+
+def test_a_ct_of_any_orientation_gives_the_same_volume(tmp_path):
+    hu = make_hu(4, 64)[:60]  # not a cube: located and resampled as any CT
+    (tmp_path / "plain" / "a").mkdir(parents=True)
+    image = nib.Nifti1Image(hu.transpose(2, 1, 0), cube_affine((0, 0, 0), 360.0, 64))
+    nib.save(image, tmp_path / "plain" / "a" / "a.nii.gz")
+    turned = image.as_reoriented(nib.io_orientation(image.affine)[[2, 0, 1]])
+    (tmp_path / "turned" / "a").mkdir(parents=True)
+    nib.save(nib.as_closest_canonical(turned), tmp_path / "turned" / "a" / "a.nii.gz")
+    one, two = (quiet(tmp_path / name, "all", 16, None)[0]["ct_volume"] for name in ("plain", "turned"))
+    assert (one - two).abs().mean() < 0.005
+    assert not torch.allclose(one, one.flip(-1), atol=0.1)
+
+
+def test_an_array_volume_needs_no_affine(tmp_path):
+    (tmp_path / "a").mkdir()
+    np.save(tmp_path / "a" / "a.npy", make_hu(5, 64))
+    volume = quiet(tmp_path, "all", 16, None)[0]["ct_volume"][0].numpy()
+    expected = hu_to_unit(make_hu(5, 64).astype(np.float32)).reshape(16, 4, 16, 4, 16, 4).mean((1, 3, 5))
+    assert np.abs(volume - expected).mean() < 0.01
+    np.save(tmp_path / "a" / "a.npy", make_hu(5, 64)[:32])
+    with pytest.raises(InputError, match=r"a\.npy.*\(32, 64, 64\)"):
+        quiet(tmp_path, "all", 16, None)[0]
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def test_empty_and_missing_folders(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: no such folder"):
+        PatientDataset(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no patient folder found"):
+        PatientDataset(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "other.nii.gz").touch()
+    with pytest.raises(InputError, match=r"no patient folder found.*prepare_data\.py"):
+        PatientDataset(tmp_path)
+
+
+def test_a_missing_view_is_named(root):
+    (root / "p3" / "p3_lat_drr.png").unlink()
+    with pytest.raises(InputError, match=r"p3_lat_drr\.png.*missing"):
+        PatientDataset(root, "val", 16, 64)
+
+
+def test_a_missing_volume_is_named(root):
+    (root / "p3" / "p3.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"no volume for patient p3"):
+        PatientDataset(root, "val", 16, 64)
+
+
+def break_xray(root, how):
+    path = root / "p3" / "p3_pa_drr.png"
+    if how == "black":
+        write_png16(path, np.zeros((64, 64)))
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:300])
+    elif how == "swapped":
+        lateral = path.with_name("p3_lat_drr.png")
+        path.rename(root / "keep.png")
+        lateral.rename(path)
+        (root / "keep.png").rename(lateral)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("black", "all black"), ("truncated", "truncated"), ("swapped", "look swapped")]
+)
+def test_unusable_xrays_are_named(root, how, words):
+    path = break_xray(root, how)
+    with pytest.raises(InputError, match=words) as error:
+        PatientDataset(root, "val", 16, 64)[0]
+    assert str(path) in str(error.value)
+
+
+def test_a_broken_volume_is_named(root):
+    path = root / "p3" / "p3.nii.gz"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"p3\.nii\.gz"):
+        PatientDataset(root, "val", 16, 64)[0]
+
+
+def edit(root, **changes):
+    data = json.loads((root / "dataset.json").read_text())
+    data.update(changes)
+    (root / "dataset.json").write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": 99}, "format_version 99"),
+        ({"geometry": {"kind": "fan"}}, "fan"),
+        ({"geometry": {"sid": 5}}, "sid"),
+        ({"geometry": None}, "geometry"),
+        ({"mu_water": 0.03}, "mu_water 0.03"),
+        ({"hu_window": "wide"}, "dataset.json"),
+        ({"split": {"train": ["p0", "p1"], "val": ["p1"], "test": []}}, "p1 stands in both"),
+    ],
+)
+def test_a_bad_manifest_is_named(root, changes, words):
+    edit(root, **changes)
+    with pytest.raises(InputError, match=words) as error:
+        PatientDataset(root, "train", 16, 64)
+    assert "dataset.json" in str(error.value)
+
+
+def test_unlisted_folders_are_left_out_and_said(root):
+    by_hand(root, "stranger", xrays=False)
+    with pytest.warns(UserWarning, match="stranger is not in"):
+        data = PatientDataset(root, "all", 16, None)
+    assert "stranger" not in data.ids
+
+
+def test_sizes_that_do_not_fit_and_empty_splits(root):
+    with pytest.raises(InputError, match="24 does not divide"):
+        PatientDataset(root, "train", 24, None)
+    with pytest.raises(InputError, match="one of train, val, test, all"):
+        PatientDataset(root, "dev", 16, None)
+    data = json.loads((root / "dataset.json").read_text())["split"]
+    edit(root, split={"train": data["train"] + data["val"], "val": [], "test": data["test"]})
+    with pytest.raises(InputError, match="val split is empty"):
+        PatientDataset(root, "val", 16, None)
