@@ -20,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 JOBS = {"demo": "demo.py", "smoke": "test_enhanced.py", "train": "train_enhanced_4gpu.py"}
 MAX_GPUS = 4
+WINDOWS = os.name == "nt"
 USAGE = """usage: launch_4gpu.sh [demo | test | smoke] [options]   (Windows: launch_4gpu.bat)
   (no word)  train on up to 4 GPUs, or the CPU: options of train_enhanced_4gpu.py, such as --data ROOT
   demo       phantoms -> data -> training -> scores and pictures: options of demo.py
@@ -70,7 +71,7 @@ def missing_requirements(path: Path) -> list[str]:
 
 def venv_python(venv: Path) -> Path:
     """The interpreter of a virtual environment."""
-    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    return venv / ("Scripts/python.exe" if WINDOWS else "bin/python")
 
 
 def works(python: Path) -> bool:
@@ -138,7 +139,7 @@ def job_command(python: Path, word: str, options: list[str]) -> list[str]:
     command = [str(python)]
     if word == "train":
         processes = min(MAX_GPUS, gpu_count(python))
-        if processes >= 2 and os.name != "nt":
+        if processes >= 2 and not WINDOWS:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*command, str(HERE / JOBS[word]), *options]
 
@@ -146,7 +147,7 @@ def job_command(python: Path, word: str, options: list[str]) -> list[str]:
 def run(command: list[str]) -> int:
     """Run the job in place of this process, so that signals reach it and its exit status is ours."""
     sys.stdout.flush()
-    if os.name == "nt":
+    if WINDOWS:
         return subprocess.call(command)
     os.execv(command[0], command)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from numbers import Real
 
 import torch
 
@@ -88,15 +89,16 @@ class Geometry:
     def __post_init__(self):
         if self.kind not in ("cone", "parallel"):
             raise ValueError(f"geometry.kind is {self.kind!r}; expected 'cone' or 'parallel'")
-        if not self.fov_mm > 0:
-            raise ValueError(f"geometry.fov_mm is {self.fov_mm}; expected a length above 0 mm")
+        self._check_length("fov_mm")
         if self.kind == "parallel":
             # Distances mean nothing for parallel rays: dropped, so that equal geometries compare equal.
             self._set("sdd_mm", None)
             self._set("sid_mm", None)
         else:
-            self._set("sdd_mm", 1800.0 if self.sdd_mm is None else float(self.sdd_mm))
-            self._set("sid_mm", 1600.0 if self.sid_mm is None else float(self.sid_mm))
+            self._set("sdd_mm", 1800.0 if self.sdd_mm is None else self.sdd_mm)
+            self._set("sid_mm", 1600.0 if self.sid_mm is None else self.sid_mm)
+            self._check_length("sdd_mm")
+            self._check_length("sid_mm")
             if not self.sid_mm > self.fov_mm / 2:
                 raise ValueError(
                     f"geometry.sid_mm is {self.sid_mm}; the source must lie outside the cube"
@@ -110,10 +112,13 @@ class Geometry:
         if self.detector_mm is None:
             scale = 1.0 if self.kind == "parallel" else self.sdd_mm / self.sid_mm
             self._set("detector_mm", self.fov_mm * scale)
-        if not self.detector_mm > 0:
-            raise ValueError(f"geometry.detector_mm is {self.detector_mm}; expected a length above 0 mm")
-        self._set("fov_mm", float(self.fov_mm))
-        self._set("detector_mm", float(self.detector_mm))
+        self._check_length("detector_mm")
+
+    def _check_length(self, name):
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+            raise ValueError(f"geometry.{name} is {value!r}; expected a length above 0 mm")
+        self._set(name, float(value))
 
     def _set(self, name, value):
         object.__setattr__(self, name, value)

@@ -73,9 +73,7 @@ def _subject(subject_class, mu, fov_mm):
     to_grid = torch.diag(torch.cat([2 / edges, step.new_ones(1)]))
     to_grid[:3, 3] = 1 / edges - 1
     label, centre = mu.new_zeros(1, 1, 1, 1, 1), mu.new_zeros(3)
-    return subject_class(
-        mu, label, to_world, to_world.inverse(), to_grid, centre, max_label=0, convert_to_mu=False
-    )
+    return subject_class(mu, label, to_world, to_world.inverse(), to_grid, centre, max_label=0, convert_to_mu=False)
 
 
 def _poses(source_mm, device):

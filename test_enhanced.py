@@ -204,11 +204,11 @@ def check_precision(bench: Bench) -> str:
 
 
 def check_checkpointing(bench: Bench) -> str:
-    size = min(128, bench.config.model.xray_size)
-    xrays, target = bench.pair(xray_size=size)
+    small = {"volume_size": [16, 16, 16], "xray_size": min(128, bench.config.model.xray_size)}
+    xrays, target = bench.pair(small["volume_size"], small["xray_size"])
     gradients = []
     for switch in (False, True):
-        model = bench.build_model(alive=True, activation_checkpointing=switch, xray_size=size).train()
+        model = bench.build_model(alive=True, activation_checkpointing=switch, **small).train()
         volume, _ = model(xrays)
         (volume - target).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -316,18 +316,13 @@ def check_split(bench: Bench, split: str) -> str:
     require(all(torch.isfinite(v).all() for v in batch.values()), "an augmented pair has NaN or infinity")
     text = f"X-rays differ from rendered ones by {worst:.1%} at most"
     if data.has_manifest:
-        require(
-            worst < XRAY_TOLERANCE, f"{text}; expected below {XRAY_TOLERANCE:.0%}: prepare the data again"
-        )
+        require(worst < XRAY_TOLERANCE, f"{text}; expected below {XRAY_TOLERANCE:.0%}")
     return f"{len(data)} patient(s) looked at, {text}"
 
 
 def _check_item(item, size, xray_size):
-    expected = {
-        "xrays": (2, xray_size, xray_size),
-        "ct_volume": (1, size, size, size),
-        "mask": (1, size, size, size),
-    }
+    cube = (1, size, size, size)
+    expected = {"xrays": (2, xray_size, xray_size), "ct_volume": cube, "mask": cube}
     for name, shape in expected.items():
         value, patient = item[name], item["id"]
         require(tuple(value.shape) == shape, f"{patient}: {name} is {tuple(value.shape)}; expected {shape}")
@@ -384,14 +379,10 @@ def run_checks(bench: Bench) -> int:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="JSON settings (default: config_enhanced.json beside this script)")
     parser.add_argument("--data", help="data set to look at (default: none)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -401,11 +392,7 @@ def main(argv=None) -> int:
     config = load_config(EnhancedConfig, resolve_config_path(args.config, "config_enhanced.json"), args.set)
     if args.data and not Path(args.data).is_dir():
         raise InputError(f"--data {args.data}: no such folder")
-    geometry = (
-        PatientDataset(args.data, "all", config.model.volume_size[0], None).geometry
-        if args.data
-        else Geometry()
-    )
+    geometry = PatientDataset(args.data, "all", config.model.volume_size[0], None).geometry if args.data else Geometry()
     return 1 if run_checks(Bench(config, torch.device(args.device), geometry, args.data)) else 0
 
 

@@ -1,0 +1,199 @@
+"""The launcher: requirements, .venv, command lines, words and exit statuses; the wrappers' text."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import launch
+
+ROOT = Path(launch.__file__).parent
+
+
+def write_requirements(folder: Path, text: str, name: str = "requirements.txt") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("version", "least", "enough"),
+    [
+        ("2.13.0+cu130", "2.6", True),
+        ("2.6.0", "2.6", True),
+        ("2.6", "2.6.0", True),
+        ("2.5.9", "2.6", False),
+        ("10.3", "9.9", True),
+        ("1.26.0rc1", "1.26", True),
+    ],
+)
+def test_versions_compare_as_numbers(version, least, enough):
+    assert (launch.release(version) >= launch.release(least)) == enough
+
+
+def test_missing_requirements_are_named_with_what_was_found(tmp_path):
+    write_requirements(tmp_path, "numpy>=1.0  # arrays\npytest>=999\n")
+    path = write_requirements(tmp_path, "-r requirements.txt\n\nno-such-package-42>=1\n", "requirements-dev.txt")
+    found = launch.missing_requirements(path)
+    assert len(found) == 2
+    assert re.fullmatch(r"pytest>=999 \(found \d.*\)", found[0])
+    assert found[1] == "no-such-package-42>=1 (not installed)"
+
+
+def test_a_line_that_cannot_be_checked_is_an_error(tmp_path):
+    path = write_requirements(tmp_path, "numpy @ file:///x\n")
+    with pytest.raises(ValueError, match=r"requirements\.txt.*numpy @"):
+        launch.missing_requirements(path)
+
+
+def test_the_project_s_own_requirements_are_read():
+    names = [name for name, _ in launch.read_requirements(ROOT / "requirements-dev.txt")]
+    assert {"torch", "torchvision", "numpy", "nibabel", "pytest", "ruff"} <= set(names)
+
+
+@pytest.fixture
+def installer(monkeypatch):
+    """Records what would be run; making a .venv leaves an interpreter that works."""
+    calls = []
+
+    def call(command, **_):
+        calls.append([str(part) for part in command])
+        if "venv" in command:
+            python = launch.venv_python(Path(command[-1]))
+            python.parent.mkdir(parents=True, exist_ok=True)
+            python.touch()
+        return call.status
+
+    call.status = 0
+    call.calls = calls
+    monkeypatch.setattr(subprocess, "call", call)
+    return call
+
+
+def test_environment_is_installed_once_and_again_when_the_requirements_change(tmp_path, installer):
+    requirements = write_requirements(tmp_path, "numpy>=1\n")
+    constraints = write_requirements(tmp_path, "numpy==2\n", "constraints.txt")
+    python = launch.make_environment(tmp_path / ".venv", requirements, constraints)
+    assert python == launch.venv_python(tmp_path / ".venv")
+    assert installer.calls[0][1:] == ["-m", "venv", "--clear", str(tmp_path / ".venv")]
+    assert installer.calls[1][1:] == ["-m", "pip", "install", "-r", str(requirements), "-c", str(constraints)]
+
+    installer.calls.clear()
+    launch.make_environment(tmp_path / ".venv", requirements, constraints)
+    assert installer.calls == []
+
+    constraints.write_text("numpy==3\n")
+    launch.make_environment(tmp_path / ".venv", requirements, constraints)
+    assert [call[3] for call in installer.calls] == ["--version", "install"]
+
+
+def test_an_installation_that_failed_is_done_again(tmp_path, installer, monkeypatch):
+    requirements = write_requirements(tmp_path, "numpy>=1\n")
+    constraints = write_requirements(tmp_path, "", "constraints.txt")
+    launch.venv_python(tmp_path / ".venv").parent.mkdir(parents=True)
+    launch.venv_python(tmp_path / ".venv").touch()
+    monkeypatch.setattr(launch, "works", lambda python: True)
+    installer.status = 1
+    with pytest.raises(SystemExit, match="installing"):
+        launch.make_environment(tmp_path / ".venv", requirements, constraints)
+    installer.status = 0
+    installer.calls.clear()
+    launch.make_environment(tmp_path / ".venv", requirements, constraints)
+    assert [call[3] for call in installer.calls] == ["install"]
+
+
+def test_a_half_made_environment_does_not_work(tmp_path):
+    assert not launch.works(launch.venv_python(tmp_path))
+    assert launch.works(Path(sys.executable))
+
+
+def test_the_running_python_is_used_where_it_satisfies_the_requirements(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "make_environment", lambda *_: Path("other"))
+    assert launch.find_python(write_requirements(tmp_path, "pytest>=1\n")) == Path(sys.executable)
+    assert launch.find_python(write_requirements(tmp_path, "pytest>=999\n")) == Path("other")
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(0, 0), (1, 0), (2, 2), (4, 4), (8, 4)])
+def test_training_uses_up_to_four_gpus(monkeypatch, gpus, processes):
+    monkeypatch.setattr(launch, "gpu_count", lambda python: gpus)
+    command = launch.job_command(Path("py"), "train", ["--set", "a=1"])
+    assert command[0] == "py"
+    assert command[-3:] == [str(ROOT / "train_enhanced_4gpu.py"), "--set", "a=1"]
+    started_by_torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    assert command[1:-3] == (started_by_torchrun if processes else [])
+
+
+def test_windows_starts_the_processes_without_torchrun(monkeypatch):
+    monkeypatch.setattr(launch, "gpu_count", lambda python: 4)
+    monkeypatch.setattr(launch, "WINDOWS", True)
+    assert launch.job_command(Path("py"), "train", []) == ["py", str(ROOT / "train_enhanced_4gpu.py")]
+
+
+def test_every_word_starts_a_file_that_exists():
+    for word, script in launch.JOBS.items():
+        assert (ROOT / script).is_file(), word
+    assert launch.job_command(Path("py"), "demo", ["--seed", "1"]) == ["py", str(ROOT / "demo.py"), "--seed", "1"]
+    assert launch.job_command(Path("py"), "test", ["-x"]) == ["py", "-m", "pytest", "-x"]
+
+
+def start(*arguments, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(ROOT / "launch_4gpu.sh"), *arguments],
+        cwd=cwd,
+        env={**os.environ, "VIRTUAL_ENV": "active", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(launch.WINDOWS, reason="bash")
+class TestShell:
+    @pytest.mark.parametrize("script", ["launch_4gpu.sh", ".ci/run"])
+    def test_syntax(self, script):
+        assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
+
+    def test_unknown_word_names_the_known_ones(self, tmp_path):
+        result = start("demonstrate", cwd=tmp_path)
+        assert result.returncode == 2
+        assert "'demonstrate'" in result.stderr
+        for word in ("demo", "test", "smoke"):
+            assert word in result.stderr
+
+    def test_job_runs_from_another_folder_and_its_exit_status_is_the_launcher_s(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"modle": {}}')
+        result = start("smoke", "--config", "config.json", cwd=tmp_path)
+        assert result.returncode == 2
+        assert "config.json: unknown key modle" in result.stderr
+
+    def test_an_old_python_is_refused(self, tmp_path):
+        (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "python3").chmod(0o755)
+        env = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+        env["PATH"] = f"{tmp_path}:{env['PATH']}"
+        result = subprocess.run(
+            ["bash", str(ROOT / "launch_4gpu.sh"), "demo"], env=env, capture_output=True, text=True
+        )
+        assert result.returncode == 2
+        assert "3.10" in result.stderr
+
+
+def test_batch_file_is_the_shell_script_for_windows():
+    raw = (ROOT / "launch_4gpu.bat").read_bytes()
+    assert raw.count(b"\n") == raw.count(b"\r\n") > 0
+    text = raw.decode("ascii")  # a batch file is read in the console's own code page
+    assert re.search(r'^%PYTHON% "%~dp0launch\.py" %\*\r\nexit /b %ERRORLEVEL%\r$', text, re.MULTILINE)
+    labels = set(re.findall(r"^:(\w+)", text, re.MULTILINE))
+    assert set(re.findall(r"goto (\w+)", text)) == labels
+    shell = (ROOT / "launch_4gpu.sh").read_text()
+    for name in re.findall(r"\w+\.(?:py|sh)\b", text.replace("%~dp0", "")):
+        assert (ROOT / name).is_file(), name
+    words = re.findall(r"launch_4gpu\.(?:bat|sh) (\w+) ", text)
+    assert words == re.findall(r"launch_4gpu\.(?:bat|sh) (\w+) ", shell)
+    assert set(words) <= {*launch.JOBS, "test"}
+    assert len(words) == 3
