@@ -211,7 +211,8 @@ def accumulation_steps(config, world_size: int) -> int:
     if wanted % per_round:
         raise InputError(
             f"the global batch of {wanted} (training.batch_size x gradient_accumulation_steps x world_size)"
-            f" cannot be made of {world_size} processes x {training.batch_size}; change training.batch_size or world_size"
+            f" cannot be made of {world_size} processes x {training.batch_size};"
+            " change training.batch_size or world_size"
         )
     return wanted // per_round
 

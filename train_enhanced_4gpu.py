@@ -150,12 +150,10 @@ def describe(task: EnhancedTask, model, processes: Processes) -> None:
     batch = config.training.batch_size * accumulation * processes.world_size
     parameters = sum(p.numel() for p in model.parameters())
     precision = Precision(config.training.precision, processes.device).name
-    print(
-        f"Model: {parameters / 1e6:.2f} M parameters, X-rays {config.model.xray_size}^2 -> {config.model.volume_size[0]}^3"
-    )
-    print(
-        f"Data: {config.data.dataset_path}, {len(task.train_data)} training and {len(task.val_data)} validation patients"
-    )
+    sizes = f"X-rays {config.model.xray_size}^2 -> {config.model.volume_size[0]}^3"
+    patients = f"{len(task.train_data)} training and {len(task.val_data)} validation patients"
+    print(f"Model: {parameters / 1e6:.2f} M parameters, {sizes}")
+    print(f"Data: {config.data.dataset_path}, {patients}")
     print(f"Geometry: {task.train_data.geometry}; HU window {list(task.train_data.hu_window)}")
     print(f"X-rays in training: {'rendered from the augmented volume' if task.renders else 'files, no augmentation'}")
     print(

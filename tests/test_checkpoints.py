@@ -122,8 +122,14 @@ def test_atomic_path_replaces_only_on_success(tmp_path):
         temporary.write_text("one")
         assert not path.exists()
     assert path.read_text() == "one"
-    with pytest.raises(FileNotFoundError), atomic_path(path) as temporary:
-        temporary.write_text("two")
-        (tmp_path / "none").read_text()
+
+
+    def fail_halfway():
+        with atomic_path(path) as temporary:
+            temporary.write_text("two")
+            raise KeyError("halfway")
+
+    with pytest.raises(KeyError, match="halfway"):
+        fail_halfway()
     assert path.read_text() == "one"
     assert os.listdir(path.parent) == ["out.nii.gz"]

@@ -168,7 +168,6 @@ def test_box_has_its_analytic_chords(geometry):
         assert through.sum() > 50
         assert images[view][through] == pytest.approx(chords[through], rel=2e-5)
         assert np.abs(images[view] - chords).mean() < 0.06 * chords.mean()  # the sides fade over a voxel
-        assert images[view].sum() == pytest.approx(chords.sum(), rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,342 @@
+"""Reading X-ray pictures: formats, scales, sizes, broken files, mixed-up views."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import xray_io
+from files import InputError
+from projector import Geometry, hu_to_unit, render_xrays
+from tests.tiny_data import make_hu
+from xray_io import REFERENCE_PERCENTILES, body_width, check_views, read_xray, write_png16
+
+
+def picture(rows=48, columns=48, full=1.0):
+    """A bright ellipse with some texture on a dark ground, float64 in [0, full]."""
+    v, u = np.meshgrid(np.linspace(-1, 1, rows), np.linspace(-1, 1, columns), indexing="ij")
+    body = np.clip(1.2 - (v / 1.1) ** 2 - (u / 0.7) ** 2, 0, 1)
+    return full * body * (0.85 + 0.15 * np.sin(9 * u + 5 * v))
+
+
+def eight(**size):
+    return np.rint(picture(**size, full=255)).astype(np.uint8)
+
+
+def sixteen(**size):
+    return np.rint(picture(**size, full=65535)).astype(np.uint16)
+
+
+def refused(path, match, **options):
+    """``path`` is refused with a message that names it and matches ``match``."""
+    with pytest.raises(InputError, match=match) as caught:
+        read_xray(path, **options)
+    assert str(path) in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# Formats and scales
+
+
+def test_png16_round_trip_is_exact(tmp_path):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    values = np.concatenate([values[::2], values[1::2][::-1]])  # every value, brightest in the middle
+    write_png16(tmp_path / "x.png", values / 65535)
+    with Image.open(tmp_path / "x.png") as written:
+        assert np.array_equal(np.asarray(written), values)
+    xray = read_xray(tmp_path / "x.png")
+    assert xray.pixels.dtype == np.float32
+    assert np.array_equal(np.rint(xray.pixels.astype(np.float64) * 65535), values)
+    assert xray.notes == []
+    assert read_xray(tmp_path / "x.png", size=256).notes == []
+
+
+def test_write_png16_clips_rounds_and_refuses(tmp_path):
+    write_png16(tmp_path / "x.png", np.array([[-1.0, 0.4 / 65535, 0.6 / 65535, 2.0]]))
+    assert np.asarray(Image.open(tmp_path / "x.png")).tolist() == [[0, 0, 1, 65535]]
+    for bad in (np.zeros((1, 4, 4)), np.full((4, 4), np.nan), np.full((4, 4), np.inf)):
+        with pytest.raises(ValueError, match=r"y\.png"):
+            write_png16(tmp_path / "y.png", bad)
+    assert not (tmp_path / "y.png").exists()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF", ".bmp"])
+def test_8_bit_pictures_are_divided_by_255(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    Image.fromarray(eight()).save(path)
+    xray = read_xray(path)
+    assert np.array_equal(xray.pixels, (eight() / 255).astype(np.float32))
+    assert xray.notes == []
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "big_endian.tif"])
+def test_16_bit_pictures_are_divided_by_65535(tmp_path, name):
+    values = sixteen()
+    if name.startswith("big"):
+        Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes()).save(tmp_path / name)
+    else:
+        Image.fromarray(values).save(tmp_path / name)
+    assert np.array_equal(read_xray(tmp_path / name).pixels, (values / 65535).astype(np.float32))
+
+
+def test_jpeg_is_close_to_the_picture(tmp_path):
+    Image.fromarray(eight()).save(tmp_path / "x.jpg", quality=95)
+    assert np.abs(read_xray(tmp_path / "x.jpg").pixels - picture()).max() < 0.03
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P"])
+def test_colour_pictures_become_grey_and_say_so(tmp_path, mode):
+    Image.fromarray(eight()).convert(mode).save(tmp_path / "x.png")
+    xray = read_xray(tmp_path / "x.png")
+    assert np.abs(xray.pixels - eight() / 255).max() <= 1.01 / 255
+    assert xray.notes == [f"converted from colour ({mode}) to grey"]
+
+
+def test_float_tiff_is_taken_as_it_is(tmp_path):
+    Image.fromarray(picture().astype(np.float32)).save(tmp_path / "x.tif")
+    assert np.array_equal(read_xray(tmp_path / "x.tif").pixels, picture().astype(np.float32))
+
+
+@pytest.mark.parametrize("make", [picture, eight, sixteen])
+def test_npy_scale_follows_its_type(tmp_path, make):
+    array = make()
+    scale = {"f": 1.0, "u": np.iinfo(array.dtype).max if array.dtype.kind == "u" else None}[array.dtype.kind]
+    np.save(tmp_path / "x.npy", array)
+    np.save(tmp_path / "batch.npy", array[None, None])
+    for name in ("x.npy", "batch.npy"):
+        assert read_xray(tmp_path / name).pixels == pytest.approx(array / scale, abs=1e-6)
+
+
+def test_values_beyond_the_projects_scale_are_refused_unless_percentiles_are_asked_for(tmp_path):
+    for array in (picture(full=3.0), picture() - 0.5, (1000 * picture()).astype(np.int16)):
+        np.save(tmp_path / "x.npy", array)
+        refused(tmp_path / "x.npy", "expected 0 to 1 .*percentile")
+        assert read_xray(tmp_path / "x.npy", "percentile").pixels.max() <= 1
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_percentiles_are_mapped_to_those_of_the_projects_xrays(tmp_path, view):
+    results = []
+    for name, array in {"small": picture(full=1 / 7), "large": picture(full=900) + 55}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        results.append(read_xray(tmp_path / f"{name}.npy", "percentile", view=view).pixels)
+    assert results[0] == pytest.approx(results[1], abs=1e-5)  # scale and offset do not matter
+    expected = np.clip(REFERENCE_PERCENTILES[view], 0, 1)
+    assert np.percentile(results[0], [1, 99]) == pytest.approx(expected, abs=0.005)
+
+
+def test_reference_percentiles_fit_rendered_xrays():
+    volume = torch.from_numpy(hu_to_unit(make_hu(0, 64).astype(np.float32)))[None, None]
+    for view, image in enumerate(render_xrays(volume, Geometry(), (128, 128))[0]):
+        low, high = np.percentile(image.numpy(), [1, 99])
+        assert low == pytest.approx(REFERENCE_PERCENTILES[view][0], abs=0.1)
+        assert high == pytest.approx(REFERENCE_PERCENTILES[view][1], abs=0.2)
+
+
+def test_unknown_normalization_is_named(tmp_path):
+    Image.fromarray(eight()).save(tmp_path / "x.png")
+    with pytest.raises(InputError, match="normalization is 'minmax'; expected one of manifest, percentile"):
+        read_xray(tmp_path / "x.png", "minmax")
+
+
+# ------------------------------------------------------------------------------------------------
+# DICOM
+
+
+def write_dicom(path, pixels, photometric="MONOCHROME2", **tags):
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.UID("1.2.840.10008.5.1.4.1.1.1.1")
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    data = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.Rows, data.Columns = pixels.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, photometric
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
+    data.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_dicom_is_divided_by_its_stored_range(tmp_path):
+    stored = np.rint(picture(full=4000)).astype(np.uint16)
+    for name in ("x.dcm", "IM0001"):  # also without a suffix
+        xray = read_xray(write_dicom(tmp_path / name, stored))
+        assert np.array_equal(xray.pixels, (stored / 4095).astype(np.float32))
+        assert xray.notes == []
+
+
+def test_monochrome1_is_inverted_about_the_stored_range(tmp_path):
+    wanted = np.rint(picture(full=3000)).astype(np.uint16)  # darkest 0, brightest 3000 of 4095
+    xray = read_xray(write_dicom(tmp_path / "x.dcm", 4095 - wanted, "MONOCHROME1"))
+    assert np.array_equal(xray.pixels, (wanted / 4095).astype(np.float32))
+    assert xray.notes == ["MONOCHROME1: inverted, so that bone is bright"]
+
+
+def test_dicom_rescale_is_applied(tmp_path):
+    stored = np.rint(picture(full=1000)).astype(np.uint16)
+    path = write_dicom(tmp_path / "x.dcm", stored, RescaleSlope="2", RescaleIntercept="10")
+    assert read_xray(path).pixels == pytest.approx((2.0 * stored + 10) / 4095, abs=1e-6)
+    path = write_dicom(tmp_path / "y.dcm", stored, RescaleSlope="1", RescaleIntercept="-500")
+    refused(path, "values -500 .*percentile")
+
+
+def test_broken_dicoms_are_refused(tmp_path, monkeypatch):
+    path = write_dicom(tmp_path / "x.dcm", np.rint(picture(full=4000)))
+    path.write_bytes(path.read_bytes()[:-2000])
+    refused(path, "not a readable DICOM")
+    path.write_bytes(b"no DICOM at all")
+    refused(path, "not a readable DICOM")
+    frames = write_dicom(tmp_path / "f.dcm", np.zeros((80, 40)), Rows=40, NumberOfFrames=2)
+    refused(frames, r"\(2, 40, 40\)")
+    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    refused(path, "pip install pydicom")
+
+
+# ------------------------------------------------------------------------------------------------
+# Size
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(96, 64), (64, 96)])
+def test_oblong_pictures_are_padded_not_stretched(tmp_path, rows, columns):
+    values = np.full((rows, columns), 0.1)
+    middle = slice(rows // 2 - 12, rows // 2 + 12), slice(columns // 2 - 12, columns // 2 + 12)
+    values[middle] = 0.9
+    np.save(tmp_path / "x.npy", values)
+    xray = read_xray(tmp_path / "x.npy", size=96)
+    assert xray.notes == [f"padded from {columns} x {rows} to a square, not stretched"]
+    expected = np.full((96, 96), 0.1)
+    expected[36:60, 36:60] = 0.9  # still square and in the middle; the new border repeats the old one
+    assert xray.pixels == pytest.approx(expected)
+
+
+def test_shrinking_averages_and_growing_interpolates(tmp_path):
+    write_png16(tmp_path / "x.png", picture(64, 64))
+    small, large = (read_xray(tmp_path / "x.png", size=size) for size in (32, 96))
+    assert small.pixels == pytest.approx(picture(64, 64).reshape(32, 2, 32, 2).mean((1, 3)), abs=2e-5)
+    assert small.notes == ["resized from 64 x 64 to 32 x 32"]
+    assert large.pixels.shape == (96, 96)
+    assert large.pixels.mean() == pytest.approx(picture(64, 64).mean(), rel=0.01)
+
+
+def test_resizing_keeps_a_gradient_on_its_place(tmp_path):
+    ramp = np.tile(np.linspace(0.1, 0.7, 60), (60, 1))
+    np.save(tmp_path / "x.npy", ramp)
+    for size in (40, 30, 120):
+        place = ((np.arange(size) + 0.5) * 60 / size - 0.5).clip(0, 59)
+        expected = np.interp(place, np.arange(60), ramp[0])
+        assert read_xray(tmp_path / "x.npy", size=size).pixels[7] == pytest.approx(expected, abs=0.006)
+
+
+# ------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (np.zeros((64, 64)), "all black"),
+        (np.full((64, 64), 0.25), r"constant \(0.25\)"),
+        (np.where(np.eye(64), np.nan, 0.5), "NaN or infinite"),
+        (np.where(np.eye(64), np.inf, 0.5), "NaN or infinite"),
+        (np.zeros((64, 64, 64)), r"\(64, 64, 64\)"),
+        (np.zeros(64), r"shape \(64,\)"),
+        (np.float64(3), r"shape \(\)"),
+        (np.zeros((0, 64)), r"shape \(0, 64\)"),
+        (picture(31, 64), r"\(31, 64\); expected .*32 x 32"),
+        (np.zeros((64, 64), complex), "complex128; expected numbers"),
+        (np.array([{"a": 1}]), "not a readable .npy"),
+    ],
+)
+def test_unusable_arrays_are_refused(tmp_path, array, match):
+    np.save(tmp_path / "x.npy", array)
+    refused(tmp_path / "x.npy", match)
+
+
+def test_black_and_constant_pictures_are_refused(tmp_path):
+    for value, match in ((0, "all black"), (77, r"constant \(77\)")):
+        Image.fromarray(np.full((64, 64), value, np.uint8)).save(tmp_path / "x.png")
+        refused(tmp_path / "x.png", match)
+    sparse = np.zeros((64, 64))
+    sparse[30, 30] = 1.0
+    np.save(tmp_path / "x.npy", sparse)
+    refused(tmp_path / "x.npy", "98 % of the pixels", normalization="percentile")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif", "x.npy"])
+def test_files_cut_anywhere_are_refused(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("npy"):
+        np.save(path, picture())
+    else:
+        Image.fromarray(eight(rows=96, columns=96)).save(path)
+    content = path.read_bytes()
+    for share in (0.0, 0.005, 0.02, 0.1, 0.4, 0.7, 0.9):
+        path.write_bytes(content[: int(share * len(content))])
+        refused(path, "not a readable")
+
+
+def test_missing_and_unknown_files_are_refused(tmp_path):
+    refused(tmp_path / "none.png", "no such X-ray file")
+    refused(tmp_path, "no such X-ray file")
+    (tmp_path / "notes.txt").write_text("not an X-ray")
+    refused(tmp_path / "notes.txt", r"unknown X-ray format; expected .*\.png.*DICOM")
+    (tmp_path / "text.png").write_text("not a picture")
+    refused(tmp_path / "text.png", "not a readable picture")
+
+
+@pytest.mark.parametrize("normalization", ["manifest", "percentile"])
+def test_inverted_pictures_are_refused_and_can_be_inverted_back(tmp_path, normalization):
+    upright, inverted = tmp_path / "x.png", tmp_path / "y.png"
+    write_png16(upright, picture())
+    write_png16(inverted, 1 - picture())
+    refused(inverted, "bone bright .*--invert", normalization=normalization)
+    refused(upright, "bone bright", normalization=normalization, invert=True)
+    again = read_xray(inverted, normalization, invert=True)
+    assert again.notes == ["inverted"]
+    assert again.pixels == pytest.approx(read_xray(upright, normalization).pixels, abs=2e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Two views
+
+
+@pytest.fixture(scope="module")
+def views():
+    """PA and lateral of a synthetic chest, with (wide) and without (full) air beside it."""
+    volume = torch.from_numpy(hu_to_unit(make_hu(0, 48).astype(np.float32)))[None, None]
+    return render_xrays(volume, Geometry(), (96, 96))[0].clip(0, 1).numpy()
+
+
+def test_right_views_pass_and_swapped_ones_are_named(views):
+    pa, lateral = views
+    assert body_width(lateral) < body_width(pa)
+    assert check_views(pa, lateral) == []
+    with pytest.raises(InputError, match=r"a\.png .* and b\.png .* look swapped: the body is \d+%"):
+        check_views(lateral, pa, ("a.png", "b.png"))
+
+
+def test_one_picture_given_twice_is_refused(views):
+    with pytest.raises(InputError, match=r"a\.png and b\.png are the same picture"):
+        check_views(views[0], views[0].copy(), ("a.png", "b.png"))
+
+
+def test_views_that_fill_the_picture_say_nothing_about_their_order(views):
+    pa, lateral = (np.clip(0.3 + view, 0, 1) for view in views)
+    assert check_views(pa, lateral) == []
+    assert check_views(lateral, pa) == []
+
+
+def test_views_of_different_heights_raise_a_doubt(views):
+    pa, lateral = views
+    (doubt,) = check_views(pa, lateral[::-1], ("a.png", "b.png"))
+    assert "a.png and b.png hardly match row by row" in doubt
+    assert check_views(pa, np.repeat(np.repeat(lateral, 2, 0), 2, 1)) == []  # sizes may differ
+
+
+def test_swap_threshold_separates_both_orders(views):
+    ratio = body_width(views[1]) / body_width(views[0])
+    assert ratio < xray_io.SWAPPED_WIDTH_RATIO < 1 / ratio
