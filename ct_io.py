@@ -406,8 +406,9 @@ def locate_cube(ct: CtImage, fov_mm: float = FOV_MM) -> tuple[float, float, floa
     Along the axis of the body: the centre of the scan when its whole height fits into ``fov_mm``; else
     the middle of the lungs (large regions of -960 to -400 HU inside the body), moved no further than
     needed for the cube to stay within the scan; without lungs the centre of the scan.
-    In-plane: the median over the slices of the cube of the centre of the body's bounding box; the body
-    is what :func:`body_mask` finds, without the couch. Raises InputError when there is no body.
+    In-plane: the median over the slices of the cube of the centre of the trunk's bounding box; the trunk
+    is the deep part of the body (:func:`body_mask`, without couch), which leaves out an arm at one side.
+    Raises InputError when there is no body.
     """
     corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in ct.data.shape], indexing="ij")).reshape(3, -1)
     world = ct.affine[:3, :3] @ corners + ct.affine[:3, 3:]
@@ -429,11 +430,20 @@ def locate_cube(ct: CtImage, fov_mm: float = FOV_MM) -> tuple[float, float, floa
             middle = high[2] - COARSE_MM * (lungs[0] + lungs[1] + 1) / 2
             z = float(np.clip(middle, low[2] + fov_mm / 2, high[2] - fov_mm / 2))
     depth_mm = high[2] - COARSE_MM * (np.arange(shape[0]) + 0.5)
-    used = body[np.abs(depth_mm - z) <= fov_mm / 2]
-    used = used if used.any() else body
-    y = high[1] - COARSE_MM * _middle(used.any(axis=2))
-    x = high[0] - COARSE_MM * _middle(used.any(axis=1))
+    trunk = _trunk(body[np.abs(depth_mm - z) <= fov_mm / 2])
+    y = high[1] - COARSE_MM * _middle(trunk.any(axis=2))
+    x = high[0] - COARSE_MM * _middle(trunk.any(axis=1))
     return float(x), float(y), float(z)
+
+
+def _trunk(body):
+    """The deep part of the body in each slice: an arm at one side, thinner than the trunk, drops out."""
+    trunk = np.zeros_like(body)
+    for d, slab in enumerate(body):
+        if slab.any():
+            depth = ndimage.distance_transform_edt(np.pad(slab, 1))[1:-1, 1:-1]
+            trunk[d] = depth > 0.6 * depth.max()
+    return trunk
 
 
 def _middle(profiles):

@@ -20,68 +20,16 @@ from torch.utils.data import Dataset
 from ct_io import cube_affine, read_array_cube, read_cube
 from files import InputError, atomic_path, read_json
 from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
+from splits import SPLITS, check_split, split_by_hash, split_hash
 from xray_io import check_views, read_xray
 
 MANIFEST = "dataset.json"
 MANIFEST_VERSION = 1
-SPLITS = ("train", "val", "test")
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".npy")
 XRAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".dcm")
 VIEW_NAMES = (("_pa_drr", "_pa", "_frontal"), ("_lat_drr", "_lat", "_lateral"))
 CUBE_SIZE = 256  # resolution at which a CT without a manifest is sampled
 CACHE_VERSION = 1  # raised when the cached arrays' meaning changes
-
-
-# ------------------------------------------------------------------------------------------------
-# Split
-
-
-def split_by_hash(ids, val_fraction: float = 0.1, test_fraction: float = 0.1) -> dict[str, list[str]]:
-    """Split patients by the SHA-256 of their id: adding patients never moves the others.
-
-    With three patients or more, validation and test get at least one each: those with the hash
-    nearest to the share. Returns ``{"train": [...], "val": [...], "test": [...]}``, sorted.
-    """
-    position = {i: int(hashlib.sha256(i.encode()).hexdigest()[:12], 16) / 16**12 for i in ids}
-    order = sorted(position, key=position.get)
-    split = {
-        "test": [i for i in order if position[i] < test_fraction],
-        "val": [i for i in order if test_fraction <= position[i] < test_fraction + val_fraction],
-    }
-    if len(order) >= 3:
-        split["test"] = split["test"] or order[:1]
-        split["val"] = split["val"] or [i for i in order if i not in split["test"]][:1]
-    held_out = set(split["test"]) | set(split["val"])
-    split["train"] = [i for i in order if i not in held_out]
-    return {name: sorted(split[name]) for name in SPLITS}
-
-
-def check_split(split: dict, ids, origin: str) -> dict[str, list[str]]:
-    """Validate a ``{"train", "val", "test"}`` dict against the patients at hand.
-
-    Raises :class:`InputError` naming ``origin`` and the patients when one stands in two splits, is
-    not there, or is in none. Returns the split with sorted ids.
-    """
-    if not isinstance(split, dict) or set(split) - set(SPLITS) or "train" not in split:
-        raise InputError(f"{origin}: expected lists named train, val and test; found {sorted(split)}")
-    seen: dict[str, str] = {}
-    for name in SPLITS:
-        for patient in split.get(name, []):
-            if patient in seen:
-                raise InputError(f"{origin}: patient {patient} stands in both {seen[patient]} and {name}")
-            seen[patient] = name
-    missing = sorted(set(seen) - set(ids))
-    if missing:
-        raise InputError(f"{origin}: no data for patients {', '.join(missing[:10])} ({len(missing)} in all)")
-    unlisted = sorted(set(ids) - set(seen))
-    if unlisted:
-        raise InputError(f"{origin}: patients {', '.join(unlisted[:10])} stand in no split ({len(unlisted)} in all)")
-    return {name: sorted(split.get(name, [])) for name in SPLITS}
-
-
-def split_hash(split: dict) -> str:
-    """SHA-256 of the canonical JSON of a split: two results compare only if it is the same."""
-    return hashlib.sha256(json.dumps(split, sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -460,7 +460,7 @@ def make_phantom(seed: int, index: int, spacing_mm: float | None = None) -> tupl
     low = (-a.width - margin, -a.depth - margin - 28 * a.breast, top)
     canvas = Canvas(rng, low, (a.width + margin, a.depth + margin, top + height), spacing)
     paint_trunk(canvas, a)
-    organ_rng, grain_rng = rng.spawn(2)
+    organ_rng, grain_rng = (np.random.default_rng([seed, index, stream]) for stream in (1, 2))
     lungs = paint_lungs(canvas, a, grain_rng)
     paint_abdomen(canvas, a, organ_rng)
     paint_mediastinum(canvas, a)

@@ -28,70 +28,12 @@ from tqdm import tqdm
 from ct_io import CtSource, cube_affine, find_cts, locate_cube, read_ct, remove_couch, resample_cube, write_cube
 from files import InputError, read_json, run_cli, write_json
 from projector import FOV_MM, HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
+from splits import SPLITS, check_split, split_by_hash, split_hash
 from xray_io import write_png16
 
 FORMAT_VERSION = 1
 RECORD = "prepared.json"
 MANIFEST = "dataset.json"
-SPLITS = ("train", "val", "test")
-
-
-# ------------------------------------------------------------------------------------------------
-# Split
-
-
-def split_by_hash(ids, val_fraction: float = 0.1, test_fraction: float = 0.1, seed: int = 0) -> dict:
-    """Split patients by a stable hash: ``{"train": [...], "val": [...], "test": [...]}``, each sorted.
-
-    A patient's number in [0, 1) is the SHA-256 of ``seed:id``; below ``test_fraction`` it is a test patient,
-    below ``test_fraction + val_fraction`` a validation patient, else a training patient: independent of the
-    other patients. Only where a split with a fraction above 0 would be empty (three or more patients), the
-    patients with the nearest numbers fill it. One or two patients are all training patients.
-    """
-    order = sorted(ids, key=lambda patient: (_hash_number(patient, seed), patient))
-    count = len(order)
-    test_end = sum(_hash_number(patient, seed) < test_fraction for patient in order)
-    val_end = sum(_hash_number(patient, seed) < test_fraction + val_fraction for patient in order)
-    if count < 3:
-        test_end = val_end = 0
-    else:
-        least_test, least_val = int(test_fraction > 0), int(val_fraction > 0)
-        test_end = min(max(test_end, least_test), count - 1 - least_val)
-        val_end = min(max(val_end, test_end + least_val), count - 1)
-    parts = {"train": order[val_end:], "val": order[test_end:val_end], "test": order[:test_end]}
-    return {name: sorted(patients) for name, patients in parts.items()}
-
-
-def _hash_number(patient, seed):
-    return int(hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()[:16], 16) / 16**16
-
-
-def read_split(path, ids) -> dict:
-    """Read ``{"train": [...], "val": [...], "test": [...]}`` and check it against the patients found.
-
-    Raises InputError naming the patients: listed twice, listed but not found, found but not listed.
-    """
-    split = read_json(path)
-    if not isinstance(split, dict) or set(split) != set(SPLITS):
-        raise InputError(f"{path}: expected an object with exactly the keys train, val and test")
-    for name in SPLITS:
-        if not isinstance(split[name], list) or not all(isinstance(patient, str) for patient in split[name]):
-            raise InputError(f"{path}: {name} must be a list of patient ids")
-    listed = [patient for name in SPLITS for patient in split[name]]
-    problems = {
-        "listed more than once": {patient for patient in listed if listed.count(patient) > 1},
-        "listed but not found among the CTs": set(listed) - set(ids),
-        "found but not listed": set(ids) - set(listed),
-    }
-    texts = [f"{what}: {', '.join(sorted(who))}" for what, who in problems.items() if who]
-    if texts:
-        raise InputError(f"{path}: {'; '.join(texts)}")
-    return {name: sorted(split[name]) for name in SPLITS}
-
-
-def split_hash(split: dict) -> str:
-    """SHA-256 of the split as canonical JSON."""
-    return hashlib.sha256(json.dumps(split, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -371,7 +313,7 @@ def main(argv=None) -> int:
     settings = settings_of(args)
     sources = find_cts(args.input)
     ids = [source.patient_id for source in sources]
-    given = read_split(args.split, ids) if args.split else None  # wrong lists should not wait for hours of work
+    given = check_split(read_json(args.split), ids, args.split) if args.split else None  # wrong lists should not wait for hours of work
     check_output(args.output, sources, settings, args.overwrite)
     args.output.mkdir(parents=True, exist_ok=True)
 

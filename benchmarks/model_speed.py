@@ -91,35 +91,39 @@ def passes(device, size: int, repetitions: int) -> None:
     print(f"peak memory: {peak_memory(device)}")
 
 
+def training_step(model, criterion, batch: int, compiled: bool, device, precision):
+    """A function that runs one whole step: render, forward, every loss, backward, AdamW."""
+    runner = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    target = torch.rand(batch, 1, 64, 64, 64, device=device)
+
+    def step():
+        xrays = render_xrays(target, model.geometry)
+        with precision.autocast():
+            volume, aux = runner(xrays)
+            loss, _ = criterion(volume, target, aux=aux)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
 def training_steps(device, repetitions: int, perceptual: str) -> None:
-    """Whole steps (render, forward, every loss, backward, AdamW) for each batch size and option."""
+    """Whole steps for each batch size, memory format and with torch.compile."""
     batches = (4, 8, 16) if device.type == "cuda" else (1,)
+    criterion = EnhancedLoss(perceptual_weights=perceptual).to(device)
+    precision = Precision("auto", device)
     for batch, channels_last, compiled in itertools.product(batches, (False, True), (False, True)):
         if compiled and device.type == "cpu":
             continue  # needs a C++ toolchain and minutes of compilation
-        torch.manual_seed(0)
         model = EnhancedDirectModel().to(device).train()
         model = to_channels_last(model) if channels_last else model
-        runner = torch.compile(model) if compiled else model
-        criterion = EnhancedLoss(perceptual_weights=perceptual).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
-        precision = Precision("auto", device)
-        target = torch.rand(batch, 1, 64, 64, 64, device=device)
-
-        def step(
-            model=model, runner=runner, criterion=criterion, optimizer=optimizer, precision=precision, target=target
-        ):
-            xrays = render_xrays(target, model.geometry)
-            with precision.autocast():
-                volume, aux = runner(xrays)
-                loss, _ = criterion(volume, target, aux=aux)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        seconds = median_seconds(step, device, repetitions)
+        seconds = median_seconds(
+            training_step(model, criterion, batch, compiled, device, precision), device, repetitions
+        )
         print(
             f"training step, batch {batch}, {precision.name}, channels_last {channels_last}, compile {compiled}:"
             f" {seconds:.3f} s, {batch / seconds:.2f} samples/s, {peak_memory(device)}",

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_data import make_dataset, make_hu
 
 from ct_io import cube_affine, write_cube
-from dataset import PatientDataset, check_split, mean_volume, split_by_hash
+from dataset import PatientDataset, mean_volume
 from files import InputError
 from projector import Geometry, hu_to_unit, render_xrays
 from xray_io import write_png16
@@ -131,43 +131,6 @@ def test_the_cache_can_live_elsewhere(root, tmp_path):
     PatientDataset(root, "val", 16, 64, cache_dir=tmp_path / "cache").build_cache()
     assert (tmp_path / "cache" / "p3").is_dir()
     assert not (root / ".cache").exists()
-
-
-# -- splits --------------------------------------------------------------------------------------
-
-
-def test_split_by_hash_is_stable_complete_and_disjoint():
-    ids = [f"patient{i}" for i in range(200)]
-    split = split_by_hash(ids)
-    parts = [set(split[name]) for name in ("train", "val", "test")]
-    assert set.union(*parts) == set(ids)
-    assert sum(map(len, parts)) == 200
-    assert 8 <= len(parts[1]) <= 35
-    assert 8 <= len(parts[2]) <= 35
-    more = split_by_hash([*ids, "another", "one more"])
-    for name in split:
-        assert set(split[name]) <= set(more[name])
-    assert split == split_by_hash(reversed(ids))
-
-
-@pytest.mark.parametrize("count", [3, 4, 7])
-def test_small_data_sets_still_get_validation_and_test_patients(count):
-    split = split_by_hash([f"x{i}" for i in range(count)])
-    assert all(split[name] for name in split)
-
-
-@pytest.mark.parametrize(
-    ("split", "words"),
-    [
-        ({"train": ["a", "b"], "val": ["b"], "test": ["c"]}, "b stands in both train and val"),
-        ({"train": ["a", "b"], "val": ["c"], "test": ["d"]}, "no data for patients d"),
-        ({"train": ["a"], "val": ["b"], "test": []}, "c stand in no split"),
-        ({"training": ["a", "b", "c"]}, "expected lists named train, val and test"),
-    ],
-)
-def test_bad_splits_are_named(split, words):
-    with pytest.raises(InputError, match=rf"split\.json.*{words}"):
-        check_split(split, ["a", "b", "c"], "split.json")
 
 
 # -- folders made by hand ------------------------------------------------------------------------
@@ -288,7 +251,7 @@ def edit(root, **changes):
         ({"geometry": None}, "geometry"),
         ({"mu_water": 0.03}, "mu_water 0.03"),
         ({"hu_window": "wide"}, "dataset.json"),
-        ({"split": {"train": ["p0", "p1"], "val": ["p1"], "test": []}}, "p1 stands in both"),
+        ({"split": {"train": ["p0", "p1"], "val": ["p1"], "test": []}}, "listed more than once: p1"),
     ],
 )
 def test_a_bad_manifest_is_named(root, changes, words):

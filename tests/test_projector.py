@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_data import make_hu
 
 import projector
 from ct_io import cube_affine, write_cube
@@ -27,7 +28,6 @@ from projector import (
     unit_to_mu,
     visible_fraction,
 )
-from tiny_data import make_hu
 
 CONE, PARALLEL = Geometry(), Geometry("parallel")
 STEEP = Geometry(sdd_mm=700.0, sid_mm=500.0)  # rays of up to 19 degrees: errors of obliquity would show

@@ -1,14 +1,16 @@
 """Reading X-ray pictures: formats, scales, sizes, broken files, mixed-up views."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_data import make_hu
 
 import xray_io
 from files import InputError
 from projector import Geometry, hu_to_unit, render_xrays
-from tests.tiny_data import make_hu
 from xray_io import REFERENCE_PERCENTILES, body_width, check_views, read_xray, write_png16
 
 
@@ -149,7 +151,7 @@ def write_dicom(path, pixels, photometric="MONOCHROME2", **tags):
     meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = pydicom.uid.UID("1.2.840.10008.5.1.4.1.1.1.1")
     meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    data = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data = pydicom.dataset.FileDataset(str(path), {}, b"\0" * 128, meta, is_implicit_VR=False)
     data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     data.Rows, data.Columns = pixels.shape
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, photometric
@@ -157,7 +159,7 @@ def write_dicom(path, pixels, photometric="MONOCHROME2", **tags):
     data.PixelData = pixels.astype("<u2").tobytes()
     for name, value in tags.items():
         setattr(data, name, value)
-    data.save_as(path, enforce_file_format=True)
+    data.save_as(path)
     return path
 
 
@@ -192,7 +194,7 @@ def test_broken_dicoms_are_refused(tmp_path, monkeypatch):
     refused(path, "not a readable DICOM")
     frames = write_dicom(tmp_path / "f.dcm", np.zeros((80, 40)), Rows=40, NumberOfFrames=2)
     refused(frames, r"\(2, 40, 40\)")
-    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
     refused(path, "pip install pydicom")
 
 
