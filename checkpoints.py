@@ -17,14 +17,25 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: dict) -> None:
     """Write a checkpoint under a temporary name and rename it; ``path`` is always whole.
 
     ``checkpoint`` holds tensors and plain Python types only, so that ``torch.load`` with
-    ``weights_only=True`` reads it back. A format number is added. A failing write (disk full)
+    ``weights_only=True`` reads it back; tensors are stored from the CPU. A format number is added. A failing write (disk full)
     raises ``OSError`` and leaves an existing file as it was.
     """
     try:
         with atomic_path(path) as temporary:
-            torch.save({"format": FORMAT, **checkpoint}, temporary)
+            torch.save(_on_cpu({"format": FORMAT, **checkpoint}), temporary)
     except RuntimeError as error:  # torch's zip writer reports a full disk as a RuntimeError
         raise OSError(f"{path}: could not be written ({error}); an existing file was left as it was") from error
+
+
+def _on_cpu(value):
+    """The same nested value with every tensor on the CPU: what a GPU wrote opens on any machine."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(item) for item in value)
+    return value
 
 
 def load_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict:

@@ -312,7 +312,9 @@ def paint_airways(canvas: Canvas, a: Anatomy, lungs):
         hilum = hilum_of(a, side) + [0, 6, 4]
         tubes.append(([carina, hilum], [6.5, 5.0]))
         for dx, dy, dz in ((30, -12, -38), (28, -34, 25), (26, 22, 48)):
-            tubes.append(([hilum, hilum + [0.5 * side * dx, 0.4 * dy, 0.5 * dz], hilum + [side * dx, dy, dz]], [4, 3, 1.8]))
+            tubes.append(
+                ([hilum, hilum + [0.5 * side * dx, 0.4 * dy, 0.5 * dz], hilum + [side * dx, dy, dz]], [4, 3, 1.8])
+            )
     for wall, hu in ((1.6, 0.0), (0.0, AIR)):
         for points, radii in tubes:
             canvas.tube(points, np.add(radii, wall), hu)
@@ -366,7 +368,7 @@ def paint_bone(canvas: Canvas, points, radii, flat=1.0, shell=2.0):
 
 
 def paint_spine(canvas: Canvas, a: Anatomy):
-    _, half_depth, centre = a.cage
+    _, _, centre = a.cage
     box = canvas.box((-60, centre - 20, -400), (60, a.depth, 400))
     x, y, z = canvas.at(box)
     spine_x, spine_y = a.spine(z)

@@ -1,0 +1,219 @@
+"""Phantoms: reproducible files, plausible Hounsfield units, anatomy on the right sides of the NIfTI world."""
+
+from __future__ import annotations
+
+import gzip
+from functools import lru_cache
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from files import InputError
+from make_phantoms import main, make_phantom
+
+COARSE_MM = 6.0
+INDICES = (0, 1, 2, 3, 4)
+
+
+@lru_cache(maxsize=len(INDICES))
+def coarse(index: int):
+    """HU smoothed against the noise, and the RAS world coordinates (x, y, z) of its voxels on open axes."""
+    hu, affine = make_phantom(0, index, COARSE_MM)
+    axes = [affine[a, a] * np.arange(n) + affine[a, 3] for a, n in enumerate(hu.shape)]
+    return ndimage.gaussian_filter(hu.astype(np.float32), 0.5), np.meshgrid(*axes, indexing="ij", sparse=True)
+
+
+def body_and_lungs(hu):
+    """Masks of the body (with what it contains) and of the lungs, from thresholds alone."""
+    parts, _ = ndimage.label(hu > -400)
+    body = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    body = np.stack([ndimage.binary_fill_holes(body[:, :, k]) for k in range(hu.shape[2])], axis=2)
+    return body, body & (hu < -650) & (hu > -930)
+
+
+def mean_of(coordinate, mask):
+    return float(np.broadcast_to(coordinate, mask.shape)[mask].mean())
+
+
+def run(output, *options):
+    return main(["--output", str(output), "--count", "2", "--spacing-mm", "9", *options])
+
+
+def test_same_seed_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
+    run(tmp_path / "one", "--seed", "3")
+    run(tmp_path / "two", "--seed", "3", "--workers", "2")
+    names = ["phantom_0000.nii.gz", "phantom_0001.nii.gz"]
+    for folder in ("one", "two"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == names
+    first, second = ([(tmp_path / folder / name).read_bytes() for name in names] for folder in ("one", "two"))
+    assert first == second
+    assert first[0] != first[1]
+
+
+def test_gzip_header_has_neither_time_nor_name(tmp_path):
+    run(tmp_path)
+    content = (tmp_path / "phantom_0000.nii.gz").read_bytes()
+    assert content[:2] == b"\x1f\x8b"
+    assert content[3] == 0  # flags (RFC 1952): no name, no comment, no extra field
+    assert content[4:8] == bytes(4)  # modification time
+    assert len(gzip.decompress(content)) > 352
+
+
+def test_seed_and_index_change_the_phantom():
+    reference, _ = make_phantom(0, 0, 9.0)
+    for seed, index in ((0, 1), (1, 0)):
+        other, _ = make_phantom(seed, index, 9.0)
+        assert other.shape != reference.shape or np.abs(other.astype(int) - reference).mean() > 20
+    again, _ = make_phantom(0, 0, 9.0)
+    np.testing.assert_array_equal(again, reference)
+
+
+def test_anatomy_does_not_depend_on_spacing():
+    volumes = []
+    for spacing in (5.0, 8.0):
+        hu, affine = make_phantom(0, 1, spacing)
+        np.testing.assert_allclose(np.diag(affine), [spacing] * 3 + [1])
+        volumes.append(body_and_lungs(hu)[0].sum() * spacing**3)
+    assert volumes[0] == pytest.approx(volumes[1], rel=0.04)
+
+
+def test_file_reads_back_as_canonical_nifti_with_ct_spacing(tmp_path):
+    main(["--output", str(tmp_path), "--count", "1", "--seed", "5"])
+    image = nib.load(tmp_path / "phantom_0000.nii.gz")
+    hu, affine = make_phantom(5, 0)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), hu)
+    assert image.get_data_dtype() == np.int16
+    np.testing.assert_allclose(image.affine, affine, atol=1e-3)
+    np.testing.assert_allclose(image.get_qform(), affine, atol=1e-3)
+    assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+    spacing = np.array(image.header.get_zooms())
+    assert (spacing[:2] >= 2.0).all()
+    assert (spacing[:2] <= 2.6).all()
+    assert 2.5 <= spacing[2] <= 5.0
+    assert 300 <= spacing[2] * hu.shape[2] <= 365
+    assert image.header.get_xyzt_units()[0] == "mm"
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_hounsfield_units_are_those_of_a_chest(index):
+    hu, _ = make_phantom(0, index, COARSE_MM)
+    assert hu.dtype == np.int16
+    assert hu.min() >= -1024
+    assert 350 < hu.max() <= 3071
+    body, lungs = body_and_lungs(hu)
+    assert 0.35 < body.mean() < 0.85
+    for axis in (0, 1):  # air all around, so that the body is not cut
+        assert not body.take([0, -1], axis=axis).any()
+    assert 0.10 < lungs.sum() / body.sum() < 0.40
+    inside = hu[body]
+    assert 0.10 < ((inside > -150) & (inside < -40)).mean() < 0.45  # fat
+    assert 0.25 < ((inside > 0) & (inside < 100)).mean() < 0.70  # muscle, blood, organs
+    assert 0.02 < (inside > 150).mean() < 0.12  # bone
+    assert np.median(hu[lungs]) == pytest.approx(-850, abs=80)
+    assert np.median(hu[~body]) == pytest.approx(-1000, abs=10)
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_sides_of_the_anatomy(index):
+    """+x is the patient's right, +y anterior, +z superior."""
+    hu, (x, y, z) = coarse(index)
+    body, lungs = body_and_lungs(hu)
+    middle_x, middle_y = mean_of(x, body), mean_of(y, body)
+    soft = (hu > 0) & (hu < 120)
+
+    # Heart: soft tissue between the lungs, in front of the spine, in the lower half of the chest.
+    between = np.maximum.accumulate(lungs, axis=0) & np.maximum.accumulate(lungs[::-1], axis=0)[::-1]
+    level = mean_of(z, lungs)
+    heart = between & soft & (z < level) & (z > level - 60) & (y > middle_y - 20)
+    assert mean_of(x, heart) < middle_x - 5
+
+    # Liver: more solid tissue right than left, below the lungs; the stomach's air is on the left.
+    rows = np.flatnonzero(lungs.sum(axis=(0, 1)) > 0.25 * lungs.sum(axis=(0, 1)).max())
+    below = z < float(z.ravel()[rows[0]]) - 5
+    right, left = (body & soft & below & (side * (x - middle_x) > 20) for side in (1, -1))
+    assert right.sum() > 1.1 * left.sum()
+    assert level > mean_of(z, right) + 40  # lungs above the liver
+
+    # Spine: most bone of the midline lies at the back.
+    bone = (hu > 150) & (np.abs(x - middle_x) < 25)
+    assert (bone & (y < middle_y - 20)).sum() > 2 * (bone & (y > middle_y)).sum()
+
+    # Airway: air in the midline at the top of the scan, none at its bottom (lung apices up).
+    column = body & (hu < -250) & (np.abs(x - middle_x) < 20)
+    assert column[:, :, -3:].any()
+    assert not column[:, :, :3].any()
+
+
+def test_right_dome_of_the_diaphragm_is_higher_and_right_lung_larger_on_average():
+    dome, volume = [], []
+    for index in INDICES:
+        hu, (x, _, z) = coarse(index)
+        body, lungs = body_and_lungs(hu)
+        offset = np.broadcast_to(x - mean_of(x, body), hu.shape)
+        per_side = [lungs & (side * offset > 30) & (side * offset < 90) for side in (1, -1)]
+        lowest = [np.broadcast_to(np.where(m, z, np.inf).min(axis=2), m.shape[:2]) for m in per_side]
+        dome.append(np.subtract(*[np.percentile(low[np.isfinite(low)], 90) for low in lowest]))
+        volume.append((lungs & (offset > 0)).sum() / (lungs & (offset < 0)).sum())
+    assert np.mean(dome) > 3
+    assert np.mean(volume) > 1.0
+
+
+def test_body_and_organs_vary_like_a_population():
+    """Standard deviations in mm that a mean volume cannot follow; widths of adults with raised arms."""
+    width, depth, lung_height, lung_litres = [], [], [], []
+    for index in range(8):
+        hu, _ = make_phantom(1, index, 8.0)
+        body, lungs = body_and_lungs(hu)
+        chest = body[:, :, lungs.any(axis=(0, 1))]
+        width.append(8.0 * chest.any(axis=(1, 2)).sum())
+        depth.append(8.0 * chest.any(axis=(0, 2)).sum())
+        lung_height.append(8.0 * (lungs.sum(axis=(0, 1)) > 5).sum())
+        lung_litres.append(lungs.sum() * 8.0**3 / 1e6)
+    assert 280 < np.mean(width) < 390
+    assert 190 < np.mean(depth) < 300
+    for values in (width, depth, lung_height):
+        assert 5 < np.std(values) < 50
+    assert np.std(lung_litres) / np.mean(lung_litres) > 0.1
+
+
+def test_existing_files(tmp_path, capsys):
+    run(tmp_path)
+    path = tmp_path / "phantom_0001.nii.gz"
+    content = path.read_bytes()
+    assert run(tmp_path) == 0  # the same content: nothing to complain about
+
+    path.write_bytes(b"somebody's own scan")
+    with pytest.raises(InputError, match=r"phantom_0001\.nii\.gz.*--overwrite"):
+        run(tmp_path)
+    assert path.read_bytes() == b"somebody's own scan"
+    run(tmp_path, "--overwrite")
+    assert path.read_bytes() == content
+    assert len(list(tmp_path.iterdir())) == 2  # no temporary files left
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--count", "0"], r"--count is 0.*at least 1"),
+        (["--count", "-3"], r"--count is -3"),
+        (["--seed", "-1"], r"--seed is -1.*at least 0"),
+        (["--workers", "0"], r"--workers is 0"),
+        (["--spacing-mm", "0"], r"--spacing-mm is 0.*mm"),
+        (["--spacing-mm", "nan"], r"--spacing-mm is nan"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, message):
+    output = tmp_path / "phantoms"
+    with pytest.raises(InputError, match=message):
+        run(output, *options)
+    assert not output.exists()
+
+
+def test_output_that_is_a_file_is_refused(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("kept")
+    with pytest.raises(InputError, match="notes.txt is a file"):
+        run(path)
+    assert path.read_text() == "kept"

@@ -1,0 +1,114 @@
+"""The smoke test script: passes on a sound project and data set, and each kind of damage makes a line fail."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import test_enhanced
+from config import EnhancedConfig, load_config
+from projector import Geometry
+from test_enhanced import Bench, CheckError
+from tiny_data import TINY_MODEL, make_dataset
+from xray_io import write_png16
+
+TINY = [f"model.{key}={value}" for key, value in TINY_MODEL.items()] + ["loss.perceptual_weight=0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("smoke") / "data")
+
+
+def make_bench(data=None, *settings) -> Bench:
+    config = load_config(EnhancedConfig, None, [*TINY, "augment.source_size=64", *settings])
+    return Bench(config, torch.device("cpu"), Geometry(), data)
+
+
+def test_a_sound_project_and_data_set_pass(data, capsys):
+    options = [part for setting in TINY for part in ("--set", setting)]
+    assert test_enhanced.main(["--data", str(data), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 15
+    assert all(line.startswith("ok   ") for line in lines[:-1])
+    assert lines[-1] == "14 of 14 checks ok"
+    assert not (data / ".cache").exists()  # looking does not change the data
+
+
+def test_a_failing_check_is_named_the_others_run_and_the_status_is_1(monkeypatch, capsys):
+    monkeypatch.setattr(test_enhanced, "list_checks", lambda bench: CHECKS)
+    assert test_enhanced.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:10].strip() for line in lines[:3]] == ["FAIL one", "FAIL two", "ok   three"]
+    assert "too large" in lines[0]
+    assert "no memory" in lines[1]
+    assert lines[3] == "1 of 3 checks ok"
+
+
+def _too_large(bench):
+    test_enhanced.require(False, "too large")
+
+
+def _no_memory(bench):
+    raise RuntimeError("no memory")
+
+
+CHECKS = [("one", _too_large), ("two", _no_memory), ("three", lambda bench: "fine")]
+
+
+@pytest.mark.parametrize("kind", ["cone", "parallel"])
+def test_renderer_check_sees_a_wrong_scale(monkeypatch, kind):
+    bench = make_bench()
+    bench.geometry = Geometry(kind)
+    assert kind in test_enhanced.check_renderer(bench)
+    right = test_enhanced.line_integrals
+    monkeypatch.setattr(test_enhanced, "line_integrals", lambda *a: 1.04 * right(*a))
+    with pytest.raises(CheckError, match="chords"):
+        test_enhanced.check_renderer(bench)
+
+
+def test_parameter_check_counts_the_default_model(monkeypatch):
+    bench = Bench(EnhancedConfig(), torch.device("cpu"), Geometry(), None)
+    monkeypatch.setattr(test_enhanced, "PARAMETERS", (1, 2))
+    with pytest.raises(CheckError, match=r"1[5-9]\.\d+ M; expected"):
+        test_enhanced.check_parameters(bench)
+
+
+def test_backward_check_sees_a_parameter_without_gradient(monkeypatch):
+    bench = make_bench()
+    build = bench.build_model
+
+    def frozen(**settings):
+        model = build(**settings)
+        model.prior.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(bench, "build_model", frozen)
+    with pytest.raises(CheckError, match="prior"):
+        test_enhanced.check_backward(bench)
+
+
+def test_loss_check_sees_a_loss_that_is_not_zero_for_a_perfect_prediction(monkeypatch):
+    monkeypatch.setattr("losses.edge_loss", lambda p, t, m=None: (p - t + 1).abs().mean())
+    with pytest.raises(CheckError, match="edge of a perfect prediction"):
+        test_enhanced.check_losses(make_bench())
+
+
+def test_learning_check_sees_a_loss_that_does_not_fall(monkeypatch):
+    with pytest.raises(CheckError, match="expected it to fall"):
+        test_enhanced.check_learning(make_bench(None, "training.learning_rate=0"))
+
+
+def test_data_check_sees_x_rays_of_another_scale(tmp_path):
+    root = make_dataset(tmp_path / "data")
+    path = root / "p4" / "p4_lat_drr.png"
+    write_png16(path, np.asarray(Image.open(path)) / 65535.0 * 0.9)
+    with pytest.raises(CheckError, match=r"X-rays differ from rendered ones by \d"):
+        test_enhanced.check_split(make_bench(str(root)), "test")
+    assert "3 patient(s)" in test_enhanced.check_split(make_bench(str(root)), "train")
+
+
+def test_importing_it_runs_and_collects_nothing():
+    assert not [name for name in vars(test_enhanced) if name.lower().startswith("test")]
