@@ -28,6 +28,8 @@ PADDING_BELOW_HU = -1500  # scanners fill the area outside the reconstruction ci
 SPACING_RANGE_MM = (0.05, 20.0)
 COARSE_MM = 4.0  # grid on which the body and the lungs are located
 MIN_SERIES_SLICES = 8  # DICOM series below this are localisers
+MIN_BODY_LITRES = 0.5  # an infant's chest has about 1; far less means a wrong unit of length
+MAX_SCAN_MM = 3000.0
 MIN_LUNG_MM3 = 100e3  # below this, air inside the body is bowel gas
 SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".mhd": "image", ".mha": "image", ".nrrd": "image"}
 
@@ -109,8 +111,11 @@ def _sanitise(name: str) -> str:
 def _is_dicom(path: Path) -> bool:
     if path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
-    with open(path, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except PermissionError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------
@@ -140,7 +145,7 @@ def read_ct(path, kind: str | None = None, assume_ras: bool = False) -> CtImage:
     else:
         raise InputError(f"{path}: unknown format; expected {', '.join(SUFFIXES)} or a folder with a DICOM series")
     data = _check_data(path, data)
-    _check_affine(path, affine)
+    _check_affine(path, affine, data.shape)
     _check_hu(path, data)
     return CtImage(data, np.asarray(affine, dtype=np.float64), str(path))
 
@@ -148,14 +153,15 @@ def read_ct(path, kind: str | None = None, assume_ras: bool = False) -> CtImage:
 def _read_nifti(path, assume_ras):
     try:
         image = nib.load(path)
+        _check_shape(path, image.shape)
         header = _raw_header(path, image)
         _check_pixdim(path, header)
         data = np.asanyarray(image.dataobj)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: truncated or damaged gzip file ({error}); copy it again") from None
-    except (OSError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, ValueError, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
         raise InputError(f"{path}: not a readable NIfTI file ({error})") from None
     if int(header["sform_code"]) or int(header["qform_code"]):
         return data, image.affine
@@ -185,9 +191,7 @@ def _import_sitk(path):
     try:
         import SimpleITK  # noqa: PLC0415 (optional and slow to import)
     except ImportError:
-        raise InputError(
-            f"{path}: DICOM series, MetaImage and NRRD need SimpleITK: pip install SimpleITK"
-        ) from None
+        raise InputError(f"{path}: DICOM series, MetaImage and NRRD need SimpleITK: pip install SimpleITK") from None
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # its warnings become errors below
     return SimpleITK
 
@@ -207,9 +211,7 @@ def _last_line(error) -> str:
 
 def _from_sitk(path, sitk, image):
     if image.GetNumberOfComponentsPerPixel() != 1:
-        raise InputError(
-            f"{path}: {image.GetNumberOfComponentsPerPixel()} values per voxel; expected one (HU)"
-        )
+        raise InputError(f"{path}: {image.GetNumberOfComponentsPerPixel()} values per voxel; expected one (HU)")
     data = sitk.GetArrayFromImage(image).T
     if data.ndim != 3:
         raise InputError(f"{path}: shape is {data.shape}; expected a 3D volume")
@@ -284,11 +286,18 @@ def _series_affine(path, slices):
     return _lps_to_ras(affine)
 
 
+def _check_shape(path, shape):
+    shape = tuple(shape)
+    if len(shape) == 4 and shape[3] == 1:
+        shape = shape[:3]
+    if len(shape) != 3 or min(shape) < 2:
+        raise InputError(f"{path}: shape is {shape}; expected a 3D volume (one CT)")
+
+
 def _check_data(path, data):
     if data.ndim == 4 and data.shape[3] == 1:
         data = data[..., 0]
-    if data.ndim != 3 or min(data.shape) < 2:
-        raise InputError(f"{path}: shape is {tuple(data.shape)}; expected a 3D volume (one CT)")
+    _check_shape(path, data.shape)
     if data.dtype.kind == "f":
         if not np.isfinite(data).all():
             raise InputError(f"{path}: holds NaN or infinite values; expected finite Hounsfield units")
@@ -298,7 +307,7 @@ def _check_data(path, data):
     return data
 
 
-def _check_affine(path, affine):
+def _check_affine(path, affine, shape):
     if not np.isfinite(affine).all():
         raise InputError(f"{path}: the affine holds NaN or infinite values")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -306,6 +315,11 @@ def _check_affine(path, affine):
     if not all(low <= value <= high for value in spacing):
         raise InputError(
             f"{path}: spacing is {[round(float(v), 4) for v in spacing]} mm; expected {low} to {high} mm per axis"
+        )
+    if (spacing * shape).max() > MAX_SCAN_MM:
+        raise InputError(
+            f"{path}: {shape} voxels of {[round(float(v), 4) for v in spacing]} mm are more than {MAX_SCAN_MM:g} mm;"
+            " is the spacing in mm?"
         )
     if abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.1:
         raise InputError(f"{path}: the affine is singular (two voxel axes point the same way)")
@@ -420,8 +434,12 @@ def locate_cube(ct: CtImage, fov_mm: float = FOV_MM) -> tuple[float, float, floa
     to_world[3, 3] = 1.0
     hu, _ = _resample(ct, to_world, shape)
     body = body_mask(hu, COARSE_MM)
-    if not body.any():
-        raise InputError(f"{ct.name}: no body found (no large region above -300 HU)")
+    litres = np.count_nonzero(body) * COARSE_MM**3 / 1e6
+    if litres < MIN_BODY_LITRES:
+        raise InputError(
+            f"{ct.name}: no body found (largest region above -300 HU: {litres:.2f} litres; expected at least"
+            f" {MIN_BODY_LITRES}); is the spacing in mm, are the values in HU?"
+        )
 
     z = (low[2] + high[2]) / 2
     if high[2] - low[2] > fov_mm:
@@ -430,7 +448,8 @@ def locate_cube(ct: CtImage, fov_mm: float = FOV_MM) -> tuple[float, float, floa
             middle = high[2] - COARSE_MM * (lungs[0] + lungs[1] + 1) / 2
             z = float(np.clip(middle, low[2] + fov_mm / 2, high[2] - fov_mm / 2))
     depth_mm = high[2] - COARSE_MM * (np.arange(shape[0]) + 0.5)
-    trunk = _trunk(body[np.abs(depth_mm - z) <= fov_mm / 2])
+    near = body[np.abs(depth_mm - z) <= fov_mm / 2]
+    trunk = _trunk(near if near.any() else body)
     y = high[1] - COARSE_MM * _middle(trunk.any(axis=2))
     x = high[0] - COARSE_MM * _middle(trunk.any(axis=1))
     return float(x), float(y), float(z)
@@ -469,19 +488,23 @@ def _lung_rows(hu, body):
 def body_mask(hu: np.ndarray, spacing_mm: float) -> np.ndarray:
     """The patient without couch, ``(D, H, W)`` bool, from HU ``(D, H, W)`` with cubic voxels.
 
-    Per axial slice: above -300 HU, opened by 4 mm (thin couch shells vanish), closed by 10 mm and holes
-    filled (lungs), opened by 10 mm (cuts what barely touches the body); then the largest 3D component.
+    Above -300 HU, opened by 4 mm per axial slice (thin couch shells vanish); of this the largest 3D
+    component, closed by 10 mm and holes filled (lungs), opened by 10 mm (cuts what barely touches the
+    body); of this the largest 3D component again.
     """
-    body = np.zeros(hu.shape, dtype=bool)
-    for d, tissue in enumerate(hu > -300):
-        if tissue.any():
-            slab = _dilate(_erode(tissue, 4 / spacing_mm), 4 / spacing_mm)
-            slab = ndimage.binary_fill_holes(_erode(_dilate(slab, 10 / spacing_mm), 10 / spacing_mm))
-            body[d] = _dilate(_erode(slab, 10 / spacing_mm), 10 / spacing_mm)
-    labels, count = ndimage.label(body)
-    if count > 1:
-        body = labels == 1 + np.bincount(labels.ravel())[1:].argmax()
-    return body
+    thin, thick = 4 / spacing_mm, 10 / spacing_mm
+    body = _largest(np.stack([_dilate(_erode(tissue, thin), thin) for tissue in hu > -300]))
+    for d, slab in enumerate(body):
+        if slab.any():
+            slab = ndimage.binary_fill_holes(_erode(_dilate(slab, thick), thick))
+            body[d] = _dilate(_erode(slab, thick), thick)
+    return _largest(body)
+
+
+def _largest(mask):
+    """The largest 3D component of ``mask``; empty when that is."""
+    labels, count = ndimage.label(mask)
+    return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else mask
 
 
 def _erode(mask, radius):

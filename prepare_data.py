@@ -59,8 +59,9 @@ def prepare_patient(source: CtSource, folder, settings: dict) -> tuple[dict, lis
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, {"complete": False, "settings": settings})  # marks the folder as ours
-    for stale in folder.glob(f".{patient}*.tmp*"):  # a run that was killed while writing
-        stale.unlink()
+    for name in (patient, RECORD):
+        for stale in folder.glob(f".{name}*.tmp*"):  # a run that was killed while writing
+            stale.unlink()
     names = patient_files(patient)
     affine = cube_affine(centre, fov_mm, size)
     write_cube(folder / names[0], hu, affine)
@@ -68,7 +69,7 @@ def prepare_patient(source: CtSource, folder, settings: dict) -> tuple[dict, lis
     for name, image in zip(names[2:], xrays):
         write_png16(folder / name, image)
     entry = {
-        "source": source.path.name,
+        "source": source.path.name,  # relative to --input in the manifest
         "centre_mm": [round(value, 3) for value in centre],
         "scan_fraction": round(float(mask.mean()), 4),
         "files": {name: sha256(folder / name) for name in names},
@@ -231,7 +232,7 @@ def _try_patient(source, folder, settings):
 
 
 def write_manifest(output: Path, settings: dict, split: dict, method: str, entries: dict) -> None:
-    """Write ``dataset.json``; says which patients changed sides against an existing one."""
+    """Write ``dataset.json``; says which patients changed sides or are gone against an existing one."""
     path = output / MANIFEST
     if path.exists():
         before = {p: name for name, patients in read_json(path).get("split", {}).items() for p in patients}
@@ -239,6 +240,9 @@ def write_manifest(output: Path, settings: dict, split: dict, method: str, entri
             moved = [p for p in split[name] if before.get(p, name) != name]
             if moved:
                 print(f"note: now in {name}, before elsewhere (old checkpoints know them): {', '.join(moved)}")
+        gone = sorted(set(before) - set(entries))
+        if gone:
+            print(f"note: no longer in the data set (their folders stay): {', '.join(gone)}")
     manifest = {"format_version": FORMAT_VERSION, **settings, "split": split, "split_method": method}
     manifest["split_hash"] = split_hash(split)
     manifest["patients"] = {patient: entries[patient] for patient in sorted(entries)}
@@ -313,11 +317,14 @@ def main(argv=None) -> int:
     settings = settings_of(args)
     sources = find_cts(args.input)
     ids = [source.patient_id for source in sources]
-    given = check_split(read_json(args.split), ids, args.split) if args.split else None  # wrong lists should not wait for hours of work
+    given = check_split(read_json(args.split), ids, args.split) if args.split else None  # before hours of work
     check_output(args.output, sources, settings, args.overwrite)
     args.output.mkdir(parents=True, exist_ok=True)
 
     entries, failures = prepare_all(sources, args.output, settings, args.workers, args.overwrite)
+    for source in sources:
+        if source.patient_id in entries:
+            entries[source.patient_id]["source"] = source.path.relative_to(args.input).as_posix()
     if entries:
         if given:
             split = {name: [patient for patient in given[name] if patient in entries] for name in SPLITS}

@@ -394,12 +394,11 @@ def _lift_view(features, rows, cols, view):
     depths, size_z, _ = rows.shape
     across = cols.shape[1]
     rows, cols = rows.to(features.dtype), cols.to(features.dtype)
-    # Columns: every depth k and column a at once, one product.   (B C h, w) x (w, K A)
-    sampled = features.reshape(-1, width) @ cols.reshape(-1, width).T
-    sampled = sampled.view(batch * channels, height, depths, across)
-    # Rows: one product per depth.                                 (K; D, h) x (K; h, B C A)
-    sampled = sampled.permute(2, 1, 0, 3).reshape(depths, height, -1)
-    lifted = torch.bmm(rows, sampled).view(depths, size_z, batch, channels, across)
+    # Rows: every depth k and row d at once, one product.     (K D, h) x (h, B C w)
+    sampled = rows.reshape(-1, height) @ features.permute(2, 0, 1, 3).reshape(height, -1)
+    # Columns: one product per depth, on memory as it lies.    (K; D B C, w) x (K; w, A)
+    lifted = torch.bmm(sampled.view(depths, -1, width), cols.transpose(1, 2))
+    lifted = lifted.view(depths, size_z, batch, channels, across)
     if view == 0:  # depth is y, across is x
         return lifted.permute(2, 3, 1, 0, 4)
     return lifted.permute(2, 3, 1, 4, 0)
