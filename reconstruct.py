@@ -1,7 +1,8 @@
 r"""Two X-ray files -> a CT volume as NIfTI in Hounsfield units.
 
 python reconstruct.py --pa PA.png --lateral LATERAL.png --base best_model.pt --output ct.nii.gz
-python reconstruct.py --pa PA.dcm --lateral LAT.dcm --base best_model.pt --output ct.nii.gz --xray-normalization percentile
+python reconstruct.py --pa PA.dcm --lateral LAT.dcm --base best_model.pt --output ct.nii.gz \\
+        --xray-normalization percentile
 
 from reconstruct import load_pipeline
 volume_hu, affine = load_pipeline("best_model.pt")("PA.png", "LATERAL.png")

@@ -233,7 +233,7 @@ def test_backward_is_the_adjoint(geometry):
     volume, image = random_pair(geometry, 1)
     volume.requires_grad_()
     forward = line_integrals(volume, geometry, (13, 10))
-    (backward,) = torch.autograd.grad(forward, volume, image)
+    (backward,) = torch.autograd.grad((forward * image).sum(), volume)
     left = (forward.double() * image.double()).sum().item()
     assert left == pytest.approx((volume.double() * backward.double()).sum().item(), rel=1e-5)
 
@@ -263,7 +263,7 @@ def test_chunks_do_not_change_the_result(slices, monkeypatch):
             monkeypatch.setattr(projector, "_chunk_slices", lambda *_: slices)
         projector._cached_slice_weights.cache_clear()
         rendered = line_integrals(volume, CONE, (13, 10))
-        results.append((rendered.detach(), *torch.autograd.grad(rendered, volume, image)))
+        results.append((rendered.detach(), *torch.autograd.grad((rendered * image).sum(), volume)))
     for whole, parts in zip(*results):
         assert torch.allclose(whole, parts, rtol=1e-5, atol=1e-3)
 
@@ -300,7 +300,7 @@ print(peak() - before, float(volume.grad.sum()))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc for the peak memory")
 def test_full_resolution_fits_in_memory():
     result = subprocess.run(
-        [sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=1200, check=True
     )
     added_gib, gradient = map(float, result.stdout.split())
     assert added_gib < 1.5
@@ -334,7 +334,7 @@ def test_lifting_equals_grid_sample(geometry):
     assert lifted.shape == (2, 2, 3, 8, 9, 10)
     assert torch.allclose(lifted, expected, atol=2e-5)
     weight = torch.randn(lifted.shape, generator=torch.Generator().manual_seed(1))
-    gradients = [torch.autograd.grad(result, features, weight)[0] for result in (lifted, expected)]
+    gradients = [torch.autograd.grad((result * weight).sum(), features)[0] for result in (lifted, expected)]
     assert torch.allclose(*gradients, atol=2e-4)
 
 

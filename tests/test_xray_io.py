@@ -268,6 +268,7 @@ def test_black_and_constant_pictures_are_refused(tmp_path):
     refused(tmp_path / "x.npy", "98 % of the pixels", normalization="percentile")
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")
 @pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif", "x.npy"])
 def test_files_cut_anywhere_are_refused(tmp_path, name):
     path = tmp_path / name

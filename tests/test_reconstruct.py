@@ -1,0 +1,157 @@
+"""Two X-ray files to a NIfTI: right place, right values, no silent guess; the notebook snippet."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import make_checkpoint, make_dataset
+
+import reconstruct
+from checkpoints import save_checkpoint
+from dataset import PatientDataset
+from files import InputError
+from model_enhanced import KIND, EnhancedDirectModel, load_base_model
+from projector import Geometry
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("reconstruct") / "data")
+
+
+@pytest.fixture(scope="module")
+def base(root, tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("base") / "base.pt", root)
+
+
+def files(root, patient="p4"):
+    return root / patient / f"{patient}_pa_drr.png", root / patient / f"{patient}_lat_drr.png"
+
+
+def command(pa, lateral, base, output, *more):
+    return ["--pa", str(pa), "--lateral", str(lateral), "--base", str(base), "--output", str(output), *more]
+
+
+def test_the_nifti_has_the_models_values_in_the_right_place(root, base, tmp_path, capsys):
+    output, picture = tmp_path / "out.nii.gz", tmp_path / "out.png"
+    assert reconstruct.main(command(*files(root), base, output, "--picture", str(picture))) == 0
+    image = nib.load(output)
+    assert image.shape == (16, 16, 16)
+    assert image.get_data_dtype() == np.int16
+    assert nib.aff2axcodes(image.affine) == ("L", "P", "I")  # +W left, +H posterior, +D inferior
+    assert np.allclose(image.header.get_zooms(), 360 / 16)
+    assert np.allclose(image.affine @ [7.5, 7.5, 7.5, 1], [0, 0, 0, 1])
+    model, _ = load_base_model(base)
+    with torch.no_grad():
+        expected = model(PatientDataset(root, "test", 16, 64)[0]["xrays"][None])[0][0, 0]
+    hu = np.asarray(image.dataobj).transpose(2, 1, 0)
+    assert np.abs(hu - (expected.numpy() * 2500 - 1024)).max() <= 1
+    assert Image.open(picture).size[0] > 500
+    assert "16 x 16 x 16 voxels of 22.5 mm" in capsys.readouterr().out
+
+
+def test_pictures_of_other_sizes_and_kinds_are_converted_and_said(root, base, tmp_path, capsys):
+    pa, lateral = files(root)
+    reconstruct.main(command(pa, lateral, base, tmp_path / "plain.nii.gz"))
+    arrays = [np.asarray(Image.open(p)) / 65535.0 for p in (pa, lateral)]
+    grey = Image.fromarray((arrays[0] * 255).round().astype(np.uint8)).resize((256, 256), Image.Resampling.BILINEAR)
+    grey.convert("RGB").save(tmp_path / "colour.png")
+    np.save(tmp_path / "lateral.npy", arrays[1].astype(np.float32))
+    reconstruct.main(command(tmp_path / "colour.png", tmp_path / "lateral.npy", base, tmp_path / "other.nii.gz"))
+    notes = capsys.readouterr().err
+    assert "colour.png: converted from colour" in notes
+    assert "resized from 256 x 256 to 64 x 64" in notes
+    one, other = (np.asarray(nib.load(tmp_path / f"{n}.nii.gz").dataobj, dtype=float) for n in ("plain", "other"))
+    assert np.abs(one - other).mean() < 0.15 * one.std()
+
+
+def test_the_pipeline_takes_files_and_arrays(root, base):
+    pipeline = reconstruct.load_pipeline(base, device="cpu")
+    pa, lateral = files(root)
+    hu, affine = pipeline(pa, lateral)
+    arrays = [np.asarray(Image.open(p)) / 65535.0 for p in (pa, lateral)]
+    again, _ = pipeline(*arrays)
+    assert hu.shape == (16, 16, 16)
+    assert affine.shape == (4, 4)
+    assert np.abs(hu.astype(int) - again).max() <= 1
+    with pytest.raises(InputError, match=r"pa: array.*in \[0, 1\]"):
+        pipeline(arrays[0] * 255, arrays[1])
+    with pytest.raises(InputError, match="lateral: the X-ray is constant"):
+        pipeline(arrays[0], np.zeros((64, 64)))
+
+
+def damaged(tmp_path, root, how):
+    pa, lateral = files(root)
+    path = tmp_path / "bad.png"
+    if how == "black":
+        Image.fromarray(np.zeros((64, 64), np.uint8)).save(path)
+    elif how == "truncated":
+        path.write_bytes(pa.read_bytes()[:200])
+    elif how == "text":
+        path.write_text("not a picture")
+    elif how == "inverted":
+        Image.fromarray(65535 - np.asarray(Image.open(pa))).save(path)
+    else:
+        return {"swapped": (lateral, pa), "same": (pa, pa), "missing": (tmp_path / "none.png", lateral)}[how]
+    return path, lateral
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("black", r"bad\.png: the picture is all black"),
+        ("truncated", r"bad\.png: not a readable picture"),
+        ("text", r"bad\.png: not a readable picture"),
+        ("inverted", r"bad\.png: bone looks dark.*--invert"),
+        ("swapped", "look swapped"),
+        ("same", "are the same picture"),
+        ("missing", r"none\.png: no such X-ray file"),
+    ],
+)
+def test_unusable_xrays_are_named_and_the_output_is_not_touched(root, base, tmp_path, how, words):
+    output = tmp_path / "out.nii.gz"
+    output.write_bytes(b"precious")
+    with pytest.raises(InputError, match=words):
+        reconstruct.main(command(*damaged(tmp_path, root, how), base, output))
+    assert output.read_bytes() == b"precious"
+
+
+def test_options_that_cannot_work_are_named(root, base, tmp_path):
+    with pytest.raises(InputError, match=r"out\.mha.*\.nii"):
+        reconstruct.main(command(*files(root), base, tmp_path / "out.mha"))
+    with pytest.raises(InputError, match=r"pic\.jpg.*\.png"):
+        reconstruct.main(command(*files(root), base, tmp_path / "out.nii", "--picture", "pic.jpg"))
+    with pytest.raises(InputError, match=r"none\.pt: no such checkpoint"):
+        reconstruct.main(command(*files(root), tmp_path / "none.pt", tmp_path / "out.nii"))
+
+
+def test_inverted_pictures_work_when_said(root, base, tmp_path):
+    path, lateral = damaged(tmp_path, root, "inverted")
+    other = tmp_path / "lateral.png"
+    Image.fromarray(65535 - np.asarray(Image.open(lateral))).save(other)
+    pipeline = reconstruct.load_pipeline(base, device="cpu")
+    assert np.abs(pipeline(path, other, invert=True)[0].astype(int) - pipeline(*files(root))[0]).max() <= 1
+
+
+def test_the_notebook_snippet_works_verbatim(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    trained = EnhancedDirectModel(volume_size=(64, 64, 64), geometry=Geometry("parallel"), xray_size=128)
+    (tmp_path / "checkpoints_enhanced").mkdir()
+    path = tmp_path / "checkpoints_enhanced" / "best_model.pt"
+    save_checkpoint(path, {"kind": KIND, "model_state_dict": trained.state_dict(), "model_config": {}})
+    monkeypatch.chdir(tmp_path)
+
+    model = EnhancedDirectModel(volume_size=(64, 64, 64))
+    ckpt = torch.load("checkpoints_enhanced/best_model.pt")
+    model.load_state_dict(ckpt["model_state_dict"])
+    xrays = torch.rand(1, 2, 512, 512)
+    with torch.no_grad():
+        volume, aux = model.eval()(xrays)
+        expected, _ = trained.eval()(xrays)
+
+    assert volume.shape == (1, 1, 64, 64, 64)
+    assert set(aux) == {"volume_16", "volume_32"}
+    assert model.geometry == Geometry("parallel")
+    assert model.xray_size == 128
+    assert torch.equal(volume, expected)
