@@ -189,7 +189,7 @@ def _check_pixdim(path, header):
 
 def _import_sitk(path):
     try:
-        import SimpleITK  # noqa: PLC0415 (optional and slow to import)
+        import SimpleITK  # optional, and slow to import
     except ImportError:
         raise InputError(f"{path}: DICOM series, MetaImage and NRRD need SimpleITK: pip install SimpleITK") from None
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # its warnings become errors below
