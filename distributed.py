@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from files import InputError
+from files import InputError, run_cli
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,47 @@ def process_group(timeout_minutes: float = 30.0):
         dist.destroy_process_group()
 
 
-def launch(worker, wanted: int, *args) -> None:
-    """Run ``worker(*args)`` in as many processes as the machine and ``wanted`` allow.
+def launch(worker, wanted: int, *args) -> int:
+    """Run ``worker(*args)`` in as many processes as the machine and ``wanted`` allow; returns the exit status.
 
     Under torchrun this process is already one of several: it just runs. Plain ``python`` starts one
     process per visible GPU, at most ``wanted``; without a GPU it runs here.
     """
     count = min(wanted, torch.cuda.device_count())
     if "RANK" in os.environ or count <= 1:
-        worker(*args)
-        return
+        return worker(*args)
+    return spawn(worker, count, *args)
+
+
+def spawn(worker, count: int, *args) -> int:
+    """Run ``worker(*args)`` in ``count`` processes of this machine; returns the first status that is not 0.
+
+    SIGTERM and SIGINT are passed on, so that the workers can finish their step and save. When one
+    worker fails the others are ended.
+    """
     with socket.socket() as probe:  # a free port, so that two runs on one machine do not collide
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_spawned, args=(count, port, worker, args), nprocs=count)
+    context = mp.spawn(_spawned, args=(count, port, worker, args), nprocs=count, join=False)
+
+    def forward(number, _frame):
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessExitedException as error:
+        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
+    except mp.ProcessRaisedException as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    return 0
 
 
 def _spawned(local_rank: int, count: int, port: int, worker, args) -> None:
@@ -110,4 +139,4 @@ def _spawned(local_rank: int, count: int, port: int, worker, args) -> None:
     )
     if os.name == "nt":  # Windows builds of torch often lack libuv, the store's default
         os.environ["USE_LIBUV"] = "0"
-    worker(*args)
+    run_cli(lambda: worker(*args))

@@ -12,6 +12,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ def model_predictor(model: EnhancedDirectModel, device: torch.device, precision:
 
 def mean_predictor(data: PatientDataset) -> Predictor:
     """The mean of the training split's volumes, whatever the X-rays show."""
+    data.build_cache(progress=partial(tqdm, desc="Training volumes", unit="patient", leave=False))
     volume = mean_volume(data)[0]
     return lambda item: volume
 
@@ -61,7 +63,7 @@ def mean_predictor(data: PatientDataset) -> Predictor:
 def score_patients(data: PatientDataset, predictors: dict[str, Predictor], picture=None) -> list[dict]:
     """Rows ``{"method", "id", <scores>, "seconds"}`` for every method and patient.
 
-    picture: called with ``(item, prediction of the first method)`` for each patient.
+    picture: called with ``(item, prediction of the first method, its scores)`` for each patient.
     """
     rows = []
     for index in tqdm(range(len(data)), desc="Evaluating", unit="patient"):
@@ -74,7 +76,7 @@ def score_patients(data: PatientDataset, predictors: dict[str, Predictor], pictu
             scores = score_volume(volume, target, mask, data.hu_window)
             rows.append({"method": method, "id": item["id"], **scores, "seconds": seconds})
             if picture is not None and position == 0:
-                picture(item, volume)
+                picture(item, volume, scores)
     return rows
 
 
@@ -93,14 +95,26 @@ def summary_of(rows: list[dict]) -> dict:
     return {"methods": {m: summarise(r) for m, r in per_method.items()}, f"minus_{BASELINE}": differences}
 
 
-def check_patients(data: PatientDataset, checkpoint: dict, path, split: str, allow_seen: bool) -> None:
-    """Refuse patients that the checkpoint was trained on, and a split that is not the checkpoint's."""
+def check_patients(data: PatientDataset, checkpoint: dict, path, split: str, allow_seen: bool) -> list[str]:
+    """Patients of ``data`` that the checkpoint was trained on; :class:`InputError` unless they are allowed.
+
+    Another split than the checkpoint's is only said: folders grow, and the patients themselves are compared.
+    """
     seen = sorted(set(data.ids) & set(checkpoint["train_patients"]))
+    which = f"{', '.join(seen[:5])} ({len(seen)} of the {split} split's {len(data)} patients)"
     if seen and not allow_seen:
         raise InputError(
-            f"{path} was trained on {', '.join(seen[:5])} ({len(seen)} of the {split} split's {len(data)} patients);"
+            f"{path} was trained on {which};"
             " scores on them mean nothing for new patients (--allow-seen scores them all the same)"
         )
+    if seen:
+        print(f"note: {path} was trained on {which}: these scores mean nothing for new patients")
+    if checkpoint["split_hash"] != data.split_hash:
+        print(
+            f"note: {path} was trained with another split of its data; of the {len(data)} patients scored here"
+            f" {len(seen)} were in its training set, but some may have chosen its best epoch"
+        )
+    return seen
 
 
 def write_rows(path, rows: list[dict]) -> None:
@@ -166,34 +180,34 @@ def main(argv=None) -> int:
     if device.type == "cpu":
         keep_freed_memory()
         to_channels_last(model)
-    size = model.volume_size[0]
-    window = tuple(checkpoint["hu_window"])
-    common = {"cache_dir": args.cache_dir}
+    output, size = Path(args.output), model.volume_size[0]
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; expected a folder")
+    # X-rays of a data set without manifest are read as they were in training.
+    common = {"cache_dir": args.cache_dir, "xray_normalization": checkpoint["config"]["data"]["xray_normalization"]}
     data = PatientDataset(args.data, args.split, size, checkpoint["xray_size"], **common)
     expected = {"geometry": data.geometry.to_dict(), "hu_window": list(data.hu_window), "xray_scale": data.xray_scale}
     check_compatible(args.base, checkpoint, **expected)
-    check_patients(data, checkpoint, args.base, args.split, args.allow_seen)
-    if checkpoint["split_hash"] != data.split_hash:
-        print(f"note: {args.base} was trained on another split; none of these patients was in its training set")
+    seen = check_patients(data, checkpoint, args.base, args.split, args.allow_seen)
     training = PatientDataset(args.data, "train", size, None, **common)
     predictors = {"model": model_predictor(model, device, precision), BASELINE: mean_predictor(training)}
-    output, drawn = Path(args.output), []
 
-    def picture(item, volume):
-        if len(drawn) < args.pictures:
-            drawn.append(item["id"])
+    def picture(item, volume, scores):
+        if item["id"] in data.ids[: args.pictures]:
+            title = f"{item['id']}    PSNR {scores['psnr_strict']:.1f} dB, SSIM {scores['ssim_3d']:.3f}"
             path = output / "pictures" / f"{item['id']}.png"
-            save_panel(path, item["xrays"], volume, item["ct_volume"][0], window, title=item["id"])
+            save_panel(path, item["xrays"], volume, item["ct_volume"][0], data.hu_window, title)
 
     rows = score_patients(data, predictors, picture)
     summary = {
         "checkpoint": Path(args.base).name,
         "epoch": checkpoint["epoch"],
         "parameters": sum(p.numel() for p in model.parameters()),
-        "data": Path(args.data).name,
+        "data": Path(args.data).resolve().name,
         "split": args.split,
         "split_hash": data.split_hash,
         "patients": data.ids,
+        "seen_in_training": seen,
         "volume_size": list(model.volume_size),
         **expected,
         "protocols": PROTOCOLS,

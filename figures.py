@@ -1,4 +1,4 @@
-"""Pictures: two X-rays | prediction | truth in three planes, as a radiologist hangs them.
+"""Pictures: two X-rays | prediction | truth | difference in three planes, as a radiologist hangs them.
 
 from figures import save_panel
 save_panel("case.png", xrays, prediction, target)
@@ -14,11 +14,13 @@ from files import atomic_path
 from projector import HU_WINDOW, unit_to_hu
 
 DISPLAY_WINDOW_HU = (-1000.0, 400.0)  # shows lung and soft tissue in one picture
+DIFFERENCE_HU = 500.0  # shown white
 TILE = 256
 GAP = 6
 CAPTION = 22
-BACKGROUND, INK = 16, 225
-PLANES = ("axial", "coronal", "sagittal")
+BACKGROUND, INK, FAINT = 16, 225, 150
+XRAYS = (("PA X-ray", "RL"), ("lateral X-ray", "AP"))  # caption; what lies left and right
+PLANES = (("axial", "RL"), ("coronal", "RL"), ("sagittal", "AP"))
 
 
 def planes(volume: np.ndarray) -> list[np.ndarray]:
@@ -31,35 +33,31 @@ def planes(volume: np.ndarray) -> list[np.ndarray]:
 
 
 def panel(xrays, prediction, target=None, hu_window=HU_WINDOW, title: str = "") -> Image.Image:
-    """One case as a picture.
+    """One case as a grey picture, about 1,200 x 900 pixels with a target and 1,300 x 300 without.
 
     xrays: ``(2, h, w)`` in [0, 1]. prediction, target: ``(D, H, W)`` in [0, 1] of ``hu_window`` (torch or
-    numpy). Columns: an X-ray, axial, coronal, sagittal; first row prediction, second row truth and, below
-    it, the absolute difference (white: 500 HU) when there is a target.
+    numpy, any size). With a target: the X-rays stacked on the left; prediction, truth and their absolute
+    difference (white: 500 HU) in rows of axial, coronal and sagittal. Without: all in one row.
     """
     xrays, prediction = _array(xrays), _array(prediction)
-    brightest = max(1e-6, float(np.percentile(xrays, 99.8)))
+    xrays = xrays / np.percentile(xrays, 99.8, axis=(1, 2), keepdims=True).clip(1e-6)
     rows = [("prediction", [_window(s, hu_window) for s in planes(prediction)])]
     if target is not None:
         target = _array(target)
-        difference = np.abs(prediction - target) * (hu_window[1] - hu_window[0]) / 500.0
+        difference = np.abs(prediction - target) * (hu_window[1] - hu_window[0]) / DIFFERENCE_HU
         rows.append(("truth", [_window(s, hu_window) for s in planes(target)]))
-        rows.append(("|difference|, white 500 HU", planes(difference)))
-    count = max(2, len(rows))
-    top = CAPTION if title else 0
-    width = GAP + 4 * (TILE + GAP)
-    canvas = Image.new("L", (width, top + GAP + count * (TILE + CAPTION + GAP)), BACKGROUND)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
-    if title:
-        draw.text((GAP, 4), title, fill=INK, font=font)
-    for row in range(count):
-        y = top + GAP + row * (TILE + CAPTION + GAP)
-        if row < 2:
-            _paste(canvas, draw, font, (GAP, y), xrays[row] / brightest, ("PA X-ray", "lateral X-ray")[row])
-        if row < len(rows):
-            name, tiles = rows[row]
-            for column, (plane, tile) in enumerate(zip(PLANES, tiles), start=1):
-                _paste(canvas, draw, font, (GAP + column * (TILE + GAP), y), tile, f"{name}, {plane}")
+        rows.append((f"difference (white: {DIFFERENCE_HU:g} HU)", planes(difference)))
+    line = TILE + CAPTION + GAP
+    edge = TILE if len(rows) == 1 else len(rows) * line // 2 - CAPTION - GAP  # two X-rays fill the rows' height
+    top, left = GAP + (CAPTION if title else 0), GAP + (edge + GAP) * (2 if len(rows) == 1 else 1)
+    canvas = Image.new("L", (left + 3 * (TILE + GAP), top + len(rows) * line), BACKGROUND)
+    ImageDraw.Draw(canvas).text((GAP, GAP), title, fill=INK, font=ImageFont.load_default(size=16))
+    for view, (caption, sides) in enumerate(XRAYS):
+        corner = (GAP + view * (TILE + GAP), top) if len(rows) == 1 else (GAP, top + view * (edge + CAPTION + GAP))
+        _paste(canvas, corner, edge, xrays[view], caption, sides)
+    for row, (name, slices) in enumerate(rows):
+        for column, (tile, (plane, sides)) in enumerate(zip(slices, PLANES)):
+            _paste(canvas, (left + column * (TILE + GAP), top + row * line), TILE, tile, f"{name}, {plane}", sides)
     return canvas
 
 
@@ -81,7 +79,12 @@ def _window(unit, hu_window):
     return (unit_to_hu(unit, hu_window) - low) / (high - low)
 
 
-def _paste(canvas, draw, font, place, tile, caption) -> None:
+def _paste(canvas, corner, edge, tile, caption, sides) -> None:
+    """Draw one square tile with its caption below and its sides' letters in the upper corners."""
     grey = Image.fromarray((np.clip(tile, 0, 1) * 255).round().astype(np.uint8))
-    canvas.paste(grey.resize((TILE, TILE), Image.Resampling.BICUBIC), place)
-    draw.text((place[0] + 2, place[1] + TILE + 2), caption, fill=INK, font=font)
+    canvas.paste(grey.resize((edge, edge), Image.Resampling.BICUBIC), corner)
+    draw, font, (x, y) = ImageDraw.Draw(canvas), ImageFont.load_default(size=14), corner
+    draw.text((x + 2, y + edge + 2), caption, fill=INK, font=font)
+    outline = {"fill": FAINT, "font": font, "stroke_width": 1, "stroke_fill": 0}
+    draw.text((x + 6, y + 4), sides[0], **outline)
+    draw.text((x + edge - 6, y + 4), sides[1], anchor="ra", **outline)

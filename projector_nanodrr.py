@@ -4,7 +4,19 @@
     xrays = render_xrays_nanodrr(volume, geometry)  # as projector.render_xrays
 
 nanodrr marches along the rays with trilinear samples (a fused kernel on NVIDIA and Apple GPUs); the built-in
-renderer uses Joseph's method. Both integrate the same conventions (see projector.py).
+renderer uses Joseph's method. Both follow the conventions of projector.py; on a chest CT their line integrals
+differ by less than 0.01 % on average (benchmarks/projector.py).
+
+On a CPU the built-in renderer is faster; it stays the default. One AMD EPYC core, torch 2.13, nanodrr 0.1.7, one
+sample per voxel, seconds of CPU time, both views:
+
+    cube -> X-ray           batch  pass                built-in  nanodrr
+    128^3 -> 128^2            2    forward               0.17      0.54
+                                   forward + backward    0.30      1.16
+    256^3 -> 512^2            1    forward               2.3       6.7
+                                   forward + backward    5.1      20.6
+
+No GPU was measured. nanodrr's fused kernel is not used for gradients under torch's deterministic algorithms.
 """
 
 from __future__ import annotations
@@ -29,8 +41,8 @@ def render_xrays_nanodrr(
     volume: ``(B, 1, D, H, W)`` in [0, 1]. Returns ``(B, 2, *image_size)``: line integral / ``xray_scale``.
     Raises :class:`InputError` when nanodrr is not installed, ``ValueError`` on another shape of ``volume``.
 
-    Differentiable with respect to ``volume``. On a CPU every sample's position is held in memory, also for
-    the backward pass.
+    Differentiable with respect to ``volume``. Without a fused kernel every sample's position is kept for the
+    backward pass: 0.8 GB per view and volume for 256^3 -> 512^2.
     """
     if volume.ndim != 5 or volume.shape[1] != 1:
         raise ValueError(f"volume has shape {tuple(volume.shape)}; expected (B, 1, D, H, W)")

@@ -163,18 +163,25 @@ def describe(task: EnhancedTask, model, processes: Processes) -> None:
     )
 
 
-def worker(args: argparse.Namespace) -> None:
-    """What each process runs."""
+def worker(args: argparse.Namespace) -> int:
+    """What each process runs; returns its exit status."""
     with process_group() as processes:
         config = read_config(args)
         task = EnhancedTask(config, processes)
         model = task.build_model()
         describe(task, model, processes)
         if args.dry_run:
-            return
+            return 0
         if processes.is_main:
             write_json(Path(args.output) / "config.json", config_dict(config))
-        fit(model, task, config, args.output, processes)
+        try:
+            fit(model, task, config, args.output, processes)
+        except Interrupted as interruption:
+            if processes.is_main:
+                last = Path(args.output) / "last.pt"
+                print(f"{interruption}: saved {last}; the same command goes on from there", file=sys.stderr)
+            return 128 + interruption.signal_number
+    return 0
 
 
 def main(argv=None) -> int:
@@ -184,15 +191,7 @@ def main(argv=None) -> int:
         raise InputError(
             f"{config.data.dataset_path}: no such data set; make one with prepare_data.py, then pass --data ROOT"
         )
-    try:
-        launch(worker, config.world_size, args)
-    except Interrupted as signal_received:
-        print(
-            f"{signal_received}: saved {Path(args.output) / 'last.pt'}; the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 128 + signal_received.signal_number
-    return 0
+    return launch(worker, config.world_size, args)
 
 
 if __name__ == "__main__":

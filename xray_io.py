@@ -216,9 +216,20 @@ def _fit(pixels, size, notes):
         pixels = np.pad(pixels, ((top, edge - rows - top), (left, edge - columns - left)), mode="edge")
     if pixels.shape[0] != size:
         notes.append(f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {size} x {size}")
-        method = Image.Resampling.BOX if pixels.shape[0] > size else Image.Resampling.BILINEAR
-        pixels = np.asarray(Image.fromarray(pixels.astype(np.float32)).resize((size, size), method))
+        if pixels.shape[0] > size:
+            shares = _area_shares(pixels.shape[0], size)
+            pixels = shares @ pixels @ shares.T
+        else:
+            picture = Image.fromarray(pixels.astype(np.float32))
+            pixels = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
     return pixels
+
+
+def _area_shares(edge: int, size: int) -> np.ndarray:
+    """``(size, edge)``: the share of each of ``edge`` pixels in each of ``size`` larger ones; rows sum to 1."""
+    old, new = np.arange(edge + 1.0), np.linspace(0.0, edge, size + 1)
+    overlap = np.minimum.outer(new[1:], old[1:]) - np.maximum.outer(new[:-1], old[:-1])
+    return overlap.clip(0.0) * (size / edge)
 
 
 # ------------------------------------------------------------------------------------------------

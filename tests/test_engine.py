@@ -246,3 +246,14 @@ def test_a_disk_full_while_saving_keeps_the_last_checkpoint(root, tmp_path, monk
 def test_float16_needs_a_gpu():
     with pytest.raises(InputError, match="float16"):
         engine.Precision("float16", torch.device("cpu"))
+
+
+def test_training_on_the_xrays_of_the_files_works_without_augmentation(root, tmp_path):
+    config, task, model = build(root, "data.xray_source=files", "training.num_epochs=3", "data.repeats=2")
+    assert not task.renders
+    batch = task.make_batch(next(iter(torch.utils.data.DataLoader(task.train_data))), [1], torch.device("cpu"))
+    assert torch.equal(batch["xrays"][0], task.train_data[0]["xrays"])
+    fit(model, task, config, tmp_path, Processes())
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [e["l1"] for e in events if e["event"] == "epoch"]
+    assert losses[-1] < losses[0]

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from tiny_data import make_checkpoint, make_dataset, make_model
 
 import evaluate
 from dataset import PatientDataset, mean_volume
-from files import InputError
+from files import InputError, run_cli
 from projector import Geometry
 
 
@@ -80,7 +83,7 @@ def test_the_summary_is_the_mean_of_the_rows(root, results):
     assert summary["split_hash"] == PatientDataset(root, "test", 16, None).split_hash
     assert summary["patients"] == ["p4", "p5"]
     assert str(root.parent) not in (results / "summary.json").read_text()  # no path of this machine
-    assert len(list((results / "pictures").iterdir())) == 1
+    assert [p.name for p in (results / "pictures").iterdir()] == ["p4.png"]
 
 
 def test_a_perfect_method_beats_the_mean_volume(root):
@@ -114,6 +117,48 @@ def test_checkpoints_of_other_data_are_refused(root, tmp_path, changes, words):
     with pytest.raises(InputError, match=words):
         evaluate.main(command(root, path, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_another_split_is_said_with_what_it_means(root, base, tmp_path, capsys):
+    arguments = command(root, make_checkpoint(tmp_path / "other.pt", root, split_hash="0" * 64), tmp_path / "out")
+    assert evaluate.main([*arguments, "--pictures", "0"]) == 0
+    assert (
+        "other.pt was trained with another split of its data; of the 2 patients scored here 0"
+        in capsys.readouterr().out
+    )
+    assert not (tmp_path / "out" / "pictures").exists()
+    assert evaluate.main(command(root, base, tmp_path / "all", "--split", "all", "--allow-seen")) == 0
+    assert "trained on p0, p1, p2 (3 of the all split's 6 patients)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "all" / "summary.json").read_text())["seen_in_training"] == ["p0", "p1", "p2"]
+
+
+class Payload:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_would_run_code_is_refused_by_the_command(root, tmp_path, capsys):
+    with open(tmp_path / "evil.pt", "wb") as stream:
+        pickle.dump({"format": 1, "kind": "enhanced_direct", "payload": Payload(tmp_path / "owned")}, stream, 2)
+    torch.save({"format": 1, "payload": Payload(tmp_path / "owned")}, tmp_path / "evil_zip.pt")
+    for name in ("evil.pt", "evil_zip.pt"):
+        with pytest.raises(SystemExit) as stopped:
+            run_cli(partial(evaluate.main, command(root, tmp_path / name, tmp_path / "out")))
+        assert stopped.value.code == 2
+        assert name in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.pt", "evil_zip.pt"]
+
+
+def test_results_never_replace_a_file_named_like_their_folder(root, base, tmp_path):
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(InputError, match="out is a file; expected a folder"):
+        evaluate.main(command(root, base, tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "precious"
 
 
 def test_missing_files_and_devices_are_named(root, base, tmp_path):

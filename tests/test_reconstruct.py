@@ -75,10 +75,39 @@ def test_the_pipeline_takes_files_and_arrays(root, base):
     assert hu.shape == (16, 16, 16)
     assert affine.shape == (4, 4)
     assert np.abs(hu.astype(int) - again).max() <= 1
+    with pytest.raises(InputError, match=r"lateral: array of shape \(64, 48\); expected a square"):
+        pipeline(arrays[0], arrays[1][:, 8:-8])
     with pytest.raises(InputError, match=r"pa: array.*in \[0, 1\]"):
         pipeline(arrays[0] * 255, arrays[1])
     with pytest.raises(InputError, match="lateral: the X-ray is constant"):
         pipeline(arrays[0], np.zeros((64, 64)))
+
+
+def test_the_views_are_not_interchangeable_and_the_sides_matter(root, base):
+    pipeline = reconstruct.load_pipeline(base, device="cpu")
+    pa, lateral = (np.asarray(Image.open(p)) / 65535.0 for p in files(root))
+    hu = pipeline(pa, lateral)[0].astype(int)
+    assert np.abs(pipeline(pa[:, ::-1].copy(), lateral)[0] - hu).mean() > 5
+    with pytest.raises(InputError, match="look swapped"):
+        pipeline(lateral, pa)
+    assert np.abs(pipeline(lateral, pa, check=False)[0] - hu).mean() > 5
+
+
+def test_pictures_of_unknown_brightness_are_doubted_and_percentile_adjusts_them(root, base, tmp_path):
+    pipeline, views = reconstruct.load_pipeline(base, device="cpu"), []
+    pipeline(*files(root))
+    assert pipeline.notes == []
+    for path, gain in zip(files(root), (0.45, 0.3)):
+        dark = Image.fromarray((np.asarray(Image.open(path)) * gain).astype(np.uint16))
+        dark.save(tmp_path / path.name)
+        views.append(tmp_path / path.name)
+    pipeline(*views)
+    assert all("brightness" in note and "percentile" in note for note in pipeline.notes)
+    assert len(pipeline.notes) == 2
+    adjusted = pipeline(*views, normalization="percentile")[0].astype(int)
+    assert pipeline.notes == []
+    # Whatever the gain was, it is gone.
+    assert np.abs(adjusted - pipeline(*files(root), normalization="percentile")[0]).max() <= 2
 
 
 def damaged(tmp_path, root, how):
@@ -110,11 +139,13 @@ def damaged(tmp_path, root, how):
     ],
 )
 def test_unusable_xrays_are_named_and_the_output_is_not_touched(root, base, tmp_path, how, words):
-    output = tmp_path / "out.nii.gz"
+    output, picture = tmp_path / "out.nii.gz", tmp_path / "out.png"
     output.write_bytes(b"precious")
+    picture.write_bytes(b"precious too")
     with pytest.raises(InputError, match=words):
-        reconstruct.main(command(*damaged(tmp_path, root, how), base, output))
+        reconstruct.main(command(*damaged(tmp_path, root, how), base, output, "--picture", str(picture)))
     assert output.read_bytes() == b"precious"
+    assert picture.read_bytes() == b"precious too"
 
 
 def test_options_that_cannot_work_are_named(root, base, tmp_path):
@@ -122,6 +153,8 @@ def test_options_that_cannot_work_are_named(root, base, tmp_path):
         reconstruct.main(command(*files(root), base, tmp_path / "out.mha"))
     with pytest.raises(InputError, match=r"pic\.jpg.*\.png"):
         reconstruct.main(command(*files(root), base, tmp_path / "out.nii", "--picture", "pic.jpg"))
+    with pytest.raises(InputError, match=r"p4_pa_drr\.png is one of the X-rays"):
+        reconstruct.main(command(*files(root), base, tmp_path / "out.nii", "--picture", str(files(root)[0])))
     with pytest.raises(InputError, match=r"none\.pt: no such checkpoint"):
         reconstruct.main(command(*files(root), tmp_path / "none.pt", tmp_path / "out.nii"))
 

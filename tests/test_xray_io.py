@@ -94,6 +94,12 @@ def test_colour_pictures_become_grey_and_say_so(tmp_path, mode):
     assert xray.notes == [f"converted from colour ({mode}) to grey"]
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_1_bit_pictures_are_refused(tmp_path, suffix):
+    Image.fromarray(eight()).convert("1").save(tmp_path / f"x{suffix}")
+    refused(tmp_path / f"x{suffix}", "1-bit picture.*expected 8 or 16 bit")
+
+
 def test_float_tiff_is_taken_as_it_is(tmp_path):
     Image.fromarray(picture().astype(np.float32)).save(tmp_path / "x.tif")
     assert np.array_equal(read_xray(tmp_path / "x.tif").pixels, picture().astype(np.float32))
@@ -222,6 +228,13 @@ def test_shrinking_averages_and_growing_interpolates(tmp_path):
     assert small.notes == ["resized from 64 x 64 to 32 x 32"]
     assert large.pixels.shape == (96, 96)
     assert large.pixels.mean() == pytest.approx(picture(64, 64).mean(), rel=0.01)
+
+
+def test_shrinking_by_a_fraction_weighs_pixels_by_area(tmp_path):
+    np.save(tmp_path / "x.npy", picture(48, 48))
+    doubled = np.kron(picture(48, 48), np.ones((2, 2)))  # 96 = 3 x 32: every area is a whole number of these
+    expected = doubled.reshape(32, 3, 32, 3).mean((1, 3))
+    assert read_xray(tmp_path / "x.npy", size=32).pixels == pytest.approx(expected, abs=1e-5)
 
 
 def test_resizing_keeps_a_gradient_on_its_place(tmp_path):

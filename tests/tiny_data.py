@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from checkpoints import save_checkpoint
+from config import EnhancedConfig, config_dict
 from ct_io import cube_affine, write_cube
 from dataset import PatientDataset
 from files import read_json, write_json
@@ -106,9 +107,7 @@ def write_patient(root: Path, patient: str, seed: int, cube_size: int, xray_size
         "source": f"{patient}.nii.gz",
         "centre_mm": list(centre),
         "scan_fraction": round(float(mask.mean()), 4),
-        "files": {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())
-        },
+        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())},
     }
 
 
@@ -134,7 +133,7 @@ def make_checkpoint(path, root, model: EnhancedDirectModel | None = None, settin
         "kind": KIND,
         "model_state_dict": model.state_dict(),
         "model_config": settings,
-        "config": {"model": settings},
+        "config": {**config_dict(EnhancedConfig()), "model": settings},
         "geometry": data.geometry.to_dict(),
         "hu_window": list(data.hu_window),
         "xray_scale": data.xray_scale,

@@ -1,0 +1,85 @@
+"""Processes started by plain python: they find each other, fail as one, and hear signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed import Processes, process_group, spawn
+from files import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def meet(folder):
+    with process_group() as processes:
+        ranks = processes.gather_objects(processes.rank)
+        total = processes.mean(torch.tensor([float(processes.rank)]))
+        heard = processes.any(processes.rank == 1)
+        Path(folder, str(processes.rank)).write_text(f"{ranks} {total.item()} {heard}")
+    return 0
+
+
+def fail_on_rank_one(_):
+    with process_group() as processes:
+        if processes.rank == 1:
+            raise InputError("rank one does not like its input")
+        processes.barrier()  # would wait for ever if nobody ended it
+    return 0
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_processes_meet_and_agree(tmp_path, on_cpu):
+    assert spawn(meet, 2, str(tmp_path)) == 0
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"0": "[0, 1] 0.5 True", "1": "[0, 1] 0.5 True"}
+
+
+def test_one_failing_process_ends_all_with_its_status(on_cpu, capfd):
+    assert spawn(fail_on_rank_one, 2, None) != 0
+    assert "error: rank one does not like its input" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+def test_signals_reach_the_workers(tmp_path):
+    code = f"""
+import signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from distributed import spawn
+
+def worker(folder):
+    import os
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(77))
+    Path(folder, os.environ["RANK"]).touch()
+    time.sleep(60)
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(spawn(worker, 2, {str(tmp_path)!r}))
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / name).exists() for name in "01") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 77
+
+
+def test_a_single_process_needs_no_group():
+    alone = Processes()
+    assert alone.is_main
+    assert alone.gather_objects("x") == ["x"]
+    assert alone.any(True)
+    assert not alone.any(False)
+    assert torch.equal(alone.mean(torch.ones(2)), torch.ones(2))
