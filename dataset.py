@@ -299,7 +299,7 @@ class PatientDataset(Dataset):
                 image = torch.nn.functional.interpolate(rendered[None, view : view + 1], self.xray_size, mode="area")
                 images.append(image[0, 0].clip(0, 1).numpy())
             else:
-                xray = read_xray(path, normalization=self._normalization, size=self.xray_size)
+                xray = read_xray(path, normalization=self._normalization, size=self.xray_size, view=view)
                 for note in xray.notes:
                     if not self.has_manifest:
                         warnings.warn(f"{path}: {note}", stacklevel=2)

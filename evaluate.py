@@ -129,10 +129,10 @@ def write_rows(path, rows: list[dict]) -> None:
 def print_table(summary: dict) -> None:
     """Mean and standard deviation per method, and the gain over the baseline with its interval."""
     methods = summary["methods"]
-    print(f"{'':20}" + "".join(f"{name:>18}" for name in methods) + f"{'gain (95 % interval)':>28}")
+    print(f"{'':20}" + "".join(f"{name:>18}" for name in methods) + f"{'gain (95 % interval)':>32}")
     gains = next(iter(summary[f"minus_{BASELINE}"].values()), {})
     for metric in PROTOCOLS:
-        digits = 3 if metric.startswith("ssim") else 2
+        digits = 3 if metric.startswith("ssim") else 1 if metric.endswith("hu") else 2
         cells = ""
         for statistics in methods.values():
             sd = statistics[metric]["sd"]
@@ -141,7 +141,7 @@ def print_table(summary: dict) -> None:
         if metric in gains:
             interval = gains[metric]["ci95"]
             limits = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
-            cells += f"{gains[metric]['mean']:+.{digits}f}{limits}".rjust(28)
+            cells += f"{gains[metric]['mean']:+.{digits}f}{limits}".rjust(32)
         print(f"{metric:20}{cells}")
 
 

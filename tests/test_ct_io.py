@@ -60,17 +60,20 @@ def test_a_linear_field_lands_on_its_world_positions_whatever_the_affine(shape, 
     assert np.abs(hu - field(*cube_world(centre, fov, size))).max() <= 0.51
 
 
-@pytest.mark.parametrize("axes", ["LPS", "LAS", "PIR", "SAR", "ILP"])
-def test_storage_order_does_not_change_the_cube(tmp_path, axes):
-    ct = thorax((44, 40, 36), grid_affine((44, 40, 36), (7, 8, 9), (30, -20, 400)), centre=(30, -20), lung_z=400)
+def test_storage_order_does_not_change_the_cube(tmp_path):
+    shape = (44, 40, 36)
+    ct = thorax(shape, grid_affine(shape, (7, 8, 9), (30, -20, 400)), centre=(30, -20), lung_z=400)
     cubes = []
-    for name, stored in (("ras", ct), (axes, reoriented(ct, axes))):
-        loaded = read_ct(save_nifti(tmp_path / f"{name}.nii.gz", stored))
+    for axes in ("RAS", "LPS", "PIR", "SAR"):
+        loaded = read_ct(save_nifti(tmp_path / f"{axes}.nii.gz", reoriented(ct, axes)))
         centre = locate_cube(loaded, 320)
         cubes.append((centre, *resample_cube(loaded, centre, 320, 32)))
-    assert cubes[0][0] == pytest.approx(cubes[1][0], abs=1e-3)
-    assert np.abs(cubes[0][1].astype(int) - cubes[1][1]).max() <= 1
-    assert np.array_equal(cubes[0][2], cubes[1][2])
+    first_centre, first_hu, first_mask = cubes[0]
+    assert first_hu.std() > 300
+    for centre, hu, mask in cubes[1:]:
+        assert centre == pytest.approx(first_centre, abs=1e-3)
+        assert np.abs(hu.astype(int) - first_hu).max() <= 1
+        assert np.array_equal(mask, first_mask)
 
 
 def test_an_oblique_scan_gives_the_same_cube():
@@ -88,9 +91,9 @@ def test_an_oblique_scan_gives_the_same_cube():
 
 
 def test_a_marker_keeps_its_world_position_on_disk_and_lies_in_the_right_octant(tmp_path):
-    marker = np.array([40.0, 24.0, 88.0])  # right, anterior, superior of the cube's centre
-    affine = grid_affine((41, 41, 41), 8.0, (100, -50, 700))
-    ct = thorax((41, 41, 41), affine, centre=(100, -50), lung_z=700)
+    marker = np.array([44.0, 28.0, 92.0])  # right, anterior, superior of the cube's centre
+    affine = grid_affine((40, 40, 40), 8.0, (100, -50, 700))
+    ct = thorax((40, 40, 40), affine, centre=(100, -50), lung_z=700)
     index = np.linalg.solve(affine, [*(marker + [100, -50, 700]), 1])[:3]
     assert index == pytest.approx(np.rint(index), abs=1e-9)
     ct.data[tuple(np.rint(index).astype(int))] = 3000
@@ -101,7 +104,7 @@ def test_a_marker_keeps_its_world_position_on_disk_and_lies_in_the_right_octant(
     image = nib.load(tmp_path / "a.nii.gz")
     stored = np.asarray(image.dataobj)
     found = image.affine @ [*np.unravel_index(stored.argmax(), stored.shape), 1]
-    assert np.abs(found[:3] - marker - [100, -50, 700]).max() <= 4.01  # half a voxel
+    assert np.abs(found[:3] - marker - [100, -50, 700]).max() < 1e-3
     assert nib.aff2axcodes(image.affine) == ("L", "P", "I")
     assert stored.dtype == np.int16
     assert image.get_sform(coded=True)[1] == image.get_qform(coded=True)[1] == 1
@@ -161,12 +164,12 @@ def test_a_scan_that_fits_is_centred_on_itself_and_on_the_body():
 
 @pytest.mark.parametrize(
     ("lung_z", "lungs", "expected"),
-    [(80, True, 85), (-100, True, -95), (250, True, 140), (-260, True, -140), (0, False, 0)],
+    [(-80, True, -75), (250, True, 140), (-260, True, -140), (0, False, 0)],
 )
 def test_a_long_scan_is_centred_on_the_lungs_within_the_scan(lung_z, lungs, expected):
     shape = (40, 40, 80)  # 640 mm, field of view 360
     z = locate_cube(thorax(shape, grid_affine(shape, 8.0), lung_z=lung_z, lungs=lungs), 360)[2]
-    assert z == pytest.approx(expected, abs=8 if expected in (85, -95) else 0.01)
+    assert z == pytest.approx(expected, abs=8 if expected == -75 else 0.01)
 
 
 def couch_hu(x, y, z):
@@ -196,7 +199,7 @@ def test_remove_couch_takes_the_couch_and_leaves_the_patient():
     hu, _ = resample_cube(thorax((size,) * 3, grid, extra=couch_hu), (0, 0, 0), fov, size)
     removed = remove_couch(hu, fov / size)
     x, y, _ = cube_world((0, 0, 0), fov, size)
-    body = (x / 130) ** 2 + (y / 90) ** 2 < 1
+    body = (x / 126) ** 2 + (y / 86) ** 2 < 1
     couch = (hu != clean) & ~body
     assert couch.sum() > 1000
     assert (removed[couch & (y < -104)] == -1024).all()

@@ -134,6 +134,16 @@ def test_windows_starts_the_processes_without_torchrun(monkeypatch):
     assert launch.job_command(Path("py"), "train", []) == ["py", str(ROOT / "train_enhanced_4gpu.py")]
 
 
+@pytest.mark.parametrize(
+    ("answer", "driver", "warned"), [("0 -", True, True), ("0 -", False, False), ("2 13.0", True, False)]
+)
+def test_a_torch_without_cuda_beside_a_driver_is_said(monkeypatch, capsys, answer, driver, warned):
+    monkeypatch.setattr(subprocess, "check_output", lambda *_, **__: answer + "\n")
+    monkeypatch.setattr(launch.shutil, "which", lambda name: "nvidia-smi" if driver else None)
+    assert launch.gpu_count(Path("py")) == int(answer[0])
+    assert ("without CUDA" in capsys.readouterr().err) == warned
+
+
 def test_every_word_starts_a_file_that_exists():
     for word, script in launch.JOBS.items():
         assert (ROOT / script).is_file(), word
@@ -191,7 +201,5 @@ def test_batch_file_is_the_shell_script_for_windows():
     shell = (ROOT / "launch_4gpu.sh").read_text()
     for name in re.findall(r"\w+\.(?:py|sh)\b", text.replace("%~dp0", "")):
         assert (ROOT / name).is_file(), name
-    words = re.findall(r"launch_4gpu\.(?:bat|sh) (\w+) ", text)
-    assert words == re.findall(r"launch_4gpu\.(?:bat|sh) (\w+) ", shell)
-    assert set(words) <= {*launch.JOBS, "test"}
-    assert len(words) == 3
+    usage = re.compile(r"^(?:rem|#)   (?:bash )?launch_4gpu\.(?:bat|sh) (\w+) ", re.MULTILINE)
+    assert usage.findall(text) == usage.findall(shell) == ["demo", "test", "smoke"]

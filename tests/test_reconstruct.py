@@ -106,6 +106,8 @@ def test_pictures_of_unknown_brightness_are_doubted_and_percentile_adjusts_them(
     assert len(pipeline.notes) == 2
     adjusted = pipeline(*views, normalization="percentile")[0].astype(int)
     assert pipeline.notes == []
+    levels = [np.percentile(view, 99) for view in pipeline.read(*views, normalization="percentile").numpy()]
+    assert levels == pytest.approx([0.53, 0.74], abs=0.01)  # each view on its own reference
     # Whatever the gain was, it is gone.
     assert np.abs(adjusted - pipeline(*files(root), normalization="percentile")[0]).max() <= 2
 
