@@ -138,7 +138,10 @@ def job_command(python: Path, word: str, options: list[str]) -> list[str]:
         return [str(python), "-m", "pytest", *options]
     command = [str(python)]
     if word == "train":
-        processes = min(MAX_GPUS, gpu_count(python))
+        gpus = min(MAX_GPUS, gpu_count(python))
+        processes = 2 if gpus == 3 else gpus  # the default global batch is a multiple of 1, 2 and 4 processes
+        if gpus == 3:
+            print("note: 2 of 3 GPUs are used; for all: torchrun --nproc_per_node 3 ... --set world_size=3", flush=True)
         if processes >= 2 and not WINDOWS:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*command, str(HERE / JOBS[word]), *options]

@@ -61,7 +61,7 @@ def thorax(shape=(40, 40, 40), affine=None, centre=(0, 0, 0), lung_z=0.0, lungs=
     hu = np.full(shape, AIR)
     parts = [((0, 0, 0), (130, 90, np.inf), TISSUE)]
     if lungs:
-        parts += [((60, 5, 10), (45, 65, 100), LUNG), ((-62, 5, 0), (42, 65, 90), LUNG)]
+        parts += [((60, 5, 10), (45, 60, 100), LUNG), ((-62, 5, 0), (42, 60, 90), LUNG)]
         parts += [((-30, 25, -30), (40, 35, 45), 50.0)]
     parts += [((0, -65, 0), (18, 18, np.inf), 400.0)]
     for middle, half_axes, value in parts:

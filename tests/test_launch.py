@@ -118,7 +118,7 @@ def test_the_running_python_is_used_where_it_satisfies_the_requirements(tmp_path
     assert launch.find_python(write_requirements(tmp_path, "pytest>=999\n")) == Path("other")
 
 
-@pytest.mark.parametrize(("gpus", "processes"), [(0, 0), (1, 0), (2, 2), (4, 4), (8, 4)])
+@pytest.mark.parametrize(("gpus", "processes"), [(0, 0), (1, 0), (2, 2), (3, 2), (4, 4), (8, 4)])
 def test_training_uses_up_to_four_gpus(monkeypatch, gpus, processes):
     monkeypatch.setattr(launch, "gpu_count", lambda python: gpus)
     command = launch.job_command(Path("py"), "train", ["--set", "a=1"])
