@@ -17,6 +17,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -209,7 +211,7 @@ def _pool(todo, output, settings, workers):
     """Yield ``(source, result)``; result None where the pool broke before the source was done."""
     # spawn: forking a process in which torch has started threads can deadlock
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(_try_patient, s, output / s.patient_id, settings): s for s in todo}
         try:
             for future in as_completed(futures):
@@ -221,11 +223,22 @@ def _pool(todo, output, settings, workers):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _start_worker():
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the command stops handing out CTs, this one is finished
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()  # killed: without this the worker would wait for work for ever
+    os._exit(1)
+
+
 def _try_patient(source, folder, settings):
     """``(entry, problem, notes)``: what is wrong with one CT must not stop the others."""
     try:
         entry, notes = prepare_patient(source, folder, settings)
-    except (InputError, OSError, MemoryError) as error:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch out of memory
         message = str(error) or type(error).__name__
         return None, message if str(source.path) in message else f"{source.path}: {message}", []
     return entry, None, notes
@@ -320,6 +333,8 @@ def main(argv=None) -> int:
     given = check_split(read_json(args.split), ids, args.split) if args.split else None  # before hours of work
     check_output(args.output, sources, settings, args.overwrite)
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.overwrite:
+        (args.output / MANIFEST).unlink(missing_ok=True)  # if this run is killed, it would describe a mixture
 
     entries, failures = prepare_all(sources, args.output, settings, args.workers, args.overwrite)
     for source in sources:

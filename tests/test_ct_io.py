@@ -243,7 +243,9 @@ def test_a_prepared_cube_is_averaged_down_in_place(tmp_path):
     mask[:3] = 0  # one and a half coarse rows: half covered counts as covered
     hu, _ = write_prepared(tmp_path, mask=mask)
     found, scan, affine = read_cube(tmp_path / "p.nii.gz", 320, 16)
-    means = np.array([[[hu[a : a + 2, b : b + 2, c : c + 2].mean() for c in (0, 14)] for b in (8, 20)] for a in (4, 30)])
+    means = np.array(
+        [[[hu[a : a + 2, b : b + 2, c : c + 2].mean() for c in (0, 14)] for b in (8, 20)] for a in (4, 30)]
+    )
     assert found[np.ix_([2, 15], [4, 10], [0, 7])] == pytest.approx(means, abs=1e-3)
     assert (scan[0].any(), scan[1:].all()) == (False, True)
     assert np.array_equal(affine, cube_affine((3, -4, 5), 320, 16))

@@ -1,0 +1,73 @@
+"""What only a GPU can show: the same numbers as the CPU, float16 training, NCCL training by plain python."""
+
+import json
+
+import pytest
+import torch
+from test_engine import build
+from tiny_data import make_dataset, make_model
+
+import train_enhanced_4gpu
+from augment import AugmentConfig, PairMaker
+from distributed import Processes
+from engine import fit
+from losses import EnhancedLoss
+from projector import Geometry, lift_features, render_xrays
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can see")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("gpu") / "data")
+
+
+def test_rendering_and_lifting_equal_the_cpu():
+    volume, features = torch.rand(2, 1, 32, 32, 32), torch.rand(2, 2, 8, 16, 16)
+    assert torch.allclose(
+        render_xrays(volume.cuda(), Geometry(), (64, 64)).cpu(), render_xrays(volume, Geometry(), (64, 64)), atol=1e-4
+    )
+    lifted = lift_features(features.cuda(), Geometry(), (16, 16, 16)).cpu()
+    assert torch.allclose(lifted, lift_features(features, Geometry(), (16, 16, 16)), atol=1e-4)
+
+
+def test_the_model_equals_the_cpu():
+    model, xrays = make_model(), torch.rand(1, 2, 64, 64)
+    with torch.no_grad():
+        expected = model(xrays)[0]
+        found = model.cuda()(xrays.cuda())[0].cpu()
+    assert torch.allclose(found, expected, atol=5e-3)  # TF32 may be on in the convolutions
+
+
+def test_losses_equal_the_cpu():
+    criterion = EnhancedLoss(perceptual_weights="random").eval()
+    prediction, target = torch.rand(1, 1, 32, 32, 32), torch.rand(1, 1, 32, 32, 32)
+    _, expected = criterion(prediction, target)
+    _, found = criterion.cuda()(prediction.cuda(), target.cuda())
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-2), name
+
+
+def test_pairs_equal_the_cpu():
+    volume = torch.rand(1, 1, 32, 32, 32)
+    pairs = PairMaker(Geometry(), (16, 16, 16), 32, AugmentConfig(source_size=32))
+    one, other = pairs(volume, torch.ones_like(volume), [3]), pairs(volume.cuda(), torch.ones_like(volume).cuda(), [3])
+    assert torch.allclose(one["ct_volume"], other["ct_volume"].cpu(), atol=1e-3)
+    assert torch.allclose(one["xrays"], other["xrays"].cpu(), atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float16", "auto"])
+def test_a_run_learns_in_mixed_precision(root, tmp_path, precision):
+    config, task, model = build(root, f"training.precision={precision}", "training.num_epochs=6", "data.repeats=2")
+    fit(model, task, config, tmp_path, Processes(device=torch.device("cuda", 0)))
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [e["l1"] for e in events if e["event"] == "epoch"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_plain_python_uses_the_gpus_there_are(root, tmp_path, capfd):
+    options = ["--data", str(root), "--output", str(tmp_path / "out"), "--set", "loss.perceptual_weight=0"]
+    options += ["--set", "training.num_epochs=1", "--set", "training.batch_size=1", "--dry-run"]
+    assert train_enhanced_4gpu.main(options) == 0
+    count = min(4, torch.cuda.device_count())
+    assert f"Processes: {count} on cuda" in capfd.readouterr().out
