@@ -17,7 +17,8 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: dict) -> None:
     """Write a checkpoint under a temporary name and rename it; ``path`` is always whole.
 
     ``checkpoint`` holds tensors and plain Python types only, so that ``torch.load`` with
-    ``weights_only=True`` reads it back; tensors are stored from the CPU. A format number is added. A failing write (disk full)
+    ``weights_only=True`` reads it back; tensors are stored from the CPU. A format number is added.
+    A failing write (disk full)
     raises ``OSError`` and leaves an existing file as it was.
     """
     try:

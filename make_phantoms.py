@@ -31,7 +31,7 @@ from tqdm import tqdm
 from files import InputError, atomic_path, run_cli
 
 AIR, LUNG, FAT, MUSCLE, BLOOD, LIVER = -1000.0, -850.0, -100.0, 50.0, 45.0, 60.0
-SPONGY_BONE, COMPACT_BONE, CARTILAGE, DISC = 200.0, 550.0, 110.0, 80.0  # HU, all without contrast agent
+SPONGY_BONE, COMPACT_BONE, CARTILAGE, DISC = 280.0, 950.0, 110.0, 80.0  # HU, all without contrast agent
 SIDES = (-1, 1)  # sign of x: the patient's right, left
 RIBS = 12
 
@@ -66,15 +66,15 @@ class Anatomy:
 
         right, apex = normal(55, 14), normal(-115, 8)
         left = right + rng.uniform(4, 24)
-        axes = np.array([normal(70, 7), normal(52, 6), normal(46, 5)])
-        heart = np.array([normal(22, 6), normal(-22, 6), (left + right) / 2 - axes[2] + normal(8, 5)])
+        axes = np.array([normal(66, 7), normal(48, 6), normal(44, 5)])
+        heart = np.array([normal(22, 6), normal(-22, 6), (left + right) / 2 - axes[2] + normal(11, 5)])
         long_axis = _unit([1.0, normal(-0.75, 0.15), normal(0.6, 0.2)])  # to the left, front and feet
         across = _unit(np.cross(long_axis, [0.0, 0.0, 1.0]))
         turn = np.array([long_axis, across, np.cross(long_axis, across)])
         return cls(
             rng.uniform(150, 188), rng.uniform(102, 132), rng.uniform(7, 24), max(0.0, rng.uniform(-1, 1)),
             apex, {-1: right, 1: left}, normal(62, 8), normal(19, 3), normal(27, 4), heart, axes, turn,
-            normal(14, 2), normal(-55, 7), normal(-25, 7), normal(24.5, 1), normal(0, 4), normal(LUNG, 25),
+            normal(14, 2), normal(-70, 7), normal(-42, 6), normal(24.5, 1), normal(0, 4), normal(LUNG, 25),
         )  # fmt: skip
 
     @property
@@ -150,7 +150,8 @@ def lung_distance(a: Anatomy, x, y, z):
     spine_x, spine_y = a.spine(z)
     _, half_depth, centre = a.cage
     forwards = _smooth_step((y - centre) / half_depth, -0.3, -0.95)  # the lungs nearly meet behind the sternum
-    beside = a.mediastinum * (1.0 - 0.8 * forwards) - np.abs(x - 3.0 * forwards)
+    width = a.mediastinum * (0.7 + 0.3 * np.exp(-(((z - a.carina - 15.0) / 35.0) ** 2)))  # widest at the hila
+    beside = width * (1.0 - 0.8 * forwards) - np.abs(x - 3.0 * forwards)
     gutter = 19.0 - np.hypot(x - spine_x, 0.7 * np.minimum(y - spine_y - 4.0, 0.0))  # beside the vertebrae
     outside = np.maximum(cage_distance(a, x, y, z) + 2.0, 0.7 * (z - diaphragm(a, x, y)))
     return np.maximum.reduce([outside, beside, gutter, 5.0 - heart_distance(a, x, y, z)])
@@ -239,7 +240,7 @@ class Canvas:
 def paint_trunk(canvas: Canvas, a: Anatomy):
     body = body_distance(a, *canvas.at())
     for side in SIDES:
-        canvas.blob((side * 0.5 * a.width, -a.depth + 8, -5), (60, 12 + 38 * a.breast, 60), FAT)
+        canvas.blob((side * 0.48 * a.width, -0.75 * a.depth, 0), (0.4 * a.width, 0.2 * a.depth + 26 * a.breast, 66), FAT)
     canvas.paint(body, FAT)
     canvas.paint(body + a.fat, MUSCLE)
     canvas.paint(np.maximum(np.abs(body + a.fat + 7.0) - 1.0, 0.0), FAT + 60)  # fat between the muscles
@@ -249,7 +250,7 @@ def paint_trunk(canvas: Canvas, a: Anatomy):
 def paint_lungs(canvas: Canvas, a: Anatomy, rng):
     """Returns the lungs' share (0 to 1) of each voxel."""
     distance = lung_distance(a, *canvas.at())
-    grain = ndimage.gaussian_filter(rng.standard_normal(canvas.shape, dtype=np.float32), 1.2) * 140.0
+    grain = ndimage.gaussian_filter(rng.standard_normal(canvas.shape, dtype=np.float32), 1.2) * 260.0
     canvas.paint(distance, a.lung_hu + grain + 0.5 * canvas.y)  # blood settles at the back: denser there
     return np.clip(0.5 - distance / canvas.edge, 0.0, 1.0)
 
@@ -382,7 +383,8 @@ def paint_spine(canvas: Canvas, a: Anatomy):
     canvas.paint(np.minimum(bone, arch), COMPACT_BONE, box)
     canvas.paint(np.minimum(bone, arch) + 2.5, SPONGY_BONE, box)
     slanted = np.abs((z - a.apex - 0.5 * (y - 30)) / a.vertebra % 1.0 - 0.5) * a.vertebra
-    process = np.maximum.reduce([np.abs(x) - 3.5, np.abs(y - 46) - 14, slanted - 6])
+    skin = body_distance(a, *canvas.at(box)) + 0.6 * a.fat + 4.0
+    process = np.maximum.reduce([np.abs(x) - 3.5, np.abs(y - 44) - 12, slanted - 6, skin])
     wings = np.maximum.reduce([np.abs(x) - 30, np.abs(y - 22 - 0.25 * np.abs(x)) - 5, from_middle - 6])
     canvas.paint(np.minimum(process, wings), SPONGY_BONE + 120, box)
     canvas.paint(np.hypot(x, y - 22 * size) - 8.5, 25.0, box)  # spinal canal

@@ -6,9 +6,9 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+from ct_cases import grid_affine, reoriented, rotation, save_nifti, thorax, world
 
 import ct_io
-from ct_cases import grid_affine, reoriented, rotation, save_nifti, thorax, world
 from ct_io import (
     CtImage,
     body_mask,
@@ -97,7 +97,7 @@ def test_a_marker_keeps_its_world_position_on_disk_and_lies_in_the_right_octant(
     index = np.linalg.solve(affine, [*(marker + [100, -50, 700]), 1])[:3]
     assert index == pytest.approx(np.rint(index), abs=1e-9)
     ct.data[tuple(np.rint(index).astype(int))] = 3000
-    hu, mask = resample_cube(ct, (100, -50, 700), 320, 40)
+    hu, _ = resample_cube(ct, (100, -50, 700), 320, 40)
     d, h, w = np.unravel_index(hu.argmax(), hu.shape)
     assert (d < 20, h < 20, w < 20) == (True, True, True)
     write_cube(tmp_path / "a.nii.gz", hu, cube_affine((100, -50, 700), 320, 40))
@@ -334,7 +334,7 @@ def test_a_useless_position_is_refused(tmp_path, change, words):
 
 def test_assume_ras_takes_the_axes_as_right_anterior_superior(tmp_path):
     path = with_header(tmp_path / "ct.nii", lambda header: (drop_codes(header), set_pixdim(13)(header)))
-    with pytest.raises(InputError, match="expected 0.05 to 20"):  # the other two axes have 27 mm
+    with pytest.raises(InputError, match=r"expected 0\.05 to 20"):  # the other two axes have 27 mm
         read_ct(path, assume_ras=True)
     path = with_header(tmp_path / "ct.nii", lambda h: (drop_codes(h), h["pixdim"].__setitem__(slice(1, 4), [9, 8, 7])))
     ct = read_ct(path, assume_ras=True)
@@ -538,7 +538,7 @@ def test_gaps_wrong_modality_and_mixed_series_are_refused(tmp_path, sitk):
     for path in both.iterdir():
         path.rename(path.with_suffix(".one"))
     write_series(sitk, both, image, uid="1.2.826.0.1.3680043.2.1125.2")
-    with pytest.raises(InputError, match="both: 2 DICOM series.*each CT into its own folder"):
+    with pytest.raises(InputError, match=r"both: 2 DICOM series.*each CT into its own folder"):
         read_ct(both)
 
 

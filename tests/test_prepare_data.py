@@ -58,7 +58,11 @@ def test_a_folder_becomes_a_data_set(cts):
     assert Geometry.from_dict(manifest["geometry"]) == Geometry()
     assert (manifest["hu_window"], manifest["xray_scale"]) == ([-1024, 1476], 10.0)
     assert (manifest["cube_size"], manifest["xray_size"], manifest["couch_removed"]) == (32, 48, False)
-    assert sorted(sum(manifest["split"].values(), [])) == sorted(manifest["patients"]) == ["a", "b", "c"]
+    assert (
+        sorted(p for part in manifest["split"].values() for p in part)
+        == sorted(manifest["patients"])
+        == ["a", "b", "c"]
+    )
     assert manifest["split_method"] == "hash"
     assert [manifest["patients"][p]["source"] for p in "abc"] == ["a.nii.gz", "sub/b.nii.gz", "c.nii.gz"]
     assert manifest["patients"]["c"]["centre_mm"][2] == pytest.approx(500, abs=0.01)
