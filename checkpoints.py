@@ -18,8 +18,7 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: dict) -> None:
 
     ``checkpoint`` holds tensors and plain Python types only, so that ``torch.load`` with
     ``weights_only=True`` reads it back; tensors are stored from the CPU. A format number is added.
-    A failing write (disk full)
-    raises ``OSError`` and leaves an existing file as it was.
+    A failing write (disk full) raises ``OSError`` and leaves an existing file as it was.
     """
     try:
         with atomic_path(path) as temporary:

@@ -31,6 +31,7 @@ MIN_SERIES_SLICES = 8  # DICOM series below this are localisers
 MIN_BODY_LITRES = 0.5  # an infant's chest has about 1; far less means a wrong unit of length
 MAX_SCAN_MM = 3000.0
 MIN_LUNG_MM3 = 100e3  # below this, air inside the body is bowel gas
+IN_PLANE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))])  # neighbours per slice
 SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".mhd": "image", ".mha": "image", ".nrrd": "image"}
 
 
@@ -495,26 +496,23 @@ def body_mask(hu: np.ndarray, spacing_mm: float) -> np.ndarray:
     """
     thin, thick = 4 / spacing_mm, 10 / spacing_mm
     tissue = hu > -300
-    body = _largest(np.stack([_dilate(_erode(slab, thin), thin) for slab in tissue]))
-    for d, slab in enumerate(body):
-        if slab.any():
-            cavities = _cavities(tissue[d], _dilate(slab, thin))
-            slab = slab | cavities | (tissue[d] & _dilate(cavities, thin + thick))
-            slab = ndimage.binary_fill_holes(_erode(_dilate(slab, thick), thick))
-            body[d] = _dilate(_erode(slab, thick), thick)
-    return _largest(body)
+    body = _largest(_dilate(_erode(tissue, thin), thin))
+    cavities = _cavities(tissue, _dilate(body, thin))
+    body |= cavities | (tissue & _dilate(cavities, thin + thick))
+    body = _fill_holes(_erode(_dilate(body, thick), thick))
+    return _largest(_dilate(_erode(body, thick), thick))
 
 
 def _cavities(tissue, body):
-    """Holes of one slice's tissue with at least 60 % of their rim in the body: lungs, not a hollow couch."""
-    labels, count = ndimage.label(ndimage.binary_fill_holes(tissue) & ~tissue)
-    if not count:
-        return np.zeros_like(tissue)
-    grown = ndimage.grey_dilation(labels, size=(3, 3))
+    """Holes of the tissue of a slice with at least 60 % of their rim in the body: lungs, not a hollow couch."""
+    labels, count = ndimage.label(_fill_holes(tissue) & ~tissue, structure=IN_PLANE)
+    grown = ndimage.grey_dilation(labels, size=(1, 3, 3))
     rim = (grown > 0) & (labels == 0)
     length = np.bincount(grown[rim], minlength=count + 1)
     shared = np.bincount(grown[rim], weights=body[rim], minlength=count + 1)
-    return np.isin(labels, 1 + np.flatnonzero(shared[1:] >= 0.6 * length[1:]))
+    accepted = shared >= 0.6 * length
+    accepted[0] = False
+    return accepted[labels]
 
 
 def _largest(mask):
@@ -523,17 +521,22 @@ def _largest(mask):
     return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else mask
 
 
+def _disc(radius):
+    reach = int(radius)
+    y, x = np.ogrid[-reach : reach + 1, -reach : reach + 1]
+    return (y * y + x * x <= radius * radius)[None]
+
+
 def _erode(mask, radius):
-    # A frame of the edge's own values: a body cut by the image border is not eroded from there.
-    pad = int(np.ceil(radius)) + 1
-    padded = np.pad(mask, pad, mode="edge")
-    if padded.all():
-        return mask
-    return (ndimage.distance_transform_edt(padded) > radius)[pad:-pad, pad:-pad]
+    return ndimage.binary_erosion(mask, _disc(radius), border_value=1)  # a body cut by the border ends there
 
 
 def _dilate(mask, radius):
-    return ndimage.distance_transform_edt(~mask) <= radius if mask.any() else mask
+    return ndimage.binary_dilation(mask, _disc(radius))
+
+
+def _fill_holes(mask):
+    return ndimage.binary_fill_holes(mask, structure=IN_PLANE)
 
 
 def remove_couch(hu: np.ndarray, spacing_mm: float | None = None) -> np.ndarray:
@@ -547,7 +550,7 @@ def remove_couch(hu: np.ndarray, spacing_mm: float | None = None) -> np.ndarray:
     if any(n % factor for n in hu.shape):
         factor = 1
     body = body_mask(area_average(hu, factor), spacing_mm * factor)
-    body = np.stack([_dilate(slab, 3 / (spacing_mm * factor)) for slab in body])
+    body = _dilate(body, 3 / (spacing_mm * factor))
     for axis in range(3):
         body = body.repeat(factor, axis=axis)
     return np.where(body, hu, np.asarray(AIR_HU, dtype=hu.dtype))
