@@ -240,7 +240,8 @@ class Canvas:
 def paint_trunk(canvas: Canvas, a: Anatomy):
     body = body_distance(a, *canvas.at())
     for side in SIDES:
-        canvas.blob((side * 0.48 * a.width, -0.75 * a.depth, 0), (0.4 * a.width, 0.2 * a.depth + 26 * a.breast, 66), FAT)
+        breast = (0.4 * a.width, 0.2 * a.depth + 26 * a.breast, 66)
+        canvas.blob((side * 0.48 * a.width, -0.75 * a.depth, 0), breast, FAT)
     canvas.paint(body, FAT)
     canvas.paint(body + a.fat, MUSCLE)
     canvas.paint(np.maximum(np.abs(body + a.fat + 7.0) - 1.0, 0.0), FAT + 60)  # fat between the muscles

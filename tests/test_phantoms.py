@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from ct_io import locate_cube, read_ct
 from files import InputError
 from make_phantoms import main, make_phantom
 
@@ -96,6 +97,17 @@ def test_file_reads_back_as_canonical_nifti_with_ct_spacing(tmp_path):
     assert 2.5 <= spacing[2] <= 5.0
     assert 300 <= spacing[2] * shape[2] <= 365
     assert image.header.get_xyzt_units()[0] == "mm"
+
+
+def test_file_passes_the_checks_of_preparation(tmp_path):
+    run(tmp_path, "--seed", "2")
+    path = tmp_path / "phantom_0001.nii.gz"
+    ct = read_ct(path)
+    hu, affine = make_phantom(2, 1, 9.0)
+    np.testing.assert_array_equal(ct.data, hu)
+    np.testing.assert_allclose(ct.affine, affine, atol=1e-3)
+    middle = affine @ [*(np.array(hu.shape) - 1) / 2, 1]
+    np.testing.assert_allclose(locate_cube(ct), middle[:3], atol=25)  # the body is found, not the margin
 
 
 @pytest.mark.parametrize("index", INDICES)
