@@ -119,7 +119,7 @@ def find_python(requirements: Path) -> Path:
 def gpu_count(python: Path) -> int:
     """GPUs that torch can use; says so when there is a driver but torch was built without CUDA."""
     code = "import torch; print(torch.cuda.device_count(), torch.version.cuda or torch.version.hip or '-')"
-    count, cuda = subprocess.check_output([str(python), "-c", code], text=True).split()
+    count, cuda = subprocess.check_output([str(python), "-c", code], encoding="utf-8").split()
     if cuda == "-" and shutil.which("nvidia-smi"):
         print(
             f"warning: this machine has an NVIDIA driver, but torch of {python} is a build without CUDA."

@@ -106,7 +106,9 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 save_checkpoint({str(good)!r}, {{"kind": "enhanced_direct", "weights": torch.zeros(1_000_000), "note": "second"}})
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace"
+    )
     assert run.returncode != 0
     assert "could not be written" in run.stderr or "File too large" in run.stderr
     assert load_checkpoint(good)["note"] == "first"
@@ -122,7 +124,6 @@ def test_atomic_path_replaces_only_on_success(tmp_path):
         temporary.write_text("one")
         assert not path.exists()
     assert path.read_text() == "one"
-
 
     def fail_halfway():
         with atomic_path(path) as temporary:

@@ -158,7 +158,8 @@ def start(*arguments, cwd) -> subprocess.CompletedProcess:
         env={**os.environ, "VIRTUAL_ENV": "active", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
 
 
@@ -186,7 +187,13 @@ class TestShell:
         (tmp_path / "python3").chmod(0o755)
         env = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
         env["PATH"] = f"{tmp_path}:{env['PATH']}"
-        result = subprocess.run(["bash", str(ROOT / "launch_4gpu.sh"), "demo"], env=env, capture_output=True, text=True)
+        result = subprocess.run(
+            ["bash", str(ROOT / "launch_4gpu.sh"), "demo"],
+            env=env,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         assert result.returncode == 2
         assert "3.10" in result.stderr
 

@@ -130,9 +130,7 @@ def test_gradient_equals_finite_differences(loss):
     mask[..., 2:9, 4:] = 1
     for weight in (None, mask):
         leaf = prediction.clone().requires_grad_()
-        assert torch.autograd.gradcheck(
-            lambda p, w=weight: loss(p, target, w), leaf, fast_mode=True, atol=1e-7
-        )
+        assert torch.autograd.gradcheck(lambda p, w=weight: loss(p, target, w), leaf, fast_mode=True, atol=1e-7)
 
 
 def test_volumes_below_the_window_are_an_error():
@@ -350,9 +348,7 @@ def test_perceptual_equals_a_vgg16_built_by_hand(vgg_file):
     planes = torch.tensor([2, 8, 13])
     expected = []
     for axis in (2, 3, 4):
-        x, y = (
-            v.index_select(axis, planes).movedim(axis, 1).reshape(6, 1, 16, 16) for v in (prediction, target)
-        )
+        x, y = (v.index_select(axis, planes).movedim(axis, 1).reshape(6, 1, 16, 16) for v in (prediction, target))
         expected.append(network.distance(x, y).item())
     loss = PerceptualLoss(path, slices=3).eval()
     assert loss(prediction, target).item() == pytest.approx(np.mean(expected), rel=1e-4)
@@ -433,9 +429,7 @@ def test_terms_of_weight_zero_are_neither_built_nor_computed(monkeypatch):
         monkeypatch.setattr(losses, name, refuse)
     prediction, target = volumes(size=8)
     aux, xrays = {"volume_4": prediction[..., ::2, ::2, ::2]}, torch.zeros(2, 2, 8, 8)
-    _, parts = criterion(mse_weight=2, perceptual_weights="imagenet")(
-        prediction, target, aux=aux, xrays=xrays
-    )
+    _, parts = criterion(mse_weight=2, perceptual_weights="imagenet")(prediction, target, aux=aux, xrays=xrays)
     assert set(parts) == {"mse"}
 
 
@@ -572,7 +566,9 @@ def test_torchvision_without_its_compiled_operators_still_imports(tmp_path):
         "except RuntimeError as error:\n    print(error)\n"
         "print(losses._import_torchvision().complete, losses._import_torchvision().complete)\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", errors="replace", timeout=120
+    )
     assert result.returncode == 0, result.stderr
     assert "torchvision::nms does not exist" in result.stdout
     assert result.stdout.endswith("True True\n")

@@ -300,7 +300,13 @@ print(peak() - before, float(volume.grad.sum()))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc for the peak memory")
 def test_full_resolution_fits_in_memory():
     result = subprocess.run(
-        [sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=1200, check=True
+        [sys.executable, "-c", MEMORY],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=1200,
+        check=True,
     )
     added_gib, gradient = map(float, result.stdout.split())
     assert added_gib < 1.5

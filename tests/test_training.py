@@ -46,7 +46,9 @@ def environment():
 
 
 def run(words):
-    return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        words, cwd=ROOT, env=environment(), capture_output=True, encoding="utf-8", errors="replace", timeout=300
+    )
 
 
 def events(output, kind):
