@@ -13,6 +13,7 @@ the others are done, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -195,30 +196,32 @@ def _run(todo, output, settings, workers):
         for source in todo:
             yield source, *_try_patient(source, output / source.patient_id, settings)
         return
-    suspects = []
-    for source, result in _pool(todo, output, settings, min(workers, max(1, len(todo)))):
-        if result is None:
-            suspects.append(source)
-        else:
+    workers = min(workers, len(todo))
+    while todo:
+        finished = []
+        for source, result in _pool(todo, output, settings, workers):
+            finished.append(source)
             yield source, *result
-    for source in suspects:  # one of them killed the pool: alone, each shows whether it was the one
-        for _, result in _pool([source], output, settings, 1):
-            died = (None, f"{source.path}: its worker process died (out of memory?); try --workers 1", [])
-            yield source, *(result or died)
+        todo = [source for source in todo if source not in finished]
+        if todo and workers == 1:  # one process takes the CTs in their order, so the first one left killed it
+            yield todo[0], None, f"{todo[0].path}: its worker process died (out of memory?)", []
+            todo = todo[1:]
+        workers = 1
 
 
 def _pool(todo, output, settings, workers):
-    """Yield ``(source, result)``; result None where the pool broke before the source was done."""
+    """Yield ``(source, result)`` of the CTs that are done; all, unless a worker process dies."""
     # spawn: forking a process in which torch has started threads can deadlock
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(_try_patient, s, output / s.patient_id, settings): s for s in todo}
+        futures = {}
+        with contextlib.suppress(BrokenProcessPool):
+            for source in todo:
+                futures[pool.submit(_try_patient, source, output / source.patient_id, settings)] = source
         try:
             for future in as_completed(futures):
-                try:
+                with contextlib.suppress(BrokenProcessPool):
                     yield futures[future], future.result()
-                except BrokenProcessPool:
-                    yield futures[future], None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
