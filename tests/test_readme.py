@@ -1,0 +1,59 @@
+"""The README and the benchmarks' page name only files, options and settings that exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from config import EnhancedConfig, load_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+
+
+def commands():
+    """``(script, words)`` of every python, torchrun and bash line in the pages' shell blocks."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                scripts = [word for word in words if word.endswith((".py", ".sh"))]
+                if scripts:
+                    found.append((scripts[0], words[words.index(scripts[0]) + 1 :]))
+    return found
+
+
+@pytest.mark.parametrize(("script", "words"), commands(), ids=lambda v: v if isinstance(v, str) else " ".join(v))
+def test_commands_name_existing_scripts_options_and_settings(script, words):
+    path = ROOT / script
+    assert path.exists()
+    source = (ROOT / "train_enhanced_4gpu.py" if path.suffix == ".sh" else path).read_text(encoding="utf-8")
+    for option in (word for word in words if word.startswith("--")):
+        assert f'"{option}"' in source, option
+    for index, word in enumerate(words):
+        if word == "--set":
+            load_config(EnhancedConfig, None, [words[index + 1]])
+        if word == "--config":
+            assert (ROOT / words[index + 1]).exists()
+
+
+def test_pages_have_commands():
+    assert len(commands()) > 12
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for name in re.findall(r"`([\w/]+\.(?:py|sh|bat))`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_settings_named_in_the_troubleshooting_exist():
+    text = PAGES[0].read_text(encoding="utf-8")
+    for setting in re.findall(r"--set ([\w.]+=[\w.\-]+)", text):
+        if not setting.endswith("=PATH"):
+            load_config(EnhancedConfig, None, [setting])
