@@ -46,6 +46,7 @@ class EnhancedTask:
         self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
         if self.renders:
             source = config.augment.source_size if config.augment.enabled else size[0] * 2
+            source = min(source, self.val_data.cube_size)  # the data set has nothing finer
             self.train_data = PatientDataset(
                 root, "train", source, None, max_patients=data.max_patients, raw=True, **common
             )

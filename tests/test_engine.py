@@ -248,6 +248,11 @@ def test_float16_needs_a_gpu():
         engine.Precision("float16", torch.device("cpu"))
 
 
+def test_the_source_of_augmentation_is_never_finer_than_the_data(root):
+    _, task, _ = build(root, "augment.source_size=256")
+    assert task.train_data[0]["ct_volume"].shape == (1, 64, 64, 64)
+
+
 def test_training_on_the_xrays_of_the_files_works_without_augmentation(root, tmp_path):
     config, task, model = build(root, "data.xray_source=files", "training.num_epochs=3", "data.repeats=2")
     assert not task.renders
