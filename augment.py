@@ -69,7 +69,7 @@ class PairMaker:
     """Source volumes -> training batches ``{"xrays", "ct_volume", "mask"}`` on their device.
 
     ``__call__(volumes (B, 1, S, S, S) in [0, 1] or uint16, masks, seeds)``: one seed per sample. Returns xrays
-    ``(B, 2, xray_size, xray_size)``, ct_volume and mask ``(B, 1, *volume_size)``.
+    ``(B, 2, xray_size, xray_size)``, ct_volume and mask ``(B, 1, *volume_size)``; no mask for masks None.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class PairMaker:
     @torch.no_grad()
     def __call__(self, volumes, masks, seeds) -> dict[str, torch.Tensor]:
         volumes = volumes.float() / 65535.0 if volumes.dtype == torch.uint16 else volumes.float()
-        masks = masks.float()
+        masks = masks.float() if masks is not None else None
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         if self.config.enabled:
             volumes, masks = self._warp(volumes, masks, generators)
@@ -98,14 +98,18 @@ class PairMaker:
             xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode=mode)
         if self.config.enabled:
             xrays = self._degrade(xrays, generators)
-        target = F.adaptive_avg_pool3d(volumes, self.volume_size)
-        mask = (F.adaptive_avg_pool3d(masks, self.volume_size) >= 0.5).float()
-        return {"xrays": xrays.clamp(0.0, 1.0), "ct_volume": target, "mask": mask}
+        target = self._pool(volumes)
+        pair = {"xrays": xrays.clamp(0.0, 1.0), "ct_volume": target}
+        return pair if masks is None else {**pair, "mask": (self._pool(masks) >= 0.5).float()}
 
     @property
     def render_size(self) -> int:
         """Rays finer than the source volume's voxels add nothing: render at most twice as fine."""
         return min(self.xray_size, 2 * self.config.source_size)
+
+    def _pool(self, volumes):
+        same = tuple(volumes.shape[2:]) == self.volume_size  # stage 2 trains at the source's own resolution
+        return volumes if same else F.adaptive_avg_pool3d(volumes, self.volume_size)
 
     def _warp(self, volumes, masks, generators):
         size, fov = volumes.shape[-1], self.geometry.fov_mm
@@ -113,10 +117,12 @@ class PairMaker:
         grid = F.affine_grid(theta, volumes.shape, align_corners=False)
         if self.config.elastic_mm > 0:
             fields = [random_displacement(self.config, fov, size, g) for g in generators]
-            grid = grid + torch.cat(fields).to(grid.device)
+            grid += torch.cat(fields).to(grid.device)
         warped = F.grid_sample(volumes, grid, align_corners=False)
+        if masks is None:
+            return warped, None
         # The mask is only needed at the target's resolution: sampled there, at the cells' centres.
-        coarse = F.adaptive_avg_pool3d(grid.permute(0, 4, 1, 2, 3), self.volume_size).permute(0, 2, 3, 4, 1)
+        coarse = self._pool(grid.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
         return warped, F.grid_sample(masks, coarse, align_corners=False)
 
     def _change_density(self, volumes, generators):

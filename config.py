@@ -89,6 +89,45 @@ class EnhancedConfig:
     world_size: int = 4  # the global batch is batch_size x accumulation x this, however many processes run
 
 
+@dataclass
+class RefinementModelConfig:
+    guided: bool = True  # read the X-rays too
+    channels: int = 64  # of the trunk
+    growth: int = 32
+    rrdb_blocks: int = 2
+    head_channels: list[int] = field(default_factory=lambda: [48, 24, 4])  # at 1x, 2x and per sub-voxel of 4x
+    guide_widths: list[int] = field(default_factory=lambda: [24, 48, 64, 96])  # X-ray encoder, fine to coarse
+    guide_channels: list[int] = field(default_factory=lambda: [8, 8, 4])  # lifted at 1x, 2x, 4x
+    xray_size: int = 512
+    stem_stride: int = 2  # 1 for X-rays of 256
+    guidance_dropout: float = 0.1  # share of samples without X-rays
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class PatchConfig:
+    size: int = 32  # coarse voxels; 0 trains on full volumes
+    per_volume: int = 2  # patches of each augmented volume
+    context: int = 8  # coarse voxels around a patch that the trunk sees
+
+
+@dataclass
+class RefinementConfig:
+    """Everything ``train_refinement_4gpu.py`` reads; ``config_refinement.json`` overrides these defaults."""
+
+    base_checkpoint: str = "checkpoints_enhanced/best_model.pt"
+    model: RefinementModelConfig = field(default_factory=RefinementModelConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(num_epochs=100, batch_size=2, learning_rate=2e-4)
+    )
+    loss: LossConfig = field(default_factory=lambda: LossConfig(ssim_weight=0.0, multiscale_weight=0.0))
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    world_size: int = 4
+
+
 # Smallest value that makes sense; anything below is an error that names the key.
 MINIMUM = {
     "training.num_epochs": 1,
@@ -100,6 +139,11 @@ MINIMUM = {
     "training.warmup_epochs": 0.0,
     "training.ema_decay": 0.0,
     "loss.perceptual_slices": 1,
+    "model.rrdb_blocks": 1,
+    "model.guidance_dropout": 0.0,
+    "patch.size": 0,
+    "patch.per_volume": 1,
+    "patch.context": 0,
     "data.max_patients": 1,
     "data.repeats": 1,
     "data.num_workers": 0,
@@ -180,19 +224,49 @@ def _apply(config, data: dict, prefix: str, origin: str) -> None:
             raise InputError(f"{origin}: unknown key {name}; {hint}")
         current = getattr(config, key)
         if is_dataclass(current):
-            if not isinstance(value, dict):
-                raise InputError(f"{origin}: {name} is {value!r}; expected an object with settings")
-            _apply(current, value, f"{name}.", origin)
+            _apply_object(current, value, name, origin)
+        elif (item := _dataclass_item(kinds[key])) is not None:
+            setattr(config, key, _items(current, value, item, name, origin))
         else:
             setattr(config, key, _convert(value, kinds[key], name, origin))
+
+
+def _dataclass_item(kind):
+    """The dataclass that a ``list[...]`` annotation holds, or None for any other annotation."""
+    item = next(iter(typing.get_args(kind)), None) if typing.get_origin(kind) is list else None
+    return item if is_dataclass(item) else None
+
+
+def _items(current: list, value, item, name: str, origin: str) -> list:
+    """A list of dataclasses from a JSON list, or with an object ``{"0": {...}}`` changes of some of its entries."""
+    if isinstance(value, dict):
+        for index, settings in value.items():
+            if not index.isdigit() or int(index) >= len(current):
+                raise InputError(f"{origin}: {name}.{index} does not exist; expected 0 to {len(current) - 1}")
+            _apply_object(current[int(index)], settings, f"{name}.{index}", origin)
+        return current
+    if not isinstance(value, list):
+        raise InputError(f"{origin}: {name} is {value!r}; expected a list of objects with settings")
+    items = [item() for _ in value]
+    for index, (entry, settings) in enumerate(zip(items, value)):
+        _apply_object(entry, settings, f"{name}.{index}", origin)
+    return items
+
+
+def _apply_object(config, value, name: str, origin: str) -> None:
+    if not isinstance(value, dict):
+        raise InputError(f"{origin}: {name} is {value!r}; expected an object with settings")
+    _apply(config, value, f"{name}.", origin)
 
 
 def _convert(value, kind, name: str, origin: str):
     """Check one value against its annotation; whole numbers are taken for floats, nothing else is bent."""
     if isinstance(kind, types.UnionType):
-        if value is None:
+        kinds = typing.get_args(kind)
+        if value is None and types.NoneType in kinds:
             return None
-        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+        kinds = [k for k in kinds if k is not types.NoneType]
+        kind = next((k for k in kinds if isinstance(value, typing.get_origin(k) or k)), kinds[0])
     if typing.get_origin(kind) is list:
         item = typing.get_args(kind)[0]
         if not isinstance(value, list):

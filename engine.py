@@ -28,6 +28,7 @@ from checkpoints import load_checkpoint, save_checkpoint
 from config import config_dict
 from distributed import Processes
 from files import InputError
+from monitoring import Monitors
 
 LABELS = {
     "l1": "L1",
@@ -37,6 +38,8 @@ LABELS = {
     "multiscale": "Multi",
     "mse": "MSE",
     "projection": "Proj",
+    "diffusion": "Diffusion",
+    "physics": "Physics",
 }
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the scaler may skip while it finds its scale
 # Settings that may change between a run and its continuation: they do not change the result.
@@ -79,6 +82,8 @@ class Task(Protocol):
 
     def validate(self, model: nn.Module, processes: Processes, precision) -> list[dict]:
         """Rows of this rank's share of the validation patients: ``{"id", "loss", "psnr", ...}``."""
+
+    # Optional: ``comment(metrics) -> str``, a line on a validation's means.
 
 
 # ------------------------------------------------------------------------------------------------
@@ -257,8 +262,9 @@ class SignalCatcher:
 class Trainer:
     """State and epoch loop of one run; see :func:`fit`."""
 
-    def __init__(self, model: nn.Module, task: Task, config, output: Path, processes: Processes):
+    def __init__(self, model: nn.Module, task: Task, config, output: Path, processes: Processes, monitors=None):
         self.task, self.config, self.output, self.processes = task, config, Path(output), processes
+        self.monitors = monitors or Monitors()
         training = config.training
         self.precision = Precision(training.precision, processes.device)
         if processes.device.type == "cpu":
@@ -482,11 +488,12 @@ class Trainer:
         self.log("step", step=self.updates, step_in_epoch=self.step_in_epoch, **losses)
 
     def log(self, event: str, **values) -> None:
-        """Append one line to ``log.jsonl`` (rank 0)."""
+        """Append one line to ``log.jsonl`` and to the monitors' curves (rank 0)."""
         if self.processes.is_main:
             line = json.dumps({"event": event, "time": round(time.time(), 3), "epoch": self.epoch, **values})
             with open(self.output / "log.jsonl", "a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
+            self.monitors.log(event, self.updates, {"epoch": self.epoch, **values})
 
     def validate(self) -> dict[str, float]:
         """Validation of the weights that would be saved, over all ranks; means over patients."""
@@ -515,6 +522,7 @@ class Trainer:
         if self.epoch % config.logging.val_interval == 0 or self.epoch == config.training.num_epochs:
             metrics = self.validate()
             self.log("validation", **metrics)
+            self.monitors.pictures(getattr(self.task, "samples", ()), self.updates)
             if main:
                 print(f"Validation Results ({metrics['patients']} patients):")
                 print(f"  Total Loss: {metrics['loss']:.4f}")
@@ -522,6 +530,8 @@ class Trainer:
                 for name, value in metrics.items():
                     if name not in ("loss", "psnr", "patients") and name not in LABELS:
                         print(f"  {name}: {value:.4f}", flush=True)
+                if hasattr(self.task, "comment"):
+                    print(f"  {self.task.comment(metrics)}", flush=True)
             if self.best_psnr is None or metrics["psnr"] > self.best_psnr:
                 self.best_psnr = metrics["psnr"]
                 if main:
@@ -560,8 +570,11 @@ def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:
     return changed
 
 
-def fit(model: nn.Module, task: Task, config, output, processes: Processes) -> None:
+def fit(model: nn.Module, task: Task, config, output, processes: Processes, monitors=None) -> None:
     """Train ``model`` as ``config`` says; running the same command again resumes.
+
+    monitors: :class:`monitoring.Monitors` that draw the curves of ``log.jsonl``, and pictures of ``task.samples`` (a
+    list of validation cases that the task's ``validate`` leaves; optional).
 
     Writes ``best`` (by validation PSNR), ``epoch_X.pt``, ``last.pt`` and ``log.jsonl`` into ``output``.
     Raises :class:`TrainingError` on a non-finite loss and :class:`Interrupted` after a signal.
@@ -570,11 +583,12 @@ def fit(model: nn.Module, task: Task, config, output, processes: Processes) -> N
     if processes.is_main:
         output.mkdir(parents=True, exist_ok=True)
     processes.barrier()
-    trainer = Trainer(model, task, config, output, processes)
+    trainer = Trainer(model, task, config, output, processes, monitors)
     if trainer.resume() and processes.is_main:
         print(f"Resumed {output / 'last.pt'} at epoch {trainer.epoch}, step {trainer.step_in_epoch}", flush=True)
     if processes.is_main and trainer.epoch > config.training.num_epochs:
         print(f"Nothing to do: {output / 'last.pt'} has all {config.training.num_epochs} epochs")
+    trainer.monitors.start(trainer.updates)
     with SignalCatcher() as catcher:
         while trainer.epoch <= config.training.num_epochs:
             trainer.finish_epoch(trainer.train_epoch(catcher))

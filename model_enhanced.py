@@ -1,11 +1,14 @@
-"""Stage 1: two X-rays -> a 64^3 volume, by a 2D encoder, geometric lifting and a 3D decoder.
+"""The two networks of the direct system: X-rays -> 64^3, then 64^3 -> 256^3.
 
-from model_enhanced import EnhancedDirectModel
-model = EnhancedDirectModel(volume_size=(64, 64, 64))
-volume, aux = model(xrays)   # (B, 2, 512, 512) -> (B, 1, 64, 64, 64)
+from model_enhanced import EnhancedDirectModel, RefinementNetwork
+model, refinement = EnhancedDirectModel(volume_size=(64, 64, 64)), RefinementNetwork(guided=True)
+volume, aux = model(xrays)              # (B, 2, 512, 512) -> (B, 1, 64, 64, 64)
+fine = refinement(volume, xrays)        # -> (B, 1, 256, 256, 256)
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +20,10 @@ from files import InputError
 from losses import EnhancedLoss
 from projector import Geometry, lift_features
 
-__all__ = ["EnhancedDirectModel", "EnhancedLoss", "load_base_model"]
+__all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_base_model", "load_refinement"]
 
 KIND = "enhanced_direct"
+REFINEMENT_KIND = "refinement"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,7 +124,8 @@ class Lifting(nn.Module):
         self.reduce = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(2))
         self.fuse = nn.Conv3d(3 * channels, out_channels, 1)
 
-    def forward(self, features, geometry, volume_size):  # (2B, C, h, w)
+    def forward(self, features, geometry, volume_size, grid_mm=None):  # (2B, C, h, w)
+        """``volume_size`` covers the whole cube; ``grid_mm`` (z, y, x in mm) picks the voxels of a part of it."""
         x = features.unflatten(0, (-1, 2))
         x = torch.stack([reduce(x[:, v]) for v, reduce in enumerate(self.reduce)], dim=1)
         # Finer pixels than voxels would alias: average them first.
@@ -129,7 +134,7 @@ class Lifting(nn.Module):
             x = F.avg_pool2d(x.flatten(0, 1), (x.shape[-2] // target[0], x.shape[-1] // target[1])).unflatten(
                 0, (-1, 2)
             )
-        pa, lateral = lift_features(x, geometry, volume_size).unbind(1)  # (B, c, D, H, W) each
+        pa, lateral = lift_features(x, geometry, volume_size, grid_mm).unbind(1)  # (B, c, D, H, W) each
         return self.fuse(torch.cat([pa, lateral, pa * lateral], dim=1))
 
 
@@ -153,8 +158,25 @@ class DecoderStage(nn.Module):
         return x, self.head(F.silu(self.norm(x)))
 
 
+def prepare_xrays(xrays: torch.Tensor, size: int | None) -> torch.Tensor:
+    """``(B, 2, H, W)`` or ``(B, 2, 1, H, W)`` -> ``(B, 2, size, size)``; ``size`` None leaves the resolution.
+
+    Raises ``ValueError`` on another shape, or a resolution that is not a multiple of 32.
+    """
+    if xrays.ndim == 5 and xrays.shape[2] == 1:
+        xrays = xrays.squeeze(2)
+    if xrays.ndim != 4 or xrays.shape[1] != 2:
+        raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected (B, 2, H, W): PA, then lateral")
+    if size is not None and tuple(xrays.shape[-2:]) != (size, size):
+        mode = "area" if min(xrays.shape[-2:]) > size else "bilinear"
+        xrays = F.interpolate(xrays, size=(size, size), mode=mode)
+    if xrays.shape[-2] % 32 or xrays.shape[-1] % 32:
+        raise ValueError(f"X-rays have size {tuple(xrays.shape[-2:])}; expected multiples of 32")
+    return xrays
+
+
 # ------------------------------------------------------------------------------------------------
-# Model
+# Stage 1
 
 
 class EnhancedDirectModel(nn.Module):
@@ -233,26 +255,13 @@ class EnhancedDirectModel(nn.Module):
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
 
-    def _prepare(self, xrays):
-        """(B, 2, H, W) or (B, 2, 1, H, W) in [0, 1] -> (B, 2, h, w) at the trained resolution."""
-        if xrays.ndim == 5 and xrays.shape[2] == 1:
-            xrays = xrays.squeeze(2)
-        if xrays.ndim != 4 or xrays.shape[1] != 2:
-            raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected (B, 2, H, W): PA, then lateral")
-        if self.xray_size is not None and tuple(xrays.shape[-2:]) != (self.xray_size, self.xray_size):
-            mode = "area" if min(xrays.shape[-2:]) > self.xray_size else "bilinear"
-            xrays = F.interpolate(xrays, size=(self.xray_size, self.xray_size), mode=mode)
-        if xrays.shape[-2] % 32 or xrays.shape[-1] % 32:
-            raise ValueError(f"X-rays have size {tuple(xrays.shape[-2:])}; expected multiples of 32")
-        return xrays
-
     def forward(self, xrays):
         """xrays ``(B, 2, H, W)`` in [0, 1] -> ``(volume (B, 1, D, H, W), aux)``.
 
         aux: ``{"volume_16": ..., "volume_32": ...}``, named by their depth: the lower-resolution
         predictions for the multi-scale loss. Raises ``ValueError`` on another shape.
         """
-        features = self._run(self.encoder, self._prepare(xrays))  # strides 2, 4, 8, 16
+        features = self._run(self.encoder, prepare_xrays(xrays, self.xray_size))  # strides 2, 4, 8, 16
 
         x = self.bottleneck_lift(features[3], self.geometry, self.bottleneck_size) + self.prior
         tokens = x.flatten(2).transpose(1, 2)  # (B, 512, C)
@@ -275,6 +284,420 @@ class EnhancedDirectModel(nn.Module):
         return volume, aux
 
 
+# ------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+def pixel_shuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
+    """``(B, C f^3, D, H, W)`` -> ``(B, C, f D, f H, f W)``: channels become sub-voxels (torch's is 2D only).
+
+    Channel ``((c f + i) f + j) f + k`` goes to sub-voxel ``(i, j, k)``; after Shi et al. (CVPR 2016, eq. 4).
+    """
+    batch, channels, depth, height, width = x.shape
+    f = factor
+    if channels % f**3:
+        raise ValueError(f"input has {channels} channels; expected a multiple of {f}^3 = {f**3}")
+    x = x.reshape(batch, channels // f**3, f, f, f, depth, height, width)
+    x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(batch, channels // f**3, depth * f, height * f, width * f)
+
+
+def pixel_unshuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
+    """Inverse of :func:`pixel_shuffle_3d` (space-to-depth); sizes must be multiples of ``factor``."""
+    batch, channels, depth, height, width = x.shape
+    f = factor
+    if depth % f or height % f or width % f:
+        raise ValueError(f"input has size {(depth, height, width)}; expected multiples of {f}")
+    x = x.reshape(batch, channels, depth // f, f, height // f, f, width // f, f)
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(batch, channels * f**3, depth // f, height // f, width // f)
+
+
+class DenseBlock(nn.Module):
+    """Five convolutions, each seeing all earlier outputs; scaled residual (Wang et al., ESRGAN, 2018)."""
+
+    def __init__(self, channels: int, growth: int):
+        super().__init__()
+        outputs = (growth, growth, growth, growth, channels)
+        self.convs = nn.ModuleList(
+            nn.Conv3d(channels + i * growth, width, 3, padding=1) for i, width in enumerate(outputs)
+        )
+        for conv in self.convs:
+            # ESRGAN's 0.1 of He's initialisation: a deep stack of residuals starts near the identity.
+            nn.init.kaiming_normal_(conv.weight, a=0.2)
+            conv.weight.data *= 0.1
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x):
+        features = [x]
+        for conv in self.convs[:-1]:
+            features.append(F.leaky_relu(conv(torch.cat(features, dim=1)), 0.2))
+        return x + 0.2 * self.convs[-1](torch.cat(features, dim=1))
+
+
+class RRDB(nn.Module):
+    """Residual in residual dense block: three dense blocks and a scaled residual around them (ESRGAN)."""
+
+    def __init__(self, channels: int, growth: int):
+        super().__init__()
+        self.blocks = nn.Sequential(*[DenseBlock(channels, growth) for _ in range(3)])
+
+    def forward(self, x):
+        return x + 0.2 * self.blocks(x)
+
+
+class Window:
+    """A box of a volume's voxels: origins ``[(z, y, x), ...]`` of one common size.
+
+    One origin serves all samples of a batch; several are dealt to the samples in turn.
+    """
+
+    def __init__(self, origins, size, full):
+        self.origins, self.size, self.full = origins, tuple(size), tuple(full)
+
+    @classmethod
+    def whole(cls, full) -> Window:
+        """The whole volume."""
+        return cls([(0, 0, 0)], full, full)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size == self.full
+
+    def grown(self, margin: int, step: int = 1) -> Window:
+        """At least ``margin`` voxels more on each side, kept inside the volume, on multiples of ``step``.
+
+        A window at the border is shifted instead of cut, so that all samples keep one size and what
+        lies outside the volume is zero padding there, as in the whole volume.
+        """
+        size = tuple(min(n, -(-(s + 2 * margin + step - 1) // step) * step) for s, n in zip(self.size, self.full))
+        origins = [
+            tuple(min(max(0, (o - margin) // step * step), n - s) for o, s, n in zip(origin, size, self.full))
+            for origin in self.origins
+        ]
+        return Window(origins, size, self.full)
+
+    def crop(self, volumes: torch.Tensor, scale: int = 1, start=None) -> torch.Tensor:
+        """Cut this window out of ``(B, C, ...)`` volumes -> ``(windows, C, ...)``, or all B for one origin.
+
+        scale: voxels of ``volumes`` per voxel of the window. start: where voxel (0, 0, 0) of the volumes lies,
+        one per origin (default: the cube's corner).
+        """
+        boxes = []
+        for index, origin in enumerate(self.origins):
+            offset = start[index] if start is not None else (0, 0, 0)
+            boxes.append([slice((o - a) * scale, (o - a + n) * scale) for o, a, n in zip(origin, offset, self.size)])
+        if len(boxes) == 1:
+            return volumes[:, :, boxes[0][0], boxes[0][1], boxes[0][2]]
+        each = len(boxes) // volumes.shape[0]
+        return torch.stack([volumes[i // each, :, box[0], box[1], box[2]] for i, box in enumerate(boxes)])
+
+    def grid_mm(self, geometry: Geometry, index: int, scale: int, device) -> tuple[torch.Tensor, ...]:
+        """Centres (z, y, x) in mm of one window's voxels, ``scale`` times finer."""
+        origin = self.origins[index]
+        return tuple(
+            geometry.voxel_centres_mm(n * scale, device=device)[o * scale : (o + s) * scale]
+            for o, s, n in zip(origin, self.size, self.full)
+        )
+
+
+class Guidance(nn.Module):
+    """X-ray features at the resolutions of stage 2's volumes, lifted wherever a window asks for them.
+
+    The encoder's strides 1x, 2x, 4x of its stem serve 256^3, 128^3 and 64^3: with the default stem
+    of 2 on 512^2 X-rays, a feature pixel is about one voxel of the volume it is lifted to.
+    """
+
+    def __init__(self, widths, stem_stride: int, channels: dict[int, int]):
+        super().__init__()
+        self.encoder = XrayEncoder(widths, (1, 1, 2, 2), stem_stride)
+        # The coarsest features flow back to the finer ones: a pixel then knows which organ it shows.
+        self.top_down = nn.ModuleList(
+            nn.Conv2d(coarse, fine, 1) for coarse, fine in zip(widths[1:], widths[:-1])
+        )
+        self.lift = nn.ModuleDict(
+            {str(scale): Lifting(widths[(4, 2, 1).index(scale)], n, n) for scale, n in channels.items()}
+        )
+
+    def encode(self, xrays):
+        """``(B, 2, S, S)`` -> feature maps by scale ``{1 | 2 | 4: (2B, C, h, w)}`` (4: for 256^3) and the open gate."""
+        *fine, x = self.encoder(xrays)
+        features = []
+        for skip, reduce in zip(reversed(fine), reversed(self.top_down)):
+            x = skip + F.interpolate(reduce(x), size=skip.shape[-2:], mode="bilinear", align_corners=False)
+            features.append(x)
+        return {**dict(zip((1, 2, 4), features)), "gate": xrays.new_ones(xrays.shape[0])}
+
+    def forward(self, features, window: Window, scale: int, geometry: Geometry):
+        """Features of every voxel of a window at ``scale``, ``(windows, C, D, H, W)``; 0 where the gate is 0."""
+        gate = features["gate"]
+        each = max(1, len(window.origins) // len(gate))
+        lifted = self._lift(features[scale], window, scale, each, geometry)
+        return lifted * gate.repeat_interleave(each).view(-1, 1, 1, 1, 1).to(lifted.dtype)
+
+    def _lift(self, maps, window: Window, scale: int, each: int, geometry: Geometry):
+        lift, size = self.lift[str(scale)], tuple(n * scale for n in window.full)
+        if window.is_whole:
+            return lift(maps, geometry, size)
+        grids = [window.grid_mm(geometry, i, scale, maps.device) for i in range(len(window.origins))]
+        if len(grids) == 1:
+            return lift(maps, geometry, size, grids[0])
+        samples = maps.unflatten(0, (-1, 2))
+        return torch.cat([lift(samples[i // each], geometry, size, grid) for i, grid in enumerate(grids)])
+
+
+class RefinementNetwork(nn.Module):
+    """Four times finer: a coarse volume ``(B, 1, 64, 64, 64)`` -> ``(B, 1, 256, 256, 256)``, in [0, 1].
+
+    The coarse volume is folded to half its resolution (space-to-depth), where RRDBs work on wide
+    features; 3D PixelShuffle brings them to 1x, 2x and 4x. The result is added to the trilinear
+    upsampling; the last layer starts at zero, so an untrained network is exactly trilinear.
+
+    guided: also read the X-rays, which show detail that the coarse volume has lost: their features are
+        lifted at 1x, 2x and 4x through the geometry.
+    guidance_dropout: share of the training samples that a guided network sees without X-rays, so that
+        it also works from the coarse volume alone.
+    channels, growth, rrdb_blocks: the trunk. head_channels: features at 1x, 2x and (per sub-voxel) 4x.
+    guide_widths: channels of the X-ray encoder from fine to coarse; guide_channels: lifted ones at 1x, 2x, 4x.
+    geometry, xray_size, stem_stride: as in :class:`EnhancedDirectModel`.
+    activation_checkpointing: recompute activations in the backward pass (less memory).
+
+    All settings travel in the ``state_dict``: ``RefinementNetwork()`` takes the shape of the weights it
+    loads. Any coarse size of multiples of 2 works; there is no normalisation over the volume, so that
+    a result does not depend on how it is cut into tiles.
+    """
+
+    scale = 4  # output voxels per coarse voxel and axis
+    stride = 2  # of the trunk: coarse sizes are multiples of it
+    # Coarse voxels beyond a tile's border that its head sees: one convolution at 1x, four at 2x, and
+    # one voxel for the trilinear upsampling within them.
+    halo = 3
+
+    def __init__(
+        self,
+        guided: bool = False,
+        channels: int = 64,
+        growth: int = 32,
+        rrdb_blocks: int = 2,
+        head_channels=(48, 24, 4),
+        guide_widths=(24, 48, 64, 96),
+        guide_channels=(8, 8, 4),
+        geometry: Geometry | None = None,
+        xray_size: int | None = None,
+        stem_stride: int = 2,
+        guidance_dropout: float = 0.1,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.activation_checkpointing, self.guidance_dropout = activation_checkpointing, guidance_dropout
+        self.geometry, self.xray_size = geometry or Geometry(), xray_size
+        self._build(
+            {
+                "guided": guided,
+                "channels": channels,
+                "growth": growth,
+                "rrdb_blocks": rrdb_blocks,
+                "head_channels": list(head_channels),
+                "guide_widths": list(guide_widths),
+                "guide_channels": list(guide_channels),
+                "stem_stride": stem_stride,
+            }
+        )
+
+    def _build(self, settings: dict) -> None:
+        self.settings = settings
+        channels, (c1, c2, c4) = settings["channels"], settings["head_channels"]
+        g1, g2, g4 = settings["guide_channels"] if settings["guided"] else (0, 0, 0)
+        for name, value in (("channels", channels), ("growth", settings["growth"]), ("head_channels", min(c1, c2, c4))):
+            if value < 1:
+                raise InputError(f"model.{name} is {settings[name]}; expected at least 1")
+        if len(settings["guide_widths"]) != 4 or settings["stem_stride"] not in (1, 2, 4):
+            raise InputError(
+                f"model.guide_widths is {settings['guide_widths']}, model.stem_stride {settings['stem_stride']};"
+                " expected four widths, and a stride of 1, 2 or 4"
+            )
+        self.guidance = None
+        if settings["guided"]:
+            self.guidance = Guidance(settings["guide_widths"], settings["stem_stride"], {1: g1, 2: g2, 4: g4})
+        cells = self.stride**3
+        self.inlet = nn.Conv3d((1 + g1) * cells, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(RRDB(channels, settings["growth"]) for _ in range(settings["rrdb_blocks"]))
+        self.trunk = nn.Conv3d(channels, channels, 3, padding=1)
+        self.up1 = shuffle_conv(channels, c1)
+        self.up2 = shuffle_conv(c1, c2)
+        self.guide2 = nn.Conv3d(g2, c2, 1, bias=False) if g2 else None  # no X-rays: nothing is added
+        self.conv2a = nn.Conv3d(c2, c2, 3, padding=1)
+        self.conv2b = nn.Conv3d(c2, c2, 3, padding=1)
+        # 4x lives folded at 2x: eight sub-voxels of c4 features each, so that no convolution runs at 256^3.
+        self.up4 = nn.Conv3d(c2 + cells * g4, cells * c4, 3, padding=1)
+        self.out = nn.Conv3d(cells * c4, cells, 3, padding=1)
+        for conv in (self.conv2b, self.out):
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def get_extra_state(self) -> dict:
+        return {"geometry": self.geometry.to_dict(), "xray_size": self.xray_size, "settings": self.settings}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.geometry = Geometry.from_dict(state["geometry"])
+        self.xray_size = state["xray_size"]
+        if state["settings"] != self.settings:
+            # Called before the children's weights are read: they find the network they belong to.
+            parameter = self.inlet.weight
+            self._build(state["settings"])
+            self.to(parameter.device, parameter.dtype)
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def encode(self, xrays):
+        """X-rays -> features for :meth:`deep` and :meth:`head`; None without X-rays or guidance."""
+        if self.guidance is None or xrays is None:
+            return None
+        return self._run(self.guidance.encode, prepare_xrays(xrays, self.xray_size))
+
+    def deep(self, coarse, features, window: Window):
+        """Features at 1x of a window on multiples of 2: ``(windows, c1, D, H, W)``. Cheap: runs at half resolution."""
+        x = window.crop(coarse)
+        if self.guidance is not None:
+            guide = self.settings["guide_channels"][0]
+            if features is None:
+                lifted = x.new_zeros(x.shape[0], guide, *x.shape[2:])
+            else:
+                lifted = self._run(self.guidance, features, window, 1, self.geometry)
+            x = torch.cat([x.to(lifted.dtype), lifted], dim=1)
+        x = shallow = self.inlet(pixel_unshuffle_3d(x, self.stride))
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self.up1(shallow + self.trunk(x))
+
+    def head(self, coarse, deep, deep_window: Window, features, window: Window):
+        """The refined volume of a window from :meth:`deep`'s features around it: ``(windows, 1, 4D, 4H, 4W)``."""
+        around = window.grown(self.halo)
+        x = around.crop(deep, start=deep_window.origins)
+        # Wanted from here on: every sum of the residual in float32, whatever the convolutions run in.
+        detail = self._run(self._details, x, features, around)
+        base = F.interpolate(around.crop(coarse).float(), scale_factor=4, mode="trilinear", align_corners=False)
+        return window.crop(base + detail.float(), self.scale, around.origins)
+
+    def _details(self, x, features, window: Window):
+        x = self.up2(F.leaky_relu(x, 0.2))  # (windows, c2, 2D, 2H, 2W)
+        if self.guidance is not None and features is not None:
+            x = x + self.guide2(self.guidance(features, window, 2, self.geometry))
+        x = x + self.conv2b(F.leaky_relu(self.conv2a(F.leaky_relu(x, 0.2)), 0.2))
+        if self.guidance is not None:
+            if features is not None:
+                lifted = pixel_unshuffle_3d(self.guidance(features, window, 4, self.geometry))
+            else:
+                lifted = x.new_zeros(x.shape[0], 8 * self.settings["guide_channels"][2], *x.shape[2:])
+            x = torch.cat([x, lifted.to(x.dtype)], dim=1)
+        x = self.out(F.leaky_relu(self.up4(F.leaky_relu(x, 0.2)), 0.2))
+        return pixel_shuffle_3d(x)
+
+    def _run(self, function, *inputs):
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+    def check(self, coarse) -> None:
+        """Raise ``ValueError`` unless ``coarse`` is ``(B, 1, D, H, W)`` of multiples of 2, in [0, 1]."""
+        shape = tuple(coarse.shape)
+        if coarse.ndim != 5 or shape[1] != 1:
+            raise ValueError(f"coarse volume has shape {shape}; expected (B, 1, D, H, W)")
+        if any(n < self.stride or n % self.stride for n in shape[2:]):
+            raise ValueError(f"coarse volume has size {shape[2:]}; expected multiples of {self.stride}")
+        if self.training or torch.compiler.is_compiling():
+            return  # training feeds stage 1's own output; looking at values would stall the GPU
+        low, high = (float(v) for v in coarse.detach().aminmax())
+        if not (low >= -0.01 and high <= 1.01):
+            raise ValueError(
+                f"coarse volume has values from {low:g} to {high:g}; expected [0, 1]"
+                " (Hounsfield units: map them with projector.hu_to_unit)"
+            )
+
+    def forward(self, coarse, xrays=None, origins=None, patch=None, context: int = 8):
+        """coarse ``(B, 1, D, H, W)`` in [0, 1], xrays ``(B, 2, S, S)`` -> ``(B, 1, 4D, 4H, 4W)``.
+
+        origins, patch: refine only boxes of ``patch`` coarse voxels (one number or three) that start at
+            ``origins`` (B, P, 3): ``(B P, 1, 4 patch, ...)``. The trunk then sees ``context`` voxels around each.
+        In eval mode the result is clamped to [0, 1]. Raises ``ValueError`` on another shape or range.
+        """
+        self.check(coarse)
+        full = coarse.shape[2:]
+        if origins is None:
+            window = deep_window = Window.whole(full)
+        else:
+            window = patch_window(origins, patch, full)
+            deep_window = window.grown(max(context, self.halo), self.stride)
+        features = self.encode(xrays)
+        if features is not None and self.training and self.guidance_dropout > 0:
+            # Closed gates instead of no features: every parameter takes part in every step (DDP needs it).
+            features["gate"] = (torch.rand(coarse.shape[0]) >= self.guidance_dropout).to(coarse)
+        deep = self.deep(coarse, features, deep_window)
+        volume = self.head(coarse, deep, deep_window, features, window)
+        return volume if self.training else volume.clamp(0.0, 1.0)
+
+    @torch.no_grad()
+    def refine(self, coarse, xrays=None, tile: int | None = None, device=None) -> torch.Tensor:
+        """As :meth:`forward` in eval mode, in tiles of ``tile`` coarse voxels: the same values, less memory.
+
+        The trunk, at an eighth of the coarse volume's cells, runs once on the whole volume; only the
+        head is tiled, each tile with the ``halo`` that its convolutions see. Tiles are collected on
+        ``device`` (default: where ``coarse`` is), float32.
+        """
+        self.check(coarse)
+        full, device = tuple(coarse.shape[2:]), device or coarse.device
+        if tile is None or tile >= max(full):
+            return self(coarse, xrays).float().to(device)
+        if tile < 1:
+            raise ValueError(f"tile is {tile}; expected at least 1")
+        features, whole = self.encode(xrays), Window.whole(full)
+        deep = self.deep(coarse, features, whole)
+        volume = torch.empty(coarse.shape[0], 1, *(self.scale * n for n in full), device=device)
+        for origin in itertools.product(*(range(0, n, tile) for n in full)):
+            size = tuple(min(tile, n - o) for o, n in zip(origin, full))
+            window = Window([origin], size, full)
+            part = self.head(coarse, deep, whole, features, window).clamp(0.0, 1.0)
+            box = [slice(self.scale * o, self.scale * (o + s)) for o, s in zip(origin, size)]
+            volume[:, :, box[0], box[1], box[2]] = part.to(device)
+        return volume
+
+
+def shuffle_conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Convolution and 3D PixelShuffle to twice the resolution; all eight sub-voxels start alike.
+
+    Equal filters for the sub-voxels of a cell start without checkerboard (ICNR, Aitken et al., 2017).
+    """
+    conv = nn.Conv3d(in_channels, 8 * out_channels, 3, padding=1)
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight[::8].repeat_interleave(8, dim=0))
+        conv.bias.copy_(conv.bias[::8].repeat_interleave(8))
+    return nn.Sequential(conv, PixelShuffle3d())
+
+
+class PixelShuffle3d(nn.Module):
+    """:func:`pixel_shuffle_3d` by two as a layer."""
+
+    def forward(self, x):
+        return pixel_shuffle_3d(x, 2)
+
+
+def patch_window(origins, patch, full) -> Window:
+    """Window of training patches; raises ``ValueError`` naming a patch that does not lie in the volume."""
+    size = (patch,) * 3 if isinstance(patch, int) else tuple(patch)
+    full = tuple(full)
+    if any(s < 1 or s > n for s, n in zip(size, full)):
+        raise ValueError(f"patch {size} does not fit into the coarse volume {full}")
+    flat = [tuple(int(v) for v in origin) for sample in origins for origin in sample]
+    for origin in flat:
+        if any(o < 0 or o + s > n for o, s, n in zip(origin, size, full)):
+            raise ValueError(f"patch {size} at {origin} leaves the coarse volume {full}")
+    return Window(flat, size, full)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
 def load_base_model(path, device="cpu") -> tuple[EnhancedDirectModel, dict]:
     """Build the stage-1 model that a checkpoint describes, in eval mode, with its weights.
 
@@ -283,10 +706,25 @@ def load_base_model(path, device="cpu") -> tuple[EnhancedDirectModel, dict]:
     """
     data = load_checkpoint(path, kind=KIND)
     model = EnhancedDirectModel(**data["model_config"])
+    return _with_weights(model, data["model_state_dict"], path).to(device).eval(), data
+
+
+def load_refinement(path, device="cpu") -> tuple[RefinementNetwork, dict]:
+    """Build the stage-2 network that a checkpoint describes, in eval mode, with its weights.
+
+    Returns ``(network, checkpoint dict)``. Raises :class:`InputError` naming the file when it is
+    missing, damaged, or not a stage-2 checkpoint.
+    """
+    data = load_checkpoint(path, kind=REFINEMENT_KIND)
+    network = RefinementNetwork(**data["refinement_config"])
+    return _with_weights(network, data["refinement_state_dict"], path).to(device).eval(), data
+
+
+def _with_weights(model: nn.Module, weights: dict, path) -> nn.Module:
     try:
-        model.load_state_dict(data["model_state_dict"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(
-            f"{path}: its weights do not fit its own model_config ({str(error).splitlines()[0]})"
+            f"{path}: its weights do not fit its own configuration ({str(error).splitlines()[0]})"
         ) from None
-    return model.to(device).eval(), data
+    return model

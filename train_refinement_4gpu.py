@@ -1,0 +1,328 @@
+"""Train stage 2 (64^3 -> 256^3) on a frozen stage 1. Works on 4 GPUs, fewer, or none; the same command resumes.
+
+python train_refinement_4gpu.py --data ROOT --base checkpoints_enhanced/best_model.pt
+torchrun --nproc_per_node 4 train_refinement_4gpu.py --data ROOT
+python train_refinement_4gpu.py --config config_refinement_cpu.json --data ROOT --output runs/refinement_cpu
+python train_refinement_4gpu.py --data ROOT --set patch.size=0 --set training.batch_size=1   # full volumes
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from augment import PairMaker
+from checkpoints import check_compatible
+from config import RefinementConfig, config_dict, load_config
+from dataset import PatientDataset
+from distributed import Processes, launch, process_group
+from engine import Interrupted, Precision, accumulation_steps, fit, to_channels_last
+from files import InputError, run_cli, write_json
+from losses import EnhancedLoss
+from memory import choose_tile
+from metrics import psnr, ssim_3d
+from model_enhanced import REFINEMENT_KIND, RefinementNetwork, load_base_model
+
+CONFIG_NAME = "config_refinement.json"
+
+
+def upsample(coarse: torch.Tensor, scale: int = RefinementNetwork.scale) -> torch.Tensor:
+    """Trilinear upsampling ``(B, 1, D, H, W)`` -> ``(B, 1, 4D, 4H, 4W)``: what stage 2 must beat."""
+    return F.interpolate(coarse.float(), scale_factor=scale, mode="trilinear", align_corners=False)
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Sixteen hexadecimal digits of the weights' values: tells which stage 1 a stage 2 was trained on."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class RefinementTask:
+    """Stage 2 for the engine: pairs at full resolution, a frozen stage 1 in between, patches or volumes."""
+
+    weights_key = "refinement_state_dict"
+    best_name = "best_refinement.pt"
+
+    def __init__(self, config: RefinementConfig, processes: Processes):
+        self.config = config
+        self.base, self.base_checkpoint = load_base_model(config.base_checkpoint, processes.device)
+        self.base.requires_grad_(False)
+        if config.training.channels_last:
+            to_channels_last(self.base)
+        self.fingerprint = weights_fingerprint(self.base)
+        self.coarse_size = self.base.volume_size[0]
+        self.size = RefinementNetwork.scale * self.coarse_size
+        if config.patch.size > self.coarse_size:
+            raise InputError(
+                f"patch.size is {config.patch.size}; the coarse volume has {self.coarse_size} voxels per axis"
+                " (0 trains on full volumes)"
+            )
+        data = config.data
+        common = {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
+        self.val_data = self._data("val", self.size, config.model.xray_size, **common)
+        self._check_base(processes)
+        self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
+        self.train_data = self._data(
+            "train",
+            self.size,
+            None if self.renders else config.model.xray_size,
+            max_patients=data.max_patients,
+            raw=self.renders,
+            **common,
+        )
+        acquisition = {k: getattr(self.train_data, k) for k in ("geometry", "hu_window", "xray_scale")}
+        volume = (self.size,) * 3
+        self.pairs = PairMaker(volume_size=volume, xray_size=config.model.xray_size, config=config.augment, **acquisition)
+        weights = {k: v for k, v in config_dict(config)["loss"].items() if k != "use_scan_mask"}
+        self.criterion = EnhancedLoss(**weights, **acquisition).to(processes.device)
+        self.precision = Precision(config.training.precision, processes.device)
+        for dataset in (self.train_data, self.val_data):
+            bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
+            dataset.build_cache(processes.rank, processes.world_size, bar)
+        processes.barrier()
+
+    def _data(self, split, size, xray_size, **options) -> PatientDataset:
+        data = PatientDataset(self.config.data.dataset_path, "all", self.coarse_size, None)
+        if data.cube_size % size:
+            raise InputError(
+                f"{data.root}: its volumes have {data.cube_size} voxels per axis; refining {self.coarse_size}^3 needs"
+                f" {size} or a multiple (prepare_data.py --size {size})"
+            )
+        return PatientDataset(data.root, split, size, xray_size, **options)
+
+    def _check_base(self, processes: Processes) -> None:
+        """Refuse a stage 1 of another acquisition, or one that has seen the patients that must judge."""
+        path, data = self.config.base_checkpoint, self.val_data
+        check_compatible(
+            path,
+            self.base_checkpoint,
+            geometry=data.geometry.to_dict(),
+            hu_window=list(data.hu_window),
+            xray_scale=data.xray_scale,
+        )
+        judges = set(data.splits["val"]) | set(data.splits["test"])
+        seen = sorted(judges & set(self.base_checkpoint["train_patients"]))
+        if seen:
+            raise InputError(
+                f"{path} was trained on {', '.join(seen[:5])}, which validate or test here ({len(seen)} patients):"
+                " its volumes of them are better than of new patients. Train stage 1 on this data set's split"
+            )
+        if self.base_checkpoint["split_hash"] != data.split_hash and processes.is_main:
+            print(f"note: {path} was trained with another split; none of its training patients validates or tests here")
+
+    def build_model(self) -> RefinementNetwork:
+        """The network for this data; its initial weights depend on the seed only."""
+        torch.manual_seed(self.config.training.seed)
+        return RefinementNetwork(**config_dict(self.config)["model"], geometry=self.train_data.geometry)
+
+    def header(self) -> dict:
+        data = self.train_data
+        return {
+            "kind": REFINEMENT_KIND,
+            "refinement_config": config_dict(self.config)["model"],
+            "geometry": data.geometry.to_dict(),
+            "hu_window": list(data.hu_window),
+            "xray_scale": data.xray_scale,
+            "xray_size": self.config.model.xray_size,
+            "coarse_size": list(self.base.volume_size),
+            "split_hash": data.split_hash,
+            "train_patients": sorted({*data.ids, *self.base_checkpoint["train_patients"]}),
+            "base_fingerprint": self.fingerprint,
+            "base_epoch": self.base_checkpoint["epoch"],
+        }
+
+    # -- training --------------------------------------------------------------------------------
+
+    def make_batch(self, raw, seeds, device) -> dict:
+        batch = {k: raw[k].to(device, non_blocking=True) for k in ("ct_volume", "mask", "xrays") if k in raw}
+        if self.renders:
+            masks = batch["mask"] if self.config.loss.use_scan_mask else None
+            batch = self.pairs(batch["ct_volume"], masks, seeds)
+        batch["coarse"] = self.predict_coarse(batch["xrays"], self.precision)
+        if self.config.patch.size:
+            batch["origins"] = [self._origins(seed) for seed in seeds]
+            for name in {"ct_volume", "mask"} & batch.keys():
+                batch[name] = self._patches(batch[name], batch["origins"])
+        return batch
+
+    @torch.no_grad()
+    def predict_coarse(self, xrays, precision: Precision) -> torch.Tensor:
+        """Stage 1's volume ``(B, 1, 64, 64, 64)``: frozen, in eval mode, without gradients."""
+        with precision.autocast():
+            coarse, _ = self.base(xrays)
+        return coarse.float()
+
+    def _origins(self, seed: int) -> list[tuple[int, int, int]]:
+        """Corners of one volume's patches, in coarse voxels; they follow from the sample's seed."""
+        generator = torch.Generator().manual_seed(int(seed) ^ 0x5EED)
+        patch = self.config.patch
+        corners = torch.randint(0, self.coarse_size - patch.size + 1, (patch.per_volume, 3), generator=generator)
+        return [tuple(corner) for corner in corners.tolist()]
+
+    def _patches(self, volumes, origins):
+        """``(B, 1, N, N, N)`` -> ``(B P, 1, n, n, n)`` at the patches' places."""
+        scale = RefinementNetwork.scale
+        size = scale * self.config.patch.size
+        parts = []
+        for volume, corners in zip(volumes, origins):
+            for corner in corners:
+                box = [slice(scale * o, scale * o + size) for o in corner]
+                parts.append(volume[:, box[0], box[1], box[2]])
+        return torch.stack(parts)
+
+    def loss(self, model, batch):
+        patch = self.config.patch
+        region = {"origins": batch["origins"], "patch": patch.size, "context": patch.context} if patch.size else {}
+        volume = model(batch["coarse"], batch["xrays"] if self.config.model.guided else None, **region)
+        return self._criterion(volume, batch, whole=not patch.size)
+
+    def _criterion(self, volume, batch, whole: bool):
+        mask = batch["mask"] if self.config.loss.use_scan_mask else None
+        # A part of the cube has no X-ray of its own to compare with.
+        xrays = batch["xrays"] if whole else None
+        return self.criterion(volume, batch["ct_volume"], mask=mask, xrays=xrays)
+
+    # -- validation ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self, model, processes, precision: Precision) -> list[dict]:
+        """Full volumes, beside plain upsampling of stage 1's volume and of a perfect coarse one."""
+        rows = []
+        self.criterion.eval()
+        for index in range(processes.rank, len(self.val_data), processes.world_size):
+            item = self.val_data[index]
+            batch = {k: item[k].unsqueeze(0).to(processes.device) for k in ("xrays", "ct_volume", "mask")}
+            coarse = self.predict_coarse(batch["xrays"], precision)
+            tile = choose_tile(model, coarse.shape[2:], processes.device, precision.dtype.itemsize)
+            with precision.autocast():
+                volume = model.refine(coarse, batch["xrays"] if self.config.model.guided else None, tile)
+            total, parts = self._criterion(volume, batch, whole=True)
+            target = batch["ct_volume"]
+            perfect = upsample(F.avg_pool3d(target, RefinementNetwork.scale))
+            row = {
+                "id": item["id"],
+                "loss": total.item(),
+                "psnr": float(psnr(volume[0, 0].float(), target[0, 0])),
+                "psnr_trilinear": float(psnr(upsample(coarse)[0, 0], target[0, 0])),
+                "psnr_perfect_coarse": float(psnr(perfect[0, 0], target[0, 0])),
+                "ssim_3d": float(ssim_3d(volume[0, 0].float(), target[0, 0])),
+            }
+            rows.append(row | {name: value.item() for name, value in parts.items()})
+        self.criterion.train()
+        return rows
+
+    def comment(self, metrics: dict[str, float]) -> str:
+        """Which of the two stages holds the result back, from a validation's means."""
+        refined, plain, perfect = (metrics[k] for k in ("psnr", "psnr_trilinear", "psnr_perfect_coarse"))
+        n = self.coarse_size
+        if refined < perfect:
+            verdict = f"stage 1: a perfect {n}^3 volume, only interpolated, would be {perfect - refined:.2f} dB better"
+        else:
+            verdict = f"stage 2: the result is {refined - perfect:.2f} dB above an interpolated perfect {n}^3 volume"
+        return (
+            f"trilinear of the predicted {n}^3: {plain:.2f} dB | refined: {refined:.2f} dB ({refined - plain:+.2f})"
+            f" | trilinear of the true {n}^3: {perfect:.2f} dB\n  Bottleneck is {verdict}"
+        )
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help=f"JSON settings (default: {CONFIG_NAME} beside this script, made when missing)")
+    parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
+    parser.add_argument("--base", help="stage-1 checkpoint (default: base_checkpoint of the configuration)")
+    parser.add_argument("--output", default="checkpoints_refinement", help="folder for checkpoints and log.jsonl")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes, stop")
+    return parser.parse_args(argv)
+
+
+def default_config_path() -> Path:
+    """``config_refinement.json`` beside this script; written with the defaults when it is missing."""
+    path = Path(__file__).with_name(CONFIG_NAME)
+    if not path.exists():
+        write_json(path, config_dict(RefinementConfig()))
+        print(f"{path}: was missing, written with the defaults")
+    return path
+
+
+def read_config(args) -> RefinementConfig:
+    """The configuration a command line describes."""
+    config = load_config(RefinementConfig, args.config or default_config_path(), args.set)
+    if args.data:
+        config.data.dataset_path = args.data
+    if args.base:
+        config.base_checkpoint = args.base
+    return config
+
+
+def describe(task: RefinementTask, model, processes: Processes) -> None:
+    """Print what is about to run (rank 0)."""
+    if not processes.is_main:
+        return
+    config, patch = task.config, task.config.patch
+    accumulation = accumulation_steps(config, processes.world_size)
+    batch = config.training.batch_size * accumulation * processes.world_size
+    parameters = sum(p.numel() for p in model.parameters())
+    patients = f"{len(task.train_data)} training and {len(task.val_data)} validation patients"
+    what = f"{patch.per_volume} patches of {4 * patch.size}^3 per volume" if patch.size else "full volumes"
+    print(
+        f"Model: {parameters / 1e6:.2f} M parameters, {task.coarse_size}^3 -> {task.size}^3,"
+        f" {'guided by X-rays of ' + str(config.model.xray_size) + '^2' if config.model.guided else 'without X-rays'}"
+    )
+    print(f"Stage 1: {config.base_checkpoint} (epoch {task.base_checkpoint['epoch']}, frozen)")
+    print(f"Data: {config.data.dataset_path}, {patients}; training on {what}")
+    print(f"Geometry: {task.train_data.geometry}; HU window {list(task.train_data.hu_window)}")
+    print(
+        f"Processes: {processes.world_size} on {processes.device.type}, {task.precision.name};"
+        f" global batch {batch} = {config.training.batch_size} x {processes.world_size} x {accumulation} (accumulated)",
+        flush=True,
+    )
+
+
+def worker(args: argparse.Namespace) -> int:
+    """What each process runs; returns its exit status."""
+    with process_group() as processes:
+        config = read_config(args)
+        task = RefinementTask(config, processes)
+        model = task.build_model()
+        describe(task, model, processes)
+        if args.dry_run:
+            return 0
+        if processes.is_main:
+            write_json(Path(args.output) / "config.json", config_dict(config))
+        try:
+            fit(model, task, config, args.output, processes)
+        except Interrupted as interruption:
+            if processes.is_main:
+                last = Path(args.output) / "last.pt"
+                print(f"{interruption}: saved {last}; the same command goes on from there", file=sys.stderr)
+            return 128 + interruption.signal_number
+    return 0
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    config = read_config(args)
+    if not Path(config.data.dataset_path).is_dir():
+        raise InputError(
+            f"{config.data.dataset_path}: no such data set; make one with prepare_data.py, then pass --data ROOT"
+        )
+    if not Path(config.base_checkpoint).exists():
+        raise InputError(
+            f"{config.base_checkpoint}: no such stage-1 checkpoint; train_enhanced_4gpu.py makes one,"
+            " then pass --base CHECKPOINT"
+        )
+    return launch(worker, config.world_size, args)
+
+
+if __name__ == "__main__":
+    run_cli(main)
