@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -90,3 +91,12 @@ def check_compatible(path, checkpoint: dict, **expected) -> None:
             detail = f"{found} against {wanted}"
         if not same:
             raise InputError(f"{path}: the checkpoint's {key} is not the data's: {detail}")
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Sixteen hexadecimal digits of a model's weights: tells which stage 1 a stage 2 was trained on."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import gc
 import json
 import math
 import os
@@ -83,7 +84,8 @@ class Task(Protocol):
     def validate(self, model: nn.Module, processes: Processes, precision) -> list[dict]:
         """Rows of this rank's share of the validation patients: ``{"id", "loss", "psnr", ...}``."""
 
-    # Optional: ``comment(metrics) -> str``, a line on a validation's means.
+    # Optional: ``comment(metrics) -> str``, a line on a validation's means; ``memory_advice() -> str``, settings
+    # that need less GPU memory, asked for once when it runs out.
 
 
 # ------------------------------------------------------------------------------------------------
@@ -476,6 +478,13 @@ class Trainer:
         if stop:
             raise Interrupted(catcher.received or signal.SIGTERM)
 
+    def release(self) -> None:
+        """Give the GPU's memory back: nothing of this trainer is used afterwards."""
+        self.runner = self.model = self.average = self.optimizer = None
+        gc.collect()
+        if self.processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     # -- reporting -------------------------------------------------------------------------------
 
     def _log_step(self, losses, samples_per_second) -> None:
@@ -589,7 +598,23 @@ def fit(model: nn.Module, task: Task, config, output, processes: Processes, moni
     if processes.is_main and trainer.epoch > config.training.num_epochs:
         print(f"Nothing to do: {output / 'last.pt'} has all {config.training.num_epochs} epochs")
     trainer.monitors.start(trainer.updates)
+    out_of_memory = None
     with SignalCatcher() as catcher:
-        while trainer.epoch <= config.training.num_epochs:
-            trainer.finish_epoch(trainer.train_epoch(catcher))
-            trainer._maybe_stop(catcher)
+        try:
+            while trainer.epoch <= config.training.num_epochs:
+                trainer.finish_epoch(trainer.train_epoch(catcher))
+                trainer._maybe_stop(catcher)
+        except torch.OutOfMemoryError as error:
+            out_of_memory = str(error).splitlines()[0]
+    if out_of_memory:  # outside the handler: the failed step's tensors are free now
+        _raise_out_of_memory(trainer, out_of_memory)
+
+
+def _raise_out_of_memory(trainer: Trainer, reason: str) -> None:
+    """Raise :class:`TrainingError` with what would fit: asked of the task, else the usual settings."""
+    where = f"epoch {trainer.epoch}, step {trainer.step_in_epoch + 1}: out of GPU memory ({reason})."
+    trainer.release()
+    advice = getattr(trainer.task, "memory_advice", None)
+    batch = max(1, trainer.config.training.batch_size // 2)
+    usual = f"Try --set training.batch_size={batch} or --set model.activation_checkpointing=true"
+    raise TrainingError(f"{where} {advice() if advice else usual} (and another --output: they change the run)")

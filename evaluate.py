@@ -1,6 +1,8 @@
-"""Score a checkpoint on a split, beside the mean-training-volume predictor.
+r"""Score one or both stages on a split, beside the mean-training-volume predictor.
 
     python evaluate.py --data data --split test --base checkpoints_enhanced/best_model.pt --output results
+    python evaluate.py --data data --base checkpoints_enhanced/best_model.pt \
+        --refinement checkpoints_refinement/best_refinement.pt --output results_256
 
 Writes ``per_patient.csv`` (one row per method and patient), ``summary.json`` (mean, sd, n, 95 % bootstrap interval,
 paired differences to the baseline, protocols, hashes) and ``pictures/ID.png`` into the output folder.
@@ -16,21 +18,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoints import check_compatible
 from dataset import PatientDataset, mean_volume
-from engine import Precision, keep_freed_memory, to_channels_last
+from engine import keep_freed_memory
 from figures import save_panel
 from files import InputError, atomic_path, run_cli, write_json
 from metrics import paired_interval, score_volume, summarise
-from model_enhanced import EnhancedDirectModel, load_base_model
+from model_enhanced import RefinementNetwork, upsample
+from pipeline import DirectSystem, add_tile_argument
 from splits import SPLITS
 
 # A method turns a data set's item into a volume (D, H, W) in [0, 1].
 Predictor = Callable[[dict], torch.Tensor]
 
 BASELINE = "mean_volume"
+TRILINEAR = "trilinear"
 PROTOCOLS = {
     "psnr_strict": "dB; whole volume, peak = width of the HU window",
     "psnr_strict_masked": "dB; inside the scan only, peak = width of the HU window",
@@ -42,15 +47,25 @@ PROTOCOLS = {
 }
 
 
-def model_predictor(model: EnhancedDirectModel, device: torch.device, precision: Precision) -> Predictor:
-    """The network's prediction from an item's X-rays."""
+def system_predictors(system: DirectSystem) -> dict[str, Predictor]:
+    """The trained system's methods: stage 1 alone, or stage 2 beside plain upsampling and its ceiling.
+
+    ``trilinear`` upsamples the same stage-1 volume; ``perfect_64`` the true volume at stage 1's resolution: what
+    interpolation alone would reach after a perfect stage 1.
+    """
 
     def predict(item: dict) -> torch.Tensor:
-        with torch.inference_mode(), precision.autocast():
-            volume, _ = model(item["xrays"].unsqueeze(0).to(device))
-        return volume[0, 0].float().cpu()
+        return system.predict(item["xrays"].unsqueeze(0))[0, 0].float().cpu()
 
-    return predict
+    def trilinear(item: dict) -> torch.Tensor:
+        return upsample(system.coarse(item["xrays"].unsqueeze(0)))[0, 0].cpu()
+
+    def perfect(item: dict) -> torch.Tensor:
+        return upsample(F.avg_pool3d(item["ct_volume"].unsqueeze(0), RefinementNetwork.scale))[0, 0]
+
+    if system.refinement is None:
+        return {"model": predict}
+    return {"refined": predict, TRILINEAR: trilinear, f"perfect_{system.model.volume_size[0]}": perfect}
 
 
 def mean_predictor(data: PatientDataset) -> Predictor:
@@ -81,18 +96,48 @@ def score_patients(data: PatientDataset, predictors: dict[str, Predictor], pictu
 
 
 def summary_of(rows: list[dict]) -> dict:
-    """Statistics per method, and of each method's paired difference to the baseline."""
+    """Statistics per method, and of each method's paired differences to the baselines."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     per_method = {m: [r for r in rows if r["method"] == m] for m in methods}
-    differences = {
-        method: {
-            metric: paired_interval([r[metric] for r in per_method[method]], [r[metric] for r in per_method[BASELINE]])
-            for metric in PROTOCOLS
-        }
-        for method in methods
-        if method != BASELINE
-    }
-    return {"methods": {m: summarise(r) for m, r in per_method.items()}, f"minus_{BASELINE}": differences}
+    summary = {"methods": {m: summarise(r) for m, r in per_method.items()}}
+    for reference in (BASELINE, TRILINEAR):
+        if reference in methods:
+            summary[f"minus_{reference}"] = {
+                method: differences(per_method[method], per_method[reference])
+                for method in methods
+                if method != reference
+            }
+    return summary
+
+
+def differences(rows: list[dict], others: list[dict]) -> dict:
+    """Paired statistics of every score's difference between two methods on the same patients."""
+    return {metric: paired_interval([r[metric] for r in rows], [r[metric] for r in others]) for metric in PROTOCOLS}
+
+
+def read_rows(path, method: str, patients: list[str]) -> list[dict]:
+    """Another run's rows of one method, in the order of ``patients``, from its ``per_patient.csv``.
+
+    Raises :class:`InputError` naming the file when it is missing, of another kind, or lacks the method or a patient.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--compare {path}: cannot be read ({error}); expected a per_patient.csv") from None
+    if not rows or not {"method", "id", *PROTOCOLS} <= rows[0].keys():
+        raise InputError(f"--compare {path}: not a per_patient.csv of evaluate.py (method, id, scores)")
+    found = {row["id"]: row for row in rows if row["method"] == method}
+    if not found:
+        names = ", ".join(dict.fromkeys(row["method"] for row in rows))
+        raise InputError(f"--compare {path}: has no method {method!r}, only {names}")
+    if set(found) != set(patients):
+        odd = sorted(set(found) ^ set(patients))
+        raise InputError(f"--compare {path}: other patients than scored here ({', '.join(odd[:5])})")
+    try:
+        return [{metric: float(found[patient][metric]) for metric in PROTOCOLS} for patient in patients]
+    except (TypeError, ValueError):
+        raise InputError(f"--compare {path}: a score is not a number") from None
 
 
 def check_patients(data: PatientDataset, checkpoint: dict, path, split: str, allow_seen: bool) -> list[str]:
@@ -127,22 +172,45 @@ def write_rows(path, rows: list[dict]) -> None:
 
 
 def print_table(summary: dict) -> None:
-    """Mean and standard deviation per method, and the gain over the baseline with its interval."""
+    """Mean and standard deviation per method, then the first method's paired gains with their intervals."""
     methods = summary["methods"]
-    print(f"{'':20}" + "".join(f"{name:>18}" for name in methods) + f"{'gain (95 % interval)':>32}")
-    gains = next(iter(summary[f"minus_{BASELINE}"].values()), {})
+    first = next(iter(methods))
+    print(f"{'':20}" + "".join(f"{name:>18}" for name in methods))
     for metric in PROTOCOLS:
-        digits = 3 if metric.startswith("ssim") else 1 if metric.endswith("hu") else 2
+        digits = _digits(metric)
         cells = ""
         for statistics in methods.values():
             sd = statistics[metric]["sd"]
             spread = f" +- {sd:.{digits}f}" if sd is not None else ""
             cells += f"{statistics[metric]['mean']:.{digits}f}{spread}".rjust(18)
-        if metric in gains:
-            interval = gains[metric]["ci95"]
-            limits = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
-            cells += f"{gains[metric]['mean']:+.{digits}f}{limits}".rjust(32)
         print(f"{metric:20}{cells}")
+    for key, gains in summary.items():
+        if key.startswith("minus_") and first in gains:
+            print(f"{first} minus {key.removeprefix('minus_')} (paired, 95 % bootstrap interval):")
+            for metric in ("psnr_strict", "ssim_3d", "mae_hu"):
+                print(f"  {metric:18}{_gain(gains[first][metric], _digits(metric))}")
+
+
+def _digits(metric: str) -> int:
+    return 3 if metric.startswith("ssim") else 1 if metric.endswith("hu") else 2
+
+
+def _gain(statistics: dict, digits: int) -> str:
+    interval = statistics["ci95"]
+    limits = f" ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})" if interval else ""
+    return f"{statistics['mean']:+.{digits}f}{limits}, n = {statistics['n']}"
+
+
+def refinement_entries(system: DirectSystem, path) -> dict:
+    """What the summary says about stage 2."""
+    if system.refinement is None:
+        return {}
+    return {
+        "refinement": Path(path).name,
+        "refinement_epoch": system.refinement_checkpoint["epoch"],
+        "refinement_parameters": sum(p.numel() for p in system.refinement.parameters()),
+        "guided": system.refinement.guidance is not None,
+    }
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -150,6 +218,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="data set, as from prepare_data.py")
     parser.add_argument("--split", default="test", choices=(*SPLITS, "all"))
     parser.add_argument("--base", required=True, help="stage-1 checkpoint")
+    parser.add_argument("--refinement", help="stage-2 checkpoint: scores its 256^3 volumes beside plain upsampling")
+    add_tile_argument(parser)
+    parser.add_argument("--compare", metavar="CSV", help="another run's per_patient.csv: paired differences to it")
     parser.add_argument("--output", required=True, help="folder for the results")
     parser.add_argument("--pictures", type=int, default=6, help="cases to draw (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
@@ -159,38 +230,29 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, else the CPU; a device that is not there raises :class:`InputError`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: expected auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: no GPU is visible to this installation of torch")
-    return device
-
-
 def main(argv=None) -> int:
     args = parse_args(argv)
-    device = pick_device(args.device)
-    precision = Precision(args.precision, device)
-    model, checkpoint = load_base_model(args.base, device)
-    if device.type == "cpu":
+    system = DirectSystem(args.base, args.refinement, args.device, args.precision, args.tile)
+    checkpoint = system.checkpoint
+    if system.device.type == "cpu":
         keep_freed_memory()
-        to_channels_last(model)
-    output, size = Path(args.output), model.volume_size[0]
+    for note in system.notes:
+        print(f"note: {note}")
+    output, size = Path(args.output), system.volume_size[0]
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; expected a folder")
     # X-rays of a data set without manifest are read as they were in training.
     common = {"cache_dir": args.cache_dir, "xray_normalization": checkpoint["config"]["data"]["xray_normalization"]}
-    data = PatientDataset(args.data, args.split, size, checkpoint["xray_size"], **common)
+    data = PatientDataset(args.data, args.split, size, system.xray_size, **common)
     expected = {"geometry": data.geometry.to_dict(), "hu_window": list(data.hu_window), "xray_scale": data.xray_scale}
     check_compatible(args.base, checkpoint, **expected)
     seen = check_patients(data, checkpoint, args.base, args.split, args.allow_seen)
+    if args.refinement:
+        check_patients(data, system.refinement_checkpoint, args.refinement, args.split, args.allow_seen)
     training = PatientDataset(args.data, "train", size, None, **common)
-    predictors = {"model": model_predictor(model, device, precision), BASELINE: mean_predictor(training)}
+    predictors = {**system_predictors(system), BASELINE: mean_predictor(training)}
+    first = next(iter(predictors))
+    others = read_rows(args.compare, first, data.ids) if args.compare else None
 
     def picture(item, volume, scores):
         if item["id"] in data.ids[: args.pictures]:
@@ -202,20 +264,24 @@ def main(argv=None) -> int:
     summary = {
         "checkpoint": Path(args.base).name,
         "epoch": checkpoint["epoch"],
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in system.model.parameters()),
+        **refinement_entries(system, args.refinement),
         "data": Path(args.data).resolve().name,
         "split": args.split,
         "split_hash": data.split_hash,
         "patients": data.ids,
         "seen_in_training": seen,
-        "volume_size": list(model.volume_size),
+        "volume_size": list(system.volume_size),
         **expected,
         "protocols": PROTOCOLS,
-        "device": device.type,
-        "precision": precision.name,
+        "device": system.device.type,
+        "precision": system.precision.name,
         "torch": torch.__version__,
         **summary_of(rows),
     }
+    if others:
+        mine = [row for row in rows if row["method"] == first]
+        summary[f"minus_{Path(args.compare).parent.name or 'other'}"] = {first: differences(mine, others)}
     write_rows(output / "per_patient.csv", rows)
     write_json(output / "summary.json", summary)
     print_table(summary)

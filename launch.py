@@ -1,10 +1,11 @@
 """What ``launch_4gpu.sh`` and ``launch_4gpu.bat`` do: see that the environment is there, then start the job.
 
-    python launch.py [demo | test | smoke] [options of the job ...]
+    python launch.py [demo | test | smoke | stage1 | stage2] [options of the job ...]
 
-Without a word it trains stage 1. The running Python is used as it is when it satisfies requirements.txt;
-otherwise ``.venv`` is made beside this file, once. Paths among the options are relative to the current folder
-(``test``: to the repository). Standard library only: it runs before anything is installed.
+Without a word it trains both stages in sequence, the second on the first one's best checkpoint. The running
+Python is used as it is when it satisfies requirements.txt; otherwise ``.venv`` is made beside this file, once.
+Paths among the options are relative to the current folder (``test``: to the repository). Standard library only:
+it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ import importlib.metadata
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-JOBS = {"demo": "demo.py", "smoke": "test_enhanced.py", "train": "train_enhanced_4gpu.py"}
+TRAINING = {"stage1": "train_enhanced_4gpu.py", "stage2": "train_refinement_4gpu.py"}
+JOBS = {"demo": "demo.py", "smoke": "test_enhanced.py", **TRAINING}
+BOTH = "train"
 MAX_GPUS = 4
 WINDOWS = os.name == "nt"
-USAGE = """usage: launch_4gpu.sh [demo | test | smoke] [options]   (Windows: launch_4gpu.bat)
-  (no word)  train on up to 4 GPUs, or the CPU: options of train_enhanced_4gpu.py, such as --data ROOT
+USAGE = """usage: launch_4gpu.sh [demo | test | smoke | stage1 | stage2] [options]   (Windows: launch_4gpu.bat)
+  (no word)  train both stages on up to 4 GPUs, or the CPU: --data ROOT and options that both scripts have
+  stage1     train the first stage only: options of train_enhanced_4gpu.py, such as --data ROOT
+  stage2     train the second stage only: options of train_refinement_4gpu.py
   demo       phantoms -> data -> training -> scores and pictures: options of demo.py
   test       the tests: options of pytest
   smoke      checks before a long training: options of test_enhanced.py"""
@@ -137,7 +143,7 @@ def job_command(python: Path, word: str, options: list[str]) -> list[str]:
     if word == "test":
         return [str(python), "-m", "pytest", *options]
     command = [str(python)]
-    if word == "train":
+    if word in TRAINING:
         gpus = min(MAX_GPUS, gpu_count(python))
         processes = 2 if gpus == 3 else gpus  # the default global batch is a multiple of 1, 2 and 4 processes
         if gpus == 3:
@@ -145,6 +151,40 @@ def job_command(python: Path, word: str, options: list[str]) -> list[str]:
         if processes >= 2 and not WINDOWS:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*command, str(HERE / JOBS[word]), *options]
+
+
+def train_both(python: Path, options: list[str]) -> int:
+    """Both stages, one after the other; a stage that is done ends at once, one that was stopped goes on.
+
+    Runs as the parent of the two jobs: a signal to the terminal reaches them directly, one to this process
+    is passed on. The first stage that does not end with 0 ends the sequence with its exit status.
+    """
+    own = [option for option in options if option.split("=")[0] in ("--output", "--config")]
+    if own:
+        print(f"error: {own[0]} is one stage's own: train them by 'stage1' and 'stage2'\n{USAGE}", file=sys.stderr)
+        return 2
+    for word in TRAINING:
+        print(f"[{word}] {JOBS[word]}", flush=True)
+        status = run_child(job_command(python, word, options))
+        if status:
+            return status
+    return 0
+
+
+def run_child(command: list[str]) -> int:
+    """Run a job to its end; SIGTERM and SIGINT are passed on, so that it saves before it ends."""
+    child = subprocess.Popen(command)
+    old = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # The terminal's Ctrl-C reaches the child by itself; here it must only not end the parent first.
+        handler = (lambda n, _: child.send_signal(n)) if number == signal.SIGTERM else (lambda *_: None)
+        old[number] = signal.signal(number, handler)
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
 
 
 def run(command: list[str]) -> int:
@@ -156,18 +196,20 @@ def run(command: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    word, options = "train", argv
+    word, options = BOTH, argv
     if argv and not argv[0].startswith("-"):
         word, options = argv[0], argv[1:]
-    if word not in (*JOBS, "test"):
+    if word not in (*JOBS, BOTH, "test"):
         print(f"error: unknown word {word!r}\n{USAGE}", file=sys.stderr)
         return 2
-    if options[:1] in (["-h"], ["--help"]) and word == "train":
+    if options[:1] in (["-h"], ["--help"]) and word == BOTH:
         print(USAGE)
         return 0
     python = find_python(HERE / ("requirements-dev.txt" if word == "test" else "requirements.txt"))
     if word == "test":
         os.chdir(HERE)
+    if word == BOTH:
+        return train_both(python, options)
     return run(job_command(python, word, options))
 
 

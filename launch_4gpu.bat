@@ -1,10 +1,12 @@
 @echo off
 rem Set up what is missing, then train on the GPUs of this machine (or run the demo, the tests, the smoke test).
 rem
-rem   launch_4gpu.bat --data data\prepared      train; options go to train_enhanced_4gpu.py
+rem   launch_4gpu.bat --data data\prepared      train both stages in sequence; options go to both scripts
 rem   launch_4gpu.bat demo                      phantoms, training, scores and pictures, in minutes
 rem   launch_4gpu.bat test                      the tests
 rem   launch_4gpu.bat smoke --data ROOT         checks before a long training
+rem   launch_4gpu.bat stage1 --data ROOT        the first stage only: options of train_enhanced_4gpu.py
+rem   launch_4gpu.bat stage2 --data ROOT        the second stage only: options of train_refinement_4gpu.py
 rem
 rem What happens is in launch.py, which launch_4gpu.sh starts on Linux and macOS.
 setlocal

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Set up what is missing, then train on up to 4 GPUs (or run the demo, the tests, the smoke test).
 #
-#   bash launch_4gpu.sh --data data/prepared      train; options go to train_enhanced_4gpu.py
+#   bash launch_4gpu.sh --data data/prepared      train both stages in sequence; options go to both scripts
 #   bash launch_4gpu.sh demo                      phantoms -> training -> scores and pictures, in minutes
 #   bash launch_4gpu.sh test                      the tests
 #   bash launch_4gpu.sh smoke --data ROOT         checks before a long training
+#   bash launch_4gpu.sh stage1 --data ROOT        the first stage only: options of train_enhanced_4gpu.py
+#   bash launch_4gpu.sh stage2 --data ROOT        the second stage only: options of train_refinement_4gpu.py
 #
 # What happens is in launch.py, which launch_4gpu.bat starts on Windows.
 set -euo pipefail

@@ -35,7 +35,8 @@ def _system_available() -> int | None:
 def _container_available() -> int | None:
     """What is left of a container's limit (cgroup v2, then v1)."""
     root = Path("/sys/fs/cgroup")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    version_1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    for limit, used in (("memory.max", "memory.current"), version_1):
         try:
             return max(0, int((root / limit).read_text()) - int((root / used).read_text()))
         except (OSError, ValueError):  # absent, or "max": no limit

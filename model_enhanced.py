@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoints import load_checkpoint
 from files import InputError
 from losses import EnhancedLoss
-from projector import Geometry, lift_features
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, lift_features, render_xrays
 
 __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_base_model", "load_refinement"]
 
@@ -86,10 +86,10 @@ class XrayEncoder(nn.Module):
     stem. The stem folds pixels into channels, so that no convolution runs at full resolution.
     """
 
-    def __init__(self, widths, blocks, stem_stride: int):
+    def __init__(self, widths, blocks, stem_stride: int, in_channels: int = 1):
         super().__init__()
-        self.stem_stride = stem_stride
-        folded = stem_stride**2
+        self.stem_stride, self.in_channels = stem_stride, in_channels
+        folded = in_channels * stem_stride**2
         self.stem = nn.Conv2d(folded, widths[0], 5 if stem_stride == 1 else 3, padding=2 if stem_stride == 1 else 1)
         self.view_embedding = nn.Parameter(0.02 * torch.randn(2, widths[0]))
         self.stages = nn.ModuleList()
@@ -99,9 +99,9 @@ class XrayEncoder(nn.Module):
                 layers.insert(0, nn.Conv2d(widths[stage - 1], width, 2, stride=2))
             self.stages.append(nn.Sequential(*layers))
 
-    def forward(self, xrays):  # (B, 2, H, W)
+    def forward(self, xrays):  # (B, 2, H, W), or (B, 2, C, H, W) with C channels per view
         batch = xrays.shape[0]
-        x = xrays.flatten(0, 1).unsqueeze(1)  # (2B, 1, H, W)
+        x = xrays.flatten(0, 1).view(2 * batch, self.in_channels, *xrays.shape[-2:])
         x = self.stem(F.pixel_unshuffle(x, self.stem_stride))
         x = x + self.view_embedding.repeat(batch, 1)[:, :, None, None].to(x.dtype)
         features = []
@@ -313,6 +313,11 @@ def pixel_unshuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
     return x.reshape(batch, channels * f**3, depth // f, height // f, width // f)
 
 
+def upsample(coarse: torch.Tensor, scale: int = 4) -> torch.Tensor:
+    """Trilinear upsampling ``(B, 1, D, H, W)`` -> ``(B, 1, 4D, 4H, 4W)``, float32: what stage 2 must beat."""
+    return F.interpolate(coarse.float(), scale_factor=scale, mode="trilinear", align_corners=False)
+
+
 class DenseBlock(nn.Module):
     """Five convolutions, each seeing all earlier outputs; scaled residual (Wang et al., ESRGAN, 2018)."""
 
@@ -404,13 +409,16 @@ class Window:
 class Guidance(nn.Module):
     """X-ray features at the resolutions of stage 2's volumes, lifted wherever a window asks for them.
 
+    Beside each X-ray the encoder sees what it has over the one that the coarse volume would give: the
+    projector's residual, as iterative reconstruction uses it, says where the volume is too thin or too dense.
+
     The encoder's strides 1x, 2x, 4x of its stem serve 256^3, 128^3 and 64^3: with the default stem
     of 2 on 512^2 X-rays, a feature pixel is about one voxel of the volume it is lifted to.
     """
 
     def __init__(self, widths, stem_stride: int, channels: dict[int, int]):
         super().__init__()
-        self.encoder = XrayEncoder(widths, (1, 1, 2, 2), stem_stride)
+        self.encoder = XrayEncoder(widths, (1, 1, 2, 2), stem_stride, in_channels=2)
         # The coarsest features flow back to the finer ones: a pixel then knows which organ it shows.
         self.top_down = nn.ModuleList(
             nn.Conv2d(coarse, fine, 1) for coarse, fine in zip(widths[1:], widths[:-1])
@@ -419,9 +427,10 @@ class Guidance(nn.Module):
             {str(scale): Lifting(widths[(4, 2, 1).index(scale)], n, n) for scale, n in channels.items()}
         )
 
-    def encode(self, xrays):
-        """``(B, 2, S, S)`` -> feature maps by scale ``{1 | 2 | 4: (2B, C, h, w)}`` (4: for 256^3) and the open gate."""
-        *fine, x = self.encoder(xrays)
+    def encode(self, xrays, rendered):
+        """Two ``(B, 2, S, S)`` -> feature maps by scale, ``{1 | 2 | 4: (2B, C, h, w)}``, and open gates."""
+        # Residuals are about a twentieth of the X-rays themselves.
+        *fine, x = self.encoder(torch.stack([xrays, 20.0 * (xrays - rendered)], dim=2))
         features = []
         for skip, reduce in zip(reversed(fine), reversed(self.top_down)):
             x = skip + F.interpolate(reduce(x), size=skip.shape[-2:], mode="bilinear", align_corners=False)
@@ -438,7 +447,7 @@ class Guidance(nn.Module):
     def _lift(self, maps, window: Window, scale: int, each: int, geometry: Geometry):
         lift, size = self.lift[str(scale)], tuple(n * scale for n in window.full)
         if window.is_whole:
-            return lift(maps, geometry, size)
+            return lift(maps, geometry, size).repeat_interleave(each, 0)
         grids = [window.grid_mm(geometry, i, scale, maps.device) for i in range(len(window.origins))]
         if len(grids) == 1:
             return lift(maps, geometry, size, grids[0])
@@ -459,7 +468,7 @@ class RefinementNetwork(nn.Module):
         it also works from the coarse volume alone.
     channels, growth, rrdb_blocks: the trunk. head_channels: features at 1x, 2x and (per sub-voxel) 4x.
     guide_widths: channels of the X-ray encoder from fine to coarse; guide_channels: lifted ones at 1x, 2x, 4x.
-    geometry, xray_size, stem_stride: as in :class:`EnhancedDirectModel`.
+    geometry, xray_size, stem_stride: as in :class:`EnhancedDirectModel`; hu_window, xray_scale: of the data.
     activation_checkpointing: recompute activations in the backward pass (less memory).
 
     All settings travel in the ``state_dict``: ``RefinementNetwork()`` takes the shape of the weights it
@@ -472,6 +481,8 @@ class RefinementNetwork(nn.Module):
     # Coarse voxels beyond a tile's border that its head sees: one convolution at 1x, four at 2x, and
     # one voxel for the trilinear upsampling within them.
     halo = 3
+    # Of the added detail: features are of unit size, details a few hundredths; first steps do not overshoot.
+    gain = 0.1
 
     def __init__(
         self,
@@ -487,8 +498,11 @@ class RefinementNetwork(nn.Module):
         stem_stride: int = 2,
         guidance_dropout: float = 0.1,
         activation_checkpointing: bool = False,
+        hu_window=HU_WINDOW,
+        xray_scale: float = XRAY_SCALE,
     ):
         super().__init__()
+        self.hu_window, self.xray_scale = tuple(hu_window), xray_scale
         self.activation_checkpointing, self.guidance_dropout = activation_checkpointing, guidance_dropout
         self.geometry, self.xray_size = geometry or Geometry(), xray_size
         self._build(
@@ -531,15 +545,20 @@ class RefinementNetwork(nn.Module):
         # 4x lives folded at 2x: eight sub-voxels of c4 features each, so that no convolution runs at 256^3.
         self.up4 = nn.Conv3d(c2 + cells * g4, cells * c4, 3, padding=1)
         self.out = nn.Conv3d(cells * c4, cells, 3, padding=1)
+        for conv in (self.inlet, self.trunk, self.conv2a, self.up4):
+            nn.init.kaiming_normal_(conv.weight, a=0.2)  # without normalisation, initial scales last
+            nn.init.zeros_(conv.bias)
         for conv in (self.conv2b, self.out):
             nn.init.zeros_(conv.weight)
             nn.init.zeros_(conv.bias)
 
     def get_extra_state(self) -> dict:
-        return {"geometry": self.geometry.to_dict(), "xray_size": self.xray_size, "settings": self.settings}
+        state = {"geometry": self.geometry.to_dict(), "hu_window": list(self.hu_window), "xray_scale": self.xray_scale}
+        return {**state, "xray_size": self.xray_size, "settings": self.settings}
 
     def set_extra_state(self, state: dict) -> None:
         self.geometry = Geometry.from_dict(state["geometry"])
+        self.hu_window, self.xray_scale = tuple(state["hu_window"]), state["xray_scale"]
         self.xray_size = state["xray_size"]
         if state["settings"] != self.settings:
             # Called before the children's weights are read: they find the network they belong to.
@@ -549,15 +568,19 @@ class RefinementNetwork(nn.Module):
 
     # -- parts -----------------------------------------------------------------------------------
 
-    def encode(self, xrays):
+    def encode(self, coarse, xrays):
         """X-rays -> features for :meth:`deep` and :meth:`head`; None without X-rays or guidance."""
         if self.guidance is None or xrays is None:
             return None
-        return self._run(self.guidance.encode, prepare_xrays(xrays, self.xray_size))
+        xrays = prepare_xrays(xrays, self.xray_size)
+        size = [min(n, 4 * max(coarse.shape[2:])) for n in xrays.shape[-2:]]  # finer shows nothing more
+        rendered = render_xrays(coarse, self.geometry, size, self.hu_window, self.xray_scale)
+        rendered = F.interpolate(rendered, size=xrays.shape[-2:], mode="bilinear", align_corners=False)
+        return self._run(self.guidance.encode, xrays, rendered.to(xrays.dtype))
 
     def deep(self, coarse, features, window: Window):
         """Features at 1x of a window on multiples of 2: ``(windows, c1, D, H, W)``. Cheap: runs at half resolution."""
-        x = window.crop(coarse)
+        x = 4.0 * window.crop(coarse)  # about unit variance inside a body; air and padding stay 0
         if self.guidance is not None:
             guide = self.settings["guide_channels"][0]
             if features is None:
@@ -576,8 +599,7 @@ class RefinementNetwork(nn.Module):
         x = around.crop(deep, start=deep_window.origins)
         # Wanted from here on: every sum of the residual in float32, whatever the convolutions run in.
         detail = self._run(self._details, x, features, around)
-        base = F.interpolate(around.crop(coarse).float(), scale_factor=4, mode="trilinear", align_corners=False)
-        return window.crop(base + detail.float(), self.scale, around.origins)
+        return window.crop(upsample(around.crop(coarse)) + self.gain * detail.float(), self.scale, around.origins)
 
     def _details(self, x, features, window: Window):
         x = self.up2(F.leaky_relu(x, 0.2))  # (windows, c2, 2D, 2H, 2W)
@@ -628,7 +650,7 @@ class RefinementNetwork(nn.Module):
         else:
             window = patch_window(origins, patch, full)
             deep_window = window.grown(max(context, self.halo), self.stride)
-        features = self.encode(xrays)
+        features = self.encode(coarse, xrays)
         if features is not None and self.training and self.guidance_dropout > 0:
             # Closed gates instead of no features: every parameter takes part in every step (DDP needs it).
             features["gate"] = (torch.rand(coarse.shape[0]) >= self.guidance_dropout).to(coarse)
@@ -650,7 +672,7 @@ class RefinementNetwork(nn.Module):
             return self(coarse, xrays).float().to(device)
         if tile < 1:
             raise ValueError(f"tile is {tile}; expected at least 1")
-        features, whole = self.encode(xrays), Window.whole(full)
+        features, whole = self.encode(coarse, xrays), Window.whole(full)
         deep = self.deep(coarse, features, whole)
         volume = torch.empty(coarse.shape[0], 1, *(self.scale * n for n in full), device=device)
         for origin in itertools.product(*(range(0, n, tile) for n in full)):
@@ -668,9 +690,10 @@ def shuffle_conv(in_channels: int, out_channels: int) -> nn.Sequential:
     Equal filters for the sub-voxels of a cell start without checkerboard (ICNR, Aitken et al., 2017).
     """
     conv = nn.Conv3d(in_channels, 8 * out_channels, 3, padding=1)
+    nn.init.kaiming_normal_(conv.weight, a=0.2)
+    nn.init.zeros_(conv.bias)
     with torch.no_grad():
         conv.weight.copy_(conv.weight[::8].repeat_interleave(8, dim=0))
-        conv.bias.copy_(conv.bias[::8].repeat_interleave(8))
     return nn.Sequential(conv, PixelShuffle3d())
 
 

@@ -1,11 +1,13 @@
 r"""Two X-ray files -> a CT volume as NIfTI in Hounsfield units.
 
 python reconstruct.py --pa PA.png --lateral LATERAL.png --base best_model.pt --output ct.nii.gz
+python reconstruct.py --pa PA.png --lateral LATERAL.png --base best_model.pt --refinement best_refinement.pt \
+        --output ct.nii.gz
 python reconstruct.py --pa PA.dcm --lateral LAT.dcm --base best_model.pt --output ct.nii.gz \
         --xray-normalization percentile
 
 from reconstruct import load_pipeline
-volume_hu, affine = load_pipeline("best_model.pt")("PA.png", "LATERAL.png")
+volume_hu, affine = load_pipeline("best_model.pt", "best_refinement.pt")("PA.png", "LATERAL.png")
 """
 
 from __future__ import annotations
@@ -18,22 +20,23 @@ import numpy as np
 import torch
 
 from ct_io import cube_affine, write_cube
-from engine import Precision, to_channels_last
-from evaluate import pick_device
 from figures import save_panel
 from files import InputError, run_cli
-from model_enhanced import load_base_model
+from pipeline import DirectSystem, add_tile_argument
 from projector import unit_to_hu
 from xray_io import NORMALIZATIONS, REFERENCE_PERCENTILES, check_views, read_xray
 
 
 class Pipeline:
-    """A loaded model that turns two X-rays into a volume; see :func:`load_pipeline`."""
+    """A loaded system that turns two X-rays into a volume; see :func:`load_pipeline`.
 
-    def __init__(self, model, checkpoint: dict, device: torch.device, precision: str = "float32"):
-        self.model, self.checkpoint, self.device = model, checkpoint, device
-        self.hu_window = tuple(checkpoint["hu_window"])
-        self.precision = Precision(precision, device)
+    system: :class:`DirectSystem`, or another with its ``predict``, ``xray_size``, ``geometry``, ``hu_window`` and
+        ``notes``.
+    """
+
+    def __init__(self, system: DirectSystem):
+        self.system = system
+        self.hu_window = tuple(system.hu_window)
         self.notes: list[str] = []
 
     def read(self, pa, lateral, normalization: str = "manifest", invert: bool = False, check: bool = True):
@@ -42,8 +45,8 @@ class Pipeline:
         Raises :class:`InputError` naming the file for anything unusable, and for swapped views
         (``check``). What was done to the pictures is left in ``notes``.
         """
-        size = self.checkpoint["xray_size"]
-        self.notes, images = [], []
+        size = self.system.xray_size
+        self.notes, images = list(self.system.notes), []
         for view, source in enumerate((pa, lateral)):
             if isinstance(source, np.ndarray | torch.Tensor):
                 images.append(_array_view(source, view, size))
@@ -60,9 +63,7 @@ class Pipeline:
 
     def predict(self, xrays: torch.Tensor) -> torch.Tensor:
         """``(2, S, S)`` -> volume ``(D, H, W)`` in [0, 1], float32 on the CPU."""
-        with torch.inference_mode(), self.precision.autocast():
-            volume, _ = self.model(xrays.unsqueeze(0).to(self.device))
-        return volume[0, 0].float().cpu()
+        return self.system.predict(xrays.unsqueeze(0))[0, 0]
 
     def to_hu(self, volume: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """``(D, H, W)`` in [0, 1] -> HU ``(D, H, W)`` int16 and the 4 x 4 affine of the NIfTI file.
@@ -71,7 +72,7 @@ class Pipeline:
         are the patient's.
         """
         hu = np.rint(unit_to_hu(volume.numpy(), self.hu_window)).astype(np.int16)
-        return hu, cube_affine((0.0, 0.0, 0.0), self.model.geometry.fov_mm, hu.shape[0])
+        return hu, cube_affine((0.0, 0.0, 0.0), self.system.geometry.fov_mm, hu.shape[0])
 
     def __call__(self, pa, lateral, **options) -> tuple[np.ndarray, np.ndarray]:
         """Two X-rays -> ``(HU int16 (D, H, W), affine)``; options as in :meth:`read`.
@@ -81,17 +82,15 @@ class Pipeline:
         return self.to_hu(self.predict(self.read(pa, lateral, **options)))
 
 
-def load_pipeline(base, device: str = "auto", precision: str = "float32") -> Pipeline:
-    """Load a stage-1 checkpoint for reconstruction.
+def load_pipeline(
+    base, refinement=None, device: str = "auto", precision: str = "float32", tile: int | str = "auto"
+) -> Pipeline:
+    """Load a stage-1 checkpoint, and a stage-2 one for 256^3, for reconstruction.
 
-    device: auto, cpu, cuda, ... precision: float32, bfloat16 or auto. Raises :class:`InputError` naming
-    the file when the checkpoint is missing, damaged or of another kind.
+    device: auto, cpu, cuda, ... precision: float32, bfloat16 or auto. tile: see :class:`DirectSystem`. Raises
+    :class:`InputError` naming the file when a checkpoint is missing, damaged, of another kind or unfit for the other.
     """
-    device = pick_device(device)
-    model, checkpoint = load_base_model(base, device)
-    if device.type == "cpu":
-        to_channels_last(model)
-    return Pipeline(model, checkpoint, device, precision)
+    return Pipeline(DirectSystem(base, refinement, device, precision, tile))
 
 
 def _array_view(source, view: int, size: int) -> np.ndarray:
@@ -127,6 +126,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--pa", required=True, help="frontal X-ray: PNG, JPEG, TIFF, .npy or DICOM")
     parser.add_argument("--lateral", required=True, help="lateral X-ray, anterior on the left")
     parser.add_argument("--base", required=True, help="stage-1 checkpoint")
+    parser.add_argument("--refinement", help="stage-2 checkpoint: the volume has 256^3 voxels instead of 64^3")
+    add_tile_argument(parser)
     parser.add_argument("--output", required=True, help="NIfTI file to write (.nii.gz or .nii)")
     parser.add_argument(
         "--xray-normalization",
@@ -150,7 +151,7 @@ def main(argv=None) -> int:
         raise InputError(f"--picture {args.picture}: expected a name ending in .png")
     if args.picture and Path(args.picture).resolve() in (Path(args.pa).resolve(), Path(args.lateral).resolve()):
         raise InputError(f"--picture {args.picture} is one of the X-rays; expected another name")
-    pipeline = load_pipeline(args.base, args.device, args.precision)
+    pipeline = load_pipeline(args.base, args.refinement, args.device, args.precision, args.tile)
     xrays = pipeline.read(args.pa, args.lateral, args.xray_normalization, args.invert, check=not args.no_check)
     for note in pipeline.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -159,7 +160,7 @@ def main(argv=None) -> int:
     write_cube(args.output, hu, affine)
     if args.picture:
         save_panel(args.picture, xrays, volume, None, pipeline.hu_window)
-    spacing = pipeline.model.geometry.fov_mm / hu.shape[0]
+    spacing = pipeline.system.geometry.fov_mm / hu.shape[0]
     print(f"{args.output}: {' x '.join(map(str, hu.shape))} voxels of {spacing:g} mm, {hu.min()} to {hu.max()} HU")
     return 0
 

@@ -1,4 +1,4 @@
-"""Smoke test before a long training: model, losses, precision, memory, devices and your data, one line each.
+"""Smoke test before a long training: both stages, losses, precision, memory, devices and your data, one line each.
 
     python test_enhanced.py                                   # under 2 minutes on two CPU cores
     python test_enhanced.py --data data/prepared              # also the first patients of every split
@@ -28,10 +28,12 @@ from dataset import SPLITS, PatientDataset
 from engine import Precision, parameter_groups, to_channels_last
 from files import InputError, run_cli
 from losses import EnhancedLoss
-from model_enhanced import EnhancedDirectModel
+from memory import choose_tile
+from model_enhanced import EnhancedDirectModel, RefinementNetwork, upsample
 from projector import MU_WATER, Geometry, hu_to_unit, line_integrals, render_xrays
 
 PARAMETERS = (15e6, 20e6)  # of the default model
+REFINEMENT_PARAMETERS = (5e6, 8e6)
 PRECISION_TOLERANCE = 0.05  # bfloat16 has 8 bits: relative error 2^-9 a rounding, over some 60 layers
 GRADIENT_TOLERANCE = 1e-4  # relative; recomputing may sum in another order
 SPHERE_TOLERANCE = 0.02  # relative; a voxelised sphere of 40 voxels across
@@ -284,6 +286,52 @@ def check_memory(bench: Bench) -> str:
     return f"training step with batch {training.batch_size}: {peak:.2f} GB of {whole:.0f} GB"
 
 
+def check_refinement(bench: Bench) -> str:
+    """Stage 2 as configured by default: size, trilinear at the start, tiles that equal the whole, 64^3 -> 256^3."""
+    torch.manual_seed(bench.config.training.seed)
+    network = RefinementNetwork(guided=True, geometry=bench.geometry).to(bench.device).eval()
+    count = sum(p.numel() for p in network.parameters())
+    low, high = REFINEMENT_PARAMETERS
+    require(low <= count <= high, f"{count / 1e6:.2f} M parameters; expected {low / 1e6:g} to {high / 1e6:g} M")
+    xrays, small = bench.pair((8, 8, 8), 128)
+    with torch.no_grad():
+        require(torch.equal(network(small, xrays), upsample(small)), "untrained, it is not trilinear interpolation")
+        torch.nn.init.normal_(network.out.weight, std=0.02)
+        difference = (network.refine(small, xrays, tile=3) - network(small, xrays)).abs().max().item()
+        require(difference < 1e-4, f"tiles differ from the whole volume by {difference:.1e}")
+        size = bench.config.model.volume_size
+        xrays, coarse = bench.pair(size, 512)
+        tile = choose_tile(network, coarse.shape[2:], bench.device)
+        with Precision(bench.config.training.precision, bench.device).autocast():
+            fine = network.refine(coarse, xrays, tile)
+    expected = (1, 1, *(network.scale * n for n in size))
+    require(tuple(fine.shape) == expected, f"output {tuple(fine.shape)}; expected {expected}")
+    require(torch.isfinite(fine).all() and fine.min() >= 0 and fine.max() <= 1, "output outside [0, 1] or not finite")
+    how = f"in tiles of {tile}" if tile else "at once"
+    return f"{count / 1e6:.2f} M parameters, {tuple(coarse.shape[2:])} -> {tuple(fine.shape[2:])} {how}"
+
+
+def check_refinement_learning(bench: Bench) -> str:
+    """A few steps of stage 2 on one patch: every parameter gets a gradient, the loss falls."""
+    torch.manual_seed(bench.config.training.seed)
+    network = RefinementNetwork(guided=True, geometry=bench.geometry, guidance_dropout=0).to(bench.device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    xrays, truth = bench.pair((64, 64, 64), 256)
+    coarse, losses = F.avg_pool3d(truth, 4), []
+    for _ in range(4):
+        refined = network(coarse, xrays, [[(4, 4, 4)]], patch=8, context=4)
+        loss = F.l1_loss(refined, truth[:, :, 16:48, 16:48, 16:48])
+        losses.append(loss.item())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    dead = [n for n, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    require(not dead, f"no finite gradient in {', '.join(dead[:5])} ({len(dead)} in all)")
+    text = f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses) - 1} steps on a patch of 32^3"
+    require(losses[-1] < losses[0], f"{text}; expected it to fall")
+    return text
+
+
 def process_peak_bytes() -> int | None:
     """Largest resident size of this process so far; None on Windows."""
     if sys.platform == "win32":
@@ -355,6 +403,8 @@ def list_checks(bench: Bench) -> list[tuple[str, Callable[[Bench], str]]]:
         ("mixed precision", check_precision),
         ("activation checkpointing", check_checkpointing),
         ("learning", check_learning),
+        ("stage 2", check_refinement),
+        ("stage 2 learning", check_refinement_learning),
         ("memory", check_memory),
     ]
     if bench.data:

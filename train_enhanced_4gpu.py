@@ -24,6 +24,9 @@ from files import InputError, run_cli, write_json
 from losses import EnhancedLoss
 from metrics import psnr, ssim_3d
 from model_enhanced import KIND, EnhancedDirectModel
+from monitoring import add_arguments, check_arguments, monitors_from
+
+SAMPLES = 2  # validation patients whose pictures go to the monitors
 
 
 class EnhancedTask:
@@ -104,7 +107,7 @@ class EnhancedTask:
 
     @torch.no_grad()
     def validate(self, model, processes, precision: Precision) -> list[dict]:
-        rows = []
+        rows, self.samples = [], []
         self.criterion.eval()
         for index in range(processes.rank, len(self.val_data), processes.world_size):
             item = self.val_data[index]
@@ -120,6 +123,9 @@ class EnhancedTask:
                 "ssim_3d": float(ssim_3d(volume, target)),
             }
             rows.append(row | {name: value.item() for name, value in parts.items()})
+            if len(self.samples) < SAMPLES:
+                case = {"id": item["id"], "xrays": item["xrays"], "prediction": volume, "target": target}
+                self.samples.append(case | {"hu_window": self.val_data.hu_window})
         self.criterion.train()
         return rows
 
@@ -131,6 +137,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--output", default="checkpoints_enhanced", help="folder for checkpoints and log.jsonl")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes, stop")
+    add_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -176,7 +183,8 @@ def worker(args: argparse.Namespace) -> int:
         if processes.is_main:
             write_json(Path(args.output) / "config.json", config_dict(config))
         try:
-            fit(model, task, config, args.output, processes)
+            with monitors_from(args, config_dict(config), args.output, processes) as monitors:
+                fit(model, task, config, args.output, processes, monitors)
         except Interrupted as interruption:
             if processes.is_main:
                 last = Path(args.output) / "last.pt"
@@ -187,6 +195,7 @@ def worker(args: argparse.Namespace) -> int:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
+    check_arguments(args)
     config = read_config(args)
     if not Path(config.data.dataset_path).is_dir():
         raise InputError(

@@ -9,8 +9,10 @@ python train_refinement_4gpu.py --data ROOT --set patch.size=0 --set training.ba
 from __future__ import annotations
 
 import argparse
-import hashlib
+import gc
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from augment import PairMaker
-from checkpoints import check_compatible
+from checkpoints import check_compatible, weights_fingerprint
 from config import RefinementConfig, config_dict, load_config
 from dataset import PatientDataset
 from distributed import Processes, launch, process_group
@@ -27,23 +29,9 @@ from files import InputError, run_cli, write_json
 from losses import EnhancedLoss
 from memory import choose_tile
 from metrics import psnr, ssim_3d
-from model_enhanced import REFINEMENT_KIND, RefinementNetwork, load_base_model
+from model_enhanced import REFINEMENT_KIND, RefinementNetwork, load_base_model, upsample
 
 CONFIG_NAME = "config_refinement.json"
-
-
-def upsample(coarse: torch.Tensor, scale: int = RefinementNetwork.scale) -> torch.Tensor:
-    """Trilinear upsampling ``(B, 1, D, H, W)`` -> ``(B, 1, 4D, 4H, 4W)``: what stage 2 must beat."""
-    return F.interpolate(coarse.float(), scale_factor=scale, mode="trilinear", align_corners=False)
-
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Sixteen hexadecimal digits of the weights' values: tells which stage 1 a stage 2 was trained on."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class RefinementTask:
@@ -53,7 +41,7 @@ class RefinementTask:
     best_name = "best_refinement.pt"
 
     def __init__(self, config: RefinementConfig, processes: Processes):
-        self.config = config
+        self.config, self.device = config, processes.device
         self.base, self.base_checkpoint = load_base_model(config.base_checkpoint, processes.device)
         self.base.requires_grad_(False)
         if config.training.channels_last:
@@ -80,8 +68,8 @@ class RefinementTask:
             **common,
         )
         acquisition = {k: getattr(self.train_data, k) for k in ("geometry", "hu_window", "xray_scale")}
-        volume = (self.size,) * 3
-        self.pairs = PairMaker(volume_size=volume, xray_size=config.model.xray_size, config=config.augment, **acquisition)
+        sizes = {"volume_size": (self.size,) * 3, "xray_size": config.model.xray_size}
+        self.pairs = PairMaker(**sizes, config=config.augment, **acquisition)
         weights = {k: v for k, v in config_dict(config)["loss"].items() if k != "use_scan_mask"}
         self.criterion = EnhancedLoss(**weights, **acquisition).to(processes.device)
         self.precision = Precision(config.training.precision, processes.device)
@@ -122,7 +110,11 @@ class RefinementTask:
     def build_model(self) -> RefinementNetwork:
         """The network for this data; its initial weights depend on the seed only."""
         torch.manual_seed(self.config.training.seed)
-        return RefinementNetwork(**config_dict(self.config)["model"], geometry=self.train_data.geometry)
+        return self._network(self.config)
+
+    def _network(self, config: RefinementConfig) -> RefinementNetwork:
+        acquisition = {k: getattr(self.train_data, k) for k in ("geometry", "hu_window", "xray_scale")}
+        return RefinementNetwork(**config_dict(config)["model"], **acquisition)
 
     def header(self) -> dict:
         data = self.train_data
@@ -191,6 +183,51 @@ class RefinementTask:
         xrays = batch["xrays"] if whole else None
         return self.criterion(volume, batch["ct_volume"], mask=mask, xrays=xrays)
 
+    # -- memory ----------------------------------------------------------------------------------
+
+    def memory_advice(self) -> str:
+        """After the GPU's memory ran out: the first settings that need less and fit, found by trying a step of each."""
+        for changes in smaller_settings(self.config):
+            if self._fits(changes):
+                options = " ".join(f"--set {key}={json.dumps(value)}" for key, value in changes.items())
+                return f"A step fits with {options}"
+        return "Not even the smallest step tried fits: free this GPU's memory, or use a smaller model.channels"
+
+    def _fits(self, changes: dict) -> bool:
+        """True when a training step with these settings runs on the device."""
+        config = RefinementConfig()
+        for part in ("model", "patch", "training"):
+            setattr(config, part, replace(getattr(self.config, part)))
+        for key, value in changes.items():
+            part, name = key.split(".")
+            setattr(getattr(config, part), name, value)
+        try:
+            self._try_step(config)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return True
+
+    def _try_step(self, config: RefinementConfig) -> None:
+        """Forward and backward pass of a new network on noise, with the moving average and AdamW's state beside it."""
+        batch, patch, xray_size = config.training.batch_size, config.patch, config.model.xray_size
+        network = self._network(config).to(self.device).train()
+        beside = [torch.zeros_like(p) for p in network.parameters() for _ in range(3)]
+        coarse = torch.rand(batch, 1, *[self.coarse_size] * 3, device=self.device)
+        xrays = torch.rand(batch, 2, xray_size, xray_size, device=self.device)
+        region = {"patch": patch.size, "context": patch.context} if patch.size else {}
+        if patch.size:
+            region["origins"] = [[(0, 0, 0)] * patch.per_volume] * batch
+        whole = torch.rand(batch, 1, *[self.size] * 3, device=self.device)  # the augmented volumes, there all the time
+        with self.precision.autocast():
+            volume = network(coarse, xrays if config.model.guided else None, **region)
+            total, _ = self.criterion(volume, whole if volume.shape == whole.shape else torch.rand_like(volume))
+        total.backward()
+        del beside
+
     # -- validation ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -234,9 +271,28 @@ class RefinementTask:
         )
 
 
+def smaller_settings(config: RefinementConfig):
+    """Changes to try when memory is short, the least harmful first: recomputation, smaller batches, smaller patches.
+
+    The global batch stays what it is: accumulation makes up for a smaller ``training.batch_size``.
+    """
+    changes = {} if config.model.activation_checkpointing else {"model.activation_checkpointing": True}
+    if changes:
+        yield dict(changes)
+    batch = config.training.batch_size
+    while batch > 1:
+        batch = max(1, batch // 2)
+        changes["training.batch_size"] = batch
+        yield dict(changes)
+    for size in (32, 24, 16, 12):
+        if not config.patch.size or size < config.patch.size:
+            changes |= {"patch.size": size, "patch.per_volume": 1}
+            yield dict(changes)
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help=f"JSON settings (default: {CONFIG_NAME} beside this script, made when missing)")
+    parser.add_argument("--config", help=f"JSON settings (default: {CONFIG_NAME} here, made when missing)")
     parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
     parser.add_argument("--base", help="stage-1 checkpoint (default: base_checkpoint of the configuration)")
     parser.add_argument("--output", default="checkpoints_refinement", help="folder for checkpoints and log.jsonl")

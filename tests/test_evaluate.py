@@ -14,6 +14,7 @@ from tiny_data import make_checkpoint, make_dataset, make_model
 import evaluate
 from dataset import PatientDataset, mean_volume
 from files import InputError, run_cli
+from model_enhanced import load_base_model
 from projector import Geometry
 
 
@@ -47,7 +48,7 @@ def test_rows_equal_an_independent_computation(root, base, results):
     rows = {(r["method"], r["id"]): r for r in read_rows(results)}
     assert set(rows) == {(m, i) for m in ("model", "mean_volume") for i in ("p4", "p5")}
     data = PatientDataset(root, "test", 16, 64)
-    model, _ = evaluate.load_base_model(base)
+    model, _ = load_base_model(base)
     mean = mean_volume(PatientDataset(root, "train", 16, None))[0].numpy()
     for index in range(2):
         item = data[index]

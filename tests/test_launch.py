@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -121,7 +124,7 @@ def test_the_running_python_is_used_where_it_satisfies_the_requirements(tmp_path
 @pytest.mark.parametrize(("gpus", "processes"), [(0, 0), (1, 0), (2, 2), (3, 2), (4, 4), (8, 4)])
 def test_training_uses_up_to_four_gpus(monkeypatch, gpus, processes):
     monkeypatch.setattr(launch, "gpu_count", lambda python: gpus)
-    command = launch.job_command(Path("py"), "train", ["--set", "a=1"])
+    command = launch.job_command(Path("py"), "stage1", ["--set", "a=1"])
     assert command[0] == "py"
     assert command[-3:] == [str(ROOT / "train_enhanced_4gpu.py"), "--set", "a=1"]
     started_by_torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -131,7 +134,63 @@ def test_training_uses_up_to_four_gpus(monkeypatch, gpus, processes):
 def test_windows_starts_the_processes_without_torchrun(monkeypatch):
     monkeypatch.setattr(launch, "gpu_count", lambda python: 4)
     monkeypatch.setattr(launch, "WINDOWS", True)
-    assert launch.job_command(Path("py"), "train", []) == ["py", str(ROOT / "train_enhanced_4gpu.py")]
+    assert launch.job_command(Path("py"), "stage1", []) == ["py", str(ROOT / "train_enhanced_4gpu.py")]
+    assert launch.job_command(Path("py"), "stage2", []) == ["py", str(ROOT / "train_refinement_4gpu.py")]
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+    """Stands in for the two training scripts: each notes its name and options, and ends as its file says."""
+    for word in launch.TRAINING:
+        script = tmp_path / f"{word}.py"
+        script.write_text(
+            "import pathlib, sys, time\n"
+            f"open({str(tmp_path / 'calls')!r}, 'a').write('{word} ' + ' '.join(sys.argv[1:]) + '\\n')\n"
+            f"wait = pathlib.Path({str(tmp_path / (word + '.wait'))!r})\n"
+            "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+            "while wait.exists(): time.sleep(0.01)\n"
+            f"status = pathlib.Path({str(tmp_path / (word + '.status'))!r})\n"
+            "sys.exit(int(status.read_text()) if status.exists() else 0)\n"
+        )
+    commands = {word: [sys.executable, str(tmp_path / f"{word}.py")] for word in launch.TRAINING}
+    monkeypatch.setattr(launch, "job_command", lambda python, word, options: [*commands[word], *options])
+    return tmp_path
+
+
+def test_both_stages_are_trained_in_sequence_with_the_same_options(jobs):
+    assert launch.train_both(Path("py"), ["--data", "ROOT"]) == 0
+    assert (jobs / "calls").read_text() == "stage1 --data ROOT\nstage2 --data ROOT\n"
+
+
+def test_the_second_stage_waits_for_a_first_one_that_ended_well(jobs):
+    (jobs / "stage1.status").write_text("7")
+    assert launch.train_both(Path("py"), []) == 7
+    assert (jobs / "calls").read_text() == "stage1 \n"
+
+
+@pytest.mark.skipif(launch.WINDOWS, reason="signals are POSIX")
+def test_sigterm_is_passed_on_and_ends_the_sequence(jobs):
+    (jobs / "stage1.wait").touch()
+
+    def send():
+        deadline = time.monotonic() + 30
+        while not (jobs / "calls").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)  # until the job has its handler
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert launch.train_both(Path("py"), []) == 143
+    sender.join()
+    assert (jobs / "calls").read_text() == "stage1 \n"
+
+
+@pytest.mark.parametrize("option", ["--output", "--config=a.json"])
+def test_options_of_one_stage_are_refused_for_both(jobs, option, capsys):
+    assert launch.train_both(Path("py"), [option, "x"]) == 2
+    assert option in capsys.readouterr().err
+    assert not (jobs / "calls").exists()
 
 
 @pytest.mark.parametrize(
@@ -209,4 +268,4 @@ def test_batch_file_is_the_shell_script_for_windows():
     for name in re.findall(r"\w+\.(?:py|sh)\b", text.replace("%~dp0", "")):
         assert (ROOT / name).is_file(), name
     usage = re.compile(r"^(?:rem|#)   (?:bash )?launch_4gpu\.(?:bat|sh) (\w+) ", re.MULTILINE)
-    assert usage.findall(text) == usage.findall(shell) == ["demo", "test", "smoke"]
+    assert usage.findall(text) == usage.findall(shell) == ["demo", "test", "smoke", "stage1", "stage2"]

@@ -34,9 +34,9 @@ def test_a_sound_project_and_data_set_pass(data, capsys):
     options = [part for setting in TINY for part in ("--set", setting)]
     assert test_enhanced.main(["--data", str(data), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 15
+    assert len(lines) == 17
     assert all(line.startswith("ok   ") for line in lines[:-1])
-    assert lines[-1] == "14 of 14 checks ok"
+    assert lines[-1] == "16 of 16 checks ok"
     assert not (data / ".cache").exists()  # looking does not change the data
 
 
