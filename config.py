@@ -100,7 +100,6 @@ class RefinementModelConfig:
     guide_channels: list[int] = field(default_factory=lambda: [8, 8, 4])  # lifted at 1x, 2x, 4x
     xray_size: int = 512
     stem_stride: int = 2  # 1 for X-rays of 256
-    guidance_dropout: float = 0.1  # share of samples without X-rays
     activation_checkpointing: bool = False
 
 
@@ -116,6 +115,7 @@ class RefinementConfig:
     """Everything ``train_refinement_4gpu.py`` reads; ``config_refinement.json`` overrides these defaults."""
 
     base_checkpoint: str = "checkpoints_enhanced/best_model.pt"
+    guidance_dropout: float = 0.1  # share of samples without X-rays: a guided network then also works without them
     model: RefinementModelConfig = field(default_factory=RefinementModelConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     training: TrainingConfig = field(
@@ -140,7 +140,7 @@ MINIMUM = {
     "training.ema_decay": 0.0,
     "loss.perceptual_slices": 1,
     "model.rrdb_blocks": 1,
-    "model.guidance_dropout": 0.0,
+    "guidance_dropout": 0.0,
     "patch.size": 0,
     "patch.per_volume": 1,
     "patch.context": 0,

@@ -464,8 +464,6 @@ class RefinementNetwork(nn.Module):
 
     guided: also read the X-rays, which show detail that the coarse volume has lost: their features are
         lifted at 1x, 2x and 4x through the geometry.
-    guidance_dropout: share of the training samples that a guided network sees without X-rays, so that
-        it also works from the coarse volume alone.
     channels, growth, rrdb_blocks: the trunk. head_channels: features at 1x, 2x and (per sub-voxel) 4x.
     guide_widths: channels of the X-ray encoder from fine to coarse; guide_channels: lifted ones at 1x, 2x, 4x.
     geometry, xray_size, stem_stride: as in :class:`EnhancedDirectModel`; hu_window, xray_scale: of the data.
@@ -496,14 +494,13 @@ class RefinementNetwork(nn.Module):
         geometry: Geometry | None = None,
         xray_size: int | None = None,
         stem_stride: int = 2,
-        guidance_dropout: float = 0.1,
         activation_checkpointing: bool = False,
         hu_window=HU_WINDOW,
         xray_scale: float = XRAY_SCALE,
     ):
         super().__init__()
         self.hu_window, self.xray_scale = tuple(hu_window), xray_scale
-        self.activation_checkpointing, self.guidance_dropout = activation_checkpointing, guidance_dropout
+        self.activation_checkpointing = activation_checkpointing
         self.geometry, self.xray_size = geometry or Geometry(), xray_size
         self._build(
             {
@@ -636,11 +633,13 @@ class RefinementNetwork(nn.Module):
                 " (Hounsfield units: map them with projector.hu_to_unit)"
             )
 
-    def forward(self, coarse, xrays=None, origins=None, patch=None, context: int = 8):
+    def forward(self, coarse, xrays=None, origins=None, patch=None, context: int = 8, gate=None):
         """coarse ``(B, 1, D, H, W)`` in [0, 1], xrays ``(B, 2, S, S)`` -> ``(B, 1, 4D, 4H, 4W)``.
 
         origins, patch: refine only boxes of ``patch`` coarse voxels (one number or three) that start at
             ``origins`` (B, P, 3): ``(B P, 1, 4 patch, ...)``. The trunk then sees ``context`` voxels around each.
+        gate: ``(B,)``, 0 for samples that go without X-rays: as if there were none, but every parameter takes
+            part in the step (DDP needs it).
         In eval mode the result is clamped to [0, 1]. Raises ``ValueError`` on another shape or range.
         """
         self.check(coarse)
@@ -651,9 +650,8 @@ class RefinementNetwork(nn.Module):
             window = patch_window(origins, patch, full)
             deep_window = window.grown(max(context, self.halo), self.stride)
         features = self.encode(coarse, xrays)
-        if features is not None and self.training and self.guidance_dropout > 0:
-            # Closed gates instead of no features: every parameter takes part in every step (DDP needs it).
-            features["gate"] = (torch.rand(coarse.shape[0]) >= self.guidance_dropout).to(coarse)
+        if features is not None and gate is not None:
+            features["gate"] = gate
         deep = self.deep(coarse, features, deep_window)
         volume = self.head(coarse, deep, deep_window, features, window)
         return volume if self.training else volume.clamp(0.0, 1.0)

@@ -314,7 +314,7 @@ def check_refinement(bench: Bench) -> str:
 def check_refinement_learning(bench: Bench) -> str:
     """A few steps of stage 2 on one patch: every parameter gets a gradient, the loss falls."""
     torch.manual_seed(bench.config.training.seed)
-    network = RefinementNetwork(guided=True, geometry=bench.geometry, guidance_dropout=0).to(bench.device).train()
+    network = RefinementNetwork(guided=True, geometry=bench.geometry).to(bench.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     xrays, truth = bench.pair((64, 64, 64), 256)
     coarse, losses = F.avg_pool3d(truth, 4), []

@@ -140,6 +140,7 @@ class RefinementTask:
             masks = batch["mask"] if self.config.loss.use_scan_mask else None
             batch = self.pairs(batch["ct_volume"], masks, seeds)
         batch["coarse"] = self.predict_coarse(batch["xrays"], self.precision)
+        batch["gate"] = torch.tensor([self._sees_xrays(seed) for seed in seeds], device=device, dtype=torch.float32)
         if self.config.patch.size:
             batch["origins"] = [self._origins(seed) for seed in seeds]
             for name in {"ct_volume", "mask"} & batch.keys():
@@ -160,6 +161,11 @@ class RefinementTask:
         corners = torch.randint(0, self.coarse_size - patch.size + 1, (patch.per_volume, 3), generator=generator)
         return [tuple(corner) for corner in corners.tolist()]
 
+    def _sees_xrays(self, seed: int) -> bool:
+        """False for the share ``guidance_dropout`` of samples; it follows from the sample's seed."""
+        generator = torch.Generator().manual_seed(int(seed) ^ 0x6A7E)
+        return torch.rand((), generator=generator).item() >= self.config.guidance_dropout
+
     def _patches(self, volumes, origins):
         """``(B, 1, N, N, N)`` -> ``(B P, 1, n, n, n)`` at the patches' places."""
         scale = RefinementNetwork.scale
@@ -174,7 +180,8 @@ class RefinementTask:
     def loss(self, model, batch):
         patch = self.config.patch
         region = {"origins": batch["origins"], "patch": patch.size, "context": patch.context} if patch.size else {}
-        volume = model(batch["coarse"], batch["xrays"] if self.config.model.guided else None, **region)
+        guide = (batch["xrays"], batch["gate"]) if self.config.model.guided else (None, None)
+        volume = model(batch["coarse"], guide[0], gate=guide[1], **region)
         return self._criterion(volume, batch, whole=not patch.size)
 
     def _criterion(self, volume, batch, whole: bool):

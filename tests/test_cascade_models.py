@@ -114,6 +114,15 @@ def test_previous_plus_residual_is_one_number_away():
         assert torch.allclose(model(*values), 0.7 * values[0], atol=1e-6)
 
 
+def test_pure_noise_does_not_reach_the_features_of_a_fresh_network():
+    model, values = stage(awake=False), inputs()
+    nn.init.normal_(model.out.weight)
+    noise, same = torch.ones(2), [*inputs(seed=2)[:2], values[2]]
+    with torch.no_grad():
+        assert torch.equal(model(values[0], noise, values[2]), model(same[0], noise, values[2]))
+    assert change(model, values, same) > 1e-2
+
+
 # ------------------------------------------------------------------------------------------------
 # Inputs reach the output
 

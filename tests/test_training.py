@@ -61,10 +61,14 @@ def weights(path):
     return {k: v for k, v in state.items() if torch.is_tensor(v)}
 
 
+def assert_same_tensors(one, other):
+    one, other = ({k: v for k, v in state.items() if torch.is_tensor(v)} for state in (one, other))
+    assert one.keys() == other.keys()
+    assert [k for k in one if not torch.equal(one[k], other[k])] == []
+
+
 def assert_same_weights(one, other):
-    a, b = weights(one / "last.pt"), weights(other / "last.pt")
-    assert a.keys() == b.keys()
-    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    assert_same_tensors(weights(one / "last.pt"), weights(other / "last.pt"))
     a, b = load_checkpoint(one / "best_model.pt"), load_checkpoint(other / "best_model.pt")
     assert a["metrics"]["psnr"] == b["metrics"]["psnr"]
 
