@@ -3,8 +3,9 @@
     bash launch_4gpu.sh demo                       # or: python demo.py
     python demo.py --output demo_output --patients 40 --seed 1 --set training.num_epochs=20
 
-Phantoms -> prepared data -> stage-1 training -> scores on held-out phantoms -> a reconstruction from two PNG
-files as NIfTI, and a picture of it. The same command skips what is done and goes on where it was stopped.
+Phantoms -> prepared data -> both stages, 32^3 and 128^3, an eighth of the real volumes' voxels -> scores on held-out
+phantoms -> a reconstruction from two PNG files as NIfTI, and a picture of it. The same command skips what is
+done and goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import make_phantoms
 import prepare_data
 import reconstruct
 import train_enhanced_4gpu
+import train_refinement_4gpu
 from dataset import PatientDataset
 from figures import save_panel
 from files import InputError, read_json, run_cli, write_json
 from projector import hu_to_unit
 
-SPACING_MM = 4.0  # of the phantoms: fine enough for 64^3 voxels of 5.6 mm
+SPACING_MM = 3.0  # of the phantoms: fine enough for 128^3 voxels of 2.8 mm
 CUBE_SIZE, XRAY_SIZE = 128, 256
 
 
@@ -45,7 +47,9 @@ class Demo:
         self.args, self.output = args, Path(args.output)
         self.phantoms, self.data = self.output / "phantoms", self.output / "data"
         self.training, self.results = self.output / "training", self.output / "results"
+        self.refinement_training = self.output / "training_refinement"
         self.checkpoint = self.training / "best_model.pt"
+        self.refinement = self.refinement_training / "best_refinement.pt"
         self.reconstruction, self.picture = self.output / "reconstruction.nii.gz", self.output / "reconstruction.png"
         self.split = split_of(args.patients)
 
@@ -78,15 +82,26 @@ class Demo:
             options += ["--set", setting]
         return train_enhanced_4gpu.main(options)
 
+    def train_refinement(self) -> int:
+        options = {"config": self.args.config_refinement, "data": self.data, "base": self.checkpoint}
+        options = arguments(options | {"output": self.refinement_training})
+        for setting in self.args.set_refinement:
+            options += ["--set", setting]
+        return train_refinement_4gpu.main(options)
+
+    @property
+    def checkpoints(self) -> dict:
+        return {"base": self.checkpoint, "refinement": self.refinement}
+
     def evaluate(self) -> int:
-        options = {"data": self.data, "split": "test", "base": self.checkpoint, "output": self.results}
+        options = {"data": self.data, "split": "test", **self.checkpoints, "output": self.results}
         return evaluate.main(arguments(options))
 
     def reconstruct(self) -> int:
         """One held-out phantom from its two PNG files, as a user would; then the picture of what was written."""
         patient = self.split["test"][0]
         xrays = {view: self.data / patient / f"{patient}_{view}_drr.png" for view in ("pa", "lat")}
-        options = {"pa": xrays["pa"], "lateral": xrays["lat"], "base": self.checkpoint, "output": self.reconstruction}
+        options = {"pa": xrays["pa"], "lateral": xrays["lat"], **self.checkpoints, "output": self.reconstruction}
         status = reconstruct.main(arguments(options))
         hu = np.asarray(nib.load(self.reconstruction).dataobj).transpose(2, 1, 0)  # (W, H, D) on disk
         data = PatientDataset(self.data, "test", hu.shape[0], XRAY_SIZE)
@@ -98,17 +113,19 @@ class Demo:
     def conclude(self, seconds: float) -> None:
         """Say where to look, and the scores."""
         methods = read_json(self.results / "summary.json")["methods"]
-        model, mean = (methods[name]["psnr_strict"] for name in ("model", evaluate.BASELINE))
+        names = ("refined", evaluate.TRILINEAR, evaluate.BASELINE)
+        model, coarse, mean = (methods[name]["psnr_strict"] for name in names)
         patient = self.split["test"][0]
         print(
             f"\nDone in {seconds / 60:.1f} min. PSNR (strict) of {model['n']} held-out phantoms:"
             f" {model['mean']:.2f} dB; mean-volume predictor: {mean['mean']:.2f} dB;"
             f" gain: {model['mean'] - mean['mean']:+.2f} dB"
+            f" (stage 1, only interpolated: {coarse['mean']:.2f} dB)"
         )
         print(f"  {self.picture}: {patient}, two X-rays | prediction | truth")
         print(f"  {self.reconstruction}: {patient} from its two X-rays, in HU")
         print(f"  {self.results}: scores per phantom, pictures")
-        print(f"  {self.training}: checkpoints, log")
+        print(f"  {self.training}, {self.refinement_training}: checkpoints, logs")
         print("Phantoms show that everything works; scores on them say nothing about patients.")
 
 
@@ -122,8 +139,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--output", default="demo_output", help="folder for everything (default %(default)s)")
     parser.add_argument("--patients", type=int, default=24, help="phantoms (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the phantoms (default %(default)s)")
-    parser.add_argument("--config", default=Path(__file__).with_name("config_demo.json"), help="JSON settings")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    here = Path(__file__)
+    parser.add_argument("--config", default=here.with_name("config_demo.json"), help="JSON settings of stage 1")
+    parser.add_argument(
+        "--config-refinement", default=here.with_name("config_demo_refinement.json"), help="JSON settings of stage 2"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one of stage 1's")
+    parser.add_argument(
+        "--set-refinement", action="append", default=[], metavar="KEY=VALUE", help="override one of stage 2's"
+    )
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes for the data")
     return parser.parse_args(argv)
 
@@ -137,7 +161,8 @@ def main(argv=None) -> int:
     steps = {
         "phantoms": demo.make_phantoms,
         "data set (cubes, X-rays, split)": demo.prepare,
-        "training": demo.train,
+        "stage 1": demo.train,
+        "stage 2": demo.train_refinement,
         "scores on held-out phantoms": demo.evaluate,
         "reconstruction from two PNG files": demo.reconstruct,
     }

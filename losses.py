@@ -115,9 +115,7 @@ def ssim_map(x, y, window=None, axes=(-3, -2, -1), covariance_scale=1.0) -> torc
     return luminance * (2 * covariance + SSIM_C2) / (var_x + var_y + SSIM_C2)
 
 
-def ssim_loss(
-    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def ssim_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """1 - mean 3D SSIM (:func:`ssim_map`), in [0, 2]; 0 at equality. Volumes ``(B, 1, D, H, W)``, range 1.
 
     mask: the window's centre voxel decides whether a position counts. Sizes below 11 raise ``ValueError``.
@@ -140,9 +138,7 @@ def _crop(mask, margin):
     return None if mask is None else mask[..., margin:-margin, margin:-margin, margin:-margin]
 
 
-def edge_loss(
-    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def edge_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """L1 distance of the 3D Sobel gradients: mean over voxels and axes a of |S_a(prediction - target)|.
 
     S_a = derivative (-1, 0, 1)/2 along axis a, smoothing (1, 2, 1)/4 along the other two (Sobel and
@@ -172,10 +168,7 @@ def multiscale_loss(aux: Mapping[str, torch.Tensor], target: torch.Tensor, mask:
         coarse = _full_precision(coarse)
         size = tuple(coarse.shape[-3:])
         factors = tuple(big // small for big, small in zip(target.shape[-3:], size))
-        if (
-            coarse.shape[:2] != target.shape[:2]
-            or tuple(f * s for f, s in zip(factors, size)) != target.shape[-3:]
-        ):
+        if coarse.shape[:2] != target.shape[:2] or tuple(f * s for f, s in zip(factors, size)) != target.shape[-3:]:
             raise ValueError(
                 f"aux[{name!r}] has shape {tuple(coarse.shape)}; expected (B, 1, d, h, w) with sizes that"
                 f" divide the target's {tuple(target.shape)}"
@@ -202,13 +195,9 @@ class ProjectionLoss(nn.Module):
         if xrays.ndim == 5:
             xrays = xrays[:, :, 0]
         if xrays.ndim != 4 or xrays.shape[:2] != (prediction.shape[0], 2):
-            raise ValueError(
-                f"xrays have shape {tuple(xrays.shape)}; expected ({prediction.shape[0]}, 2, H, W)"
-            )
+            raise ValueError(f"xrays have shape {tuple(xrays.shape)}; expected ({prediction.shape[0]}, 2, H, W)")
         size = min(max(prediction.shape[-3:]), *xrays.shape[-2:])
-        rendered = render_xrays(
-            prediction, self.geometry, (2 * size, 2 * size), self.hu_window, self.xray_scale
-        )
+        rendered = render_xrays(prediction, self.geometry, (2 * size, 2 * size), self.hu_window, self.xray_scale)
         rendered = F.avg_pool2d(rendered, 2)
         return (rendered - F.adaptive_avg_pool2d(xrays.float(), size)).abs().mean()
 
@@ -293,9 +282,7 @@ def _checked(state, path) -> dict:
     """``state`` if it is a VGG16's in torchvision's format; otherwise :class:`InputError` naming the file."""
     if not isinstance(state, dict):
         raise InputError(f"{path}: not VGG16 weights: holds a {type(state).__name__}, expected a state dict")
-    expected = {
-        f"features.{index}.weight": (outputs, inputs, 3, 3) for index, inputs, outputs, _ in VGG_LAYERS
-    }
+    expected = {f"features.{index}.weight": (outputs, inputs, 3, 3) for index, inputs, outputs, _ in VGG_LAYERS}
     expected |= {f"features.{index}.bias": (outputs,) for index, _, outputs, _ in VGG_LAYERS}
     for name, shape in expected.items():
         found = tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else "missing"
@@ -314,9 +301,7 @@ def _random_state() -> dict:
     state = {}
     for index, inputs, outputs, _ in VGG_LAYERS:
         weight = torch.empty(outputs, inputs, 3, 3)
-        state[f"features.{index}.weight"] = weight.normal_(
-            0.0, math.sqrt(2 / (9 * inputs)), generator=generator
-        )
+        state[f"features.{index}.weight"] = weight.normal_(0.0, math.sqrt(2 / (9 * inputs)), generator=generator)
         state[f"features.{index}.bias"] = torch.zeros(outputs)
     return state
 
@@ -338,9 +323,7 @@ class PerceptualLoss(nn.Module):
     The filters are buffers outside the state dict: nothing trains, averages or saves them.
     """
 
-    def __init__(
-        self, weights: str | os.PathLike = "imagenet", slices: int = 4, chunk_pixels: int = CHUNK_PIXELS
-    ):
+    def __init__(self, weights: str | os.PathLike = "imagenet", slices: int = 4, chunk_pixels: int = CHUNK_PIXELS):
         super().__init__()
         if slices < 1:
             raise InputError(f"loss.perceptual_slices is {slices}; expected at least 1")
@@ -454,9 +437,7 @@ class EnhancedLoss(nn.Module):
         if not any(self.weights.values()):
             raise InputError("loss: every weight is 0, nothing would be trained; set at least one above 0")
         if projection_weight and geometry is None:
-            raise InputError(
-                f"loss.projection_weight is {projection_weight}, which needs the data's geometry"
-            )
+            raise InputError(f"loss.projection_weight is {projection_weight}, which needs the data's geometry")
         self.perceptual = PerceptualLoss(perceptual_weights, perceptual_slices) if perceptual_weight else None
         self.projection = ProjectionLoss(geometry, hu_window, xray_scale) if projection_weight else None
 

@@ -53,9 +53,7 @@ def _selected(values, mask):
     return values
 
 
-def psnr(
-    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None, peak: float = 1.0
-) -> float:
+def psnr(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None, peak: float = 1.0) -> float:
     """Peak signal-to-noise ratio in dB: 20 log10(peak) - 10 log10(mean squared error), at most 100.
 
     With volumes in [0, 1] and peak 1 the peak is the width of the HU window ("strict").

@@ -420,9 +420,7 @@ class Guidance(nn.Module):
         super().__init__()
         self.encoder = XrayEncoder(widths, (1, 1, 2, 2), stem_stride, in_channels=2)
         # The coarsest features flow back to the finer ones: a pixel then knows which organ it shows.
-        self.top_down = nn.ModuleList(
-            nn.Conv2d(coarse, fine, 1) for coarse, fine in zip(widths[1:], widths[:-1])
-        )
+        self.top_down = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for coarse, fine in zip(widths[1:], widths[:-1]))
         self.lift = nn.ModuleDict(
             {str(scale): Lifting(widths[(4, 2, 1).index(scale)], n, n) for scale, n in channels.items()}
         )

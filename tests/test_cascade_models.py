@@ -322,12 +322,11 @@ def test_the_networks_of_the_configurations_have_the_stated_scales():
     """Finest scale and widths: no wide feature at 128^3 of a 128^3 stage or at 256^3 of a 256^3 stage."""
     found = {}
     with torch.device("meta"):
-        for size, dim, heads in ((64, 256, 4), (64, 128, 4), (128, 384, 6), (128, 512, 8), (256, 512, 8)):
+        for size, dim, heads in ((64, 256, 4), (128, 384, 6), (128, 512, 8), (256, 512, 8)):
             model = CascadeStage(size, dim, 1, heads, conditioned=size > 64)
             found[size, dim] = (model.grids, model.widths)
     assert found == {
         (64, 256): ([64, 32, 16, 8], [32, 64, 128, 256]),
-        (64, 128): ([64, 32, 16, 8], [16, 32, 64, 128]),
         (128, 384): ([64, 32, 16], [48, 96, 384]),
         (128, 512): ([64, 32, 16], [64, 128, 512]),
         (256, 512): ([128, 64, 32, 16], [32, 64, 128, 512]),
@@ -377,13 +376,13 @@ def test_channels_last_and_bfloat16_agree_with_float32():
 
 def test_it_learns_the_posterior_mean_at_pure_noise():
     """From X-rays and noise alone, v = -x0: two cases that only the X-rays tell apart, other noise at each step."""
-    model = stage(awake=False).train()
+    model = stage(awake=False, vit_depth=1).train()
     x0 = torch.full((2, 1, 16, 16, 16), -1.0)
     x0[0, :, 4:12, 5:11, 3:9] = 0.2
     x0[1, :, 2:8, 3:13, 8:14] = 0.4
     xrays = render_xrays((x0 + 1) / 2, model.geometry, (32, 32))
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
-    for _ in range(60):
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=5e-3), []
+    for _ in range(40):
         loss = (model(torch.randn_like(x0), torch.ones(2), xrays) + x0).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,13 +34,14 @@ TINY = {
     "stages": [{"name": "low", "volume_size": 16, **NETWORK}, {"name": "high", "volume_size": 32, **NETWORK}],
     "xray_img_size": 32,
     "training": {
-        "batch_size": 1,
+        "batch_size": 2,
         "num_epochs": 2,
         "learning_rate": 2e-3,
         "warmup_epochs": 0.5,
         "ema_decay": 0.9,
         "mixed_precision": False,
     },
+    "data": {"repeats": 2},  # three steps an epoch
     "conditioning": {"steps": 2},
     "augment": {"source_size": 32},
     "logging": {"log_interval": 1, "save_checkpoint_interval": 0},
@@ -77,6 +79,13 @@ def trained(root, config_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     assert main(["--config", str(config_path), "--data", str(root), "--checkpoint_dir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def stage_1_done(trained, tmp_path):
+    """``tmp_path / "run"`` with the first stage as in ``trained``: only the second has to be trained."""
+    shutil.copytree(trained / "low", tmp_path / "run" / "low")
+    shutil.copy(trained / "config.json", tmp_path / "run")
 
 
 def events(folder, kind):
@@ -142,7 +151,7 @@ def test_validation_scores_the_very_posterior_mean_of_inference(trained, root):
 
 
 def test_a_stage_learns(words, tmp_path):
-    overrides = ["training.num_epochs=5", "training.terminal_fraction=0.5", "logging.val_interval=5", "data.repeats=2"]
+    overrides = ["training.num_epochs=8", "training.terminal_fraction=0.5", "logging.val_interval=8"]
     assert main(words(*overrides, options=["--max_stages", "1"])) == 0
     losses = [event["diffusion"] for event in events(tmp_path / "run" / "low", "epoch")]
     assert losses[-1] < 0.6 * losses[0]
@@ -170,10 +179,10 @@ def test_dry_run_prints_sizes_and_writes_nothing(words, tmp_path, capsys):
 # -- frozen stages ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("stage_1_done")
 def test_earlier_stages_and_their_averages_do_not_move(words, tmp_path, monkeypatch):
     folder, kept = tmp_path / "run", {}
-    assert main(words("training.num_epochs=1", options=["--max_stages", "1"])) == 0
-    files = {path: path.read_bytes() for path in (folder / "low").iterdir()}
+    files = {path: path.read_bytes() for path in (folder / "low").rglob("*") if path.is_file()}
     original = train_progressive.fit
 
     def spy(model, task, *rest):
@@ -183,7 +192,7 @@ def test_earlier_stages_and_their_averages_do_not_move(words, tmp_path, monkeypa
         kept.update(before=before, after=cascade.stages[0].model.state_dict(), cascade=cascade, model=model)
 
     monkeypatch.setattr(train_progressive, "fit", spy)
-    assert main(words("training.num_epochs=1")) == 0
+    assert main(words()) == 0
     assert all(torch.equal(kept["after"][name], value) for name, value in kept["before"].items())
     frozen = list(kept["cascade"].parameters())
     assert all(not p.requires_grad and p.grad is None for p in frozen)
@@ -192,7 +201,7 @@ def test_earlier_stages_and_their_averages_do_not_move(words, tmp_path, monkeypa
     # What is frozen are the moving averages of best.pt, and the files of stage 1 stay as they were, byte by byte.
     best = load_checkpoint(folder / "low" / "best.pt")["model_state_dict"]
     assert all(torch.equal(best[name], value) for name, value in kept["before"].items())
-    assert {path: path.read_bytes() for path in (folder / "low").iterdir()} == files
+    assert {path: path.read_bytes() for path in (folder / "low").rglob("*") if path.is_file()} == files
 
 
 def test_a_stage_is_conditioned_on_the_noisy_output_of_the_earlier_ones(trained, root, config_path, monkeypatch):
@@ -347,29 +356,40 @@ def crash():
     raise Crash
 
 
-@pytest.mark.parametrize("call", [5, 11], ids=["in stage 1", "in stage 2"])
-def test_a_crash_in_the_middle_of_a_stage_ends_with_the_same_state_bit_for_bit(
-    words, trained, tmp_path, monkeypatch, call
-):
-    command = words("logging.checkpoint_minutes=0.0")
+def crash_and_go_on(words, tmp_path, monkeypatch, stage, options=()):
+    """Crash in the fifth step (the second of epoch 2), then run the same command again."""
+    command = words("logging.checkpoint_minutes=0.0", options=options)
     with monkeypatch.context() as patch:
-        stop_at(patch, call, crash)
+        stop_at(patch, 5, crash)
         with pytest.raises(Crash):
             main(command)
-    stage = "low" if call < 7 else "high"
-    last = load_checkpoint(tmp_path / "run" / stage / "last.pt")
-    assert last["training_state"]["step_in_epoch"] == 1  # of three
+    state = load_checkpoint(tmp_path / "run" / stage / "last.pt")["training_state"]
+    assert (state["epoch"], state["step_in_epoch"]) == (2, 1)
     assert main(command) == 0
-    for name in ("low", "high"):
-        assert_same_state(tmp_path / "run" / name / "last.pt", trained / name / "last.pt")
-        ours, theirs = (load_checkpoint(f / name / "best.pt") for f in (tmp_path / "run", trained))
-        assert ours["metrics"] == theirs["metrics"]
+
+
+def assert_same_run(one, other, stage):
+    assert_same_state(one / stage / "last.pt", other / stage / "last.pt")
+    ours, theirs = (load_checkpoint(folder / stage / "best.pt") for folder in (one, other))
+    assert ours["metrics"] == theirs["metrics"]
+
+
+def test_a_crash_in_the_middle_of_stage_1_ends_with_the_same_state_bit_for_bit(words, trained, tmp_path, monkeypatch):
+    crash_and_go_on(words, tmp_path, monkeypatch, "low", ["--max_stages", "1"])
+    assert_same_run(tmp_path / "run", trained, "low")
+
+
+@pytest.mark.usefixtures("stage_1_done")
+def test_a_crash_in_the_middle_of_stage_2_ends_with_the_same_state_bit_for_bit(words, trained, tmp_path, monkeypatch):
+    crash_and_go_on(words, tmp_path, monkeypatch, "high")
+    assert_same_run(tmp_path / "run", trained, "high")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+@pytest.mark.usefixtures("stage_1_done")
 def test_sigterm_finishes_the_step_and_saves(words, trained, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        stop_at(patch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert main(words()) == 128 + signal.SIGTERM
     assert "SIGTERM: saved" in capsys.readouterr().err
     state = load_checkpoint(tmp_path / "run" / "high" / "last.pt")["training_state"]
@@ -387,10 +407,11 @@ def test_a_finished_run_has_nothing_to_do(words, trained, capsys):
     assert {path: path.read_bytes() for path in trained.rglob("*.pt")} == before
 
 
+@pytest.mark.usefixtures("stage_1_done")
 def test_resume_from_another_folder_goes_on_bit_for_bit(words, trained, tmp_path, monkeypatch):
-    first, second = tmp_path / "first", tmp_path / "second"
+    first, second = tmp_path / "run", tmp_path / "second"
     with monkeypatch.context() as patch:
-        stop_at(patch, 11, crash)
+        stop_at(patch, 5, crash)
         with pytest.raises(Crash):
             main(words("logging.checkpoint_minutes=0.0", folder=first))
     source = first / "high" / "last.pt"
@@ -417,8 +438,8 @@ def test_going_back_never_throws_the_newest_state_away(words, tmp_path):
     assert all(torch.equal(final[name], again[name]) for name in final)
 
 
+@pytest.mark.usefixtures("stage_1_done")
 def test_finished_stages_may_get_other_training_settings_later(words, tmp_path, capsys):
-    assert main(words("training.num_epochs=1", options=["--max_stages", "1"])) == 0
     before = (tmp_path / "run" / "low" / "best.pt").read_bytes()
     assert main(words("training.num_epochs=1", "training.learning_rate=1e-3")) == 0
     printed = capsys.readouterr().out
@@ -428,9 +449,10 @@ def test_finished_stages_may_get_other_training_settings_later(words, tmp_path, 
     assert load_checkpoint(tmp_path / "run" / "high" / "last.pt")["config"]["training"]["learning_rate"] == 1e-3
 
 
+@pytest.mark.usefixtures("stage_1_done")
 def test_a_stage_does_not_go_on_after_its_earlier_stage_was_replaced(words, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_at(patch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         main(words())
     path = tmp_path / "run" / "low" / "best.pt"
     data = load_checkpoint(path)
@@ -443,13 +465,14 @@ def test_a_stage_does_not_go_on_after_its_earlier_stage_was_replaced(words, tmp_
 # -- failures --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("stage_1_done")
 def test_a_nan_names_stage_epoch_and_step_and_keeps_the_last_good_checkpoint(words, tmp_path, monkeypatch):
     original, calls = StageTask.loss, []
 
     def loss(self, model, batch):
         calls.append(1)
         total, parts = original(self, model, batch)
-        return (total * math.nan if len(calls) == 11 else total), parts
+        return (total * math.nan if len(calls) == 5 else total), parts
 
     monkeypatch.setattr(StageTask, "loss", loss)
     with pytest.raises(TrainingError) as error:
@@ -602,7 +625,7 @@ def test_the_benchmark_times_a_stage(config_path, monkeypatch, capsys):
 def test_torchrun_as_a_module_follows_the_same_curve_as_one_process(words, config_path, tmp_path):
     """Same global batch in float32 on two ranks: only the order of summation differs."""
     one, two = tmp_path / "one", tmp_path / "two"
-    short = ("world_size=2", "training.num_epochs=1")
+    short = ("world_size=2", "training.num_epochs=1", "training.batch_size=1", "data.repeats=1")
     assert main(words(*short, folder=one)) == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     module = ["-m", "hybrid_vit_cascade.training.train_progressive"]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_data import TINY_MODEL
+from tiny_data import TINY_MODEL, TINY_REFINEMENT
 
 import demo
-from config import EnhancedConfig, load_config
+from config import EnhancedConfig, RefinementConfig, load_config
 from files import InputError, read_json
 
 TINY = {f"model.{key}": value for key, value in TINY_MODEL.items()}
 TINY |= {"model.volume_size": [32, 32, 32], "training.num_epochs": 1, "data.repeats": 1, "training.batch_size": 2}
+TINY_STAGE_2 = {f"model.{key}": value for key, value in TINY_REFINEMENT.items()}
+TINY_STAGE_2 |= {"training.num_epochs": 1, "data.repeats": 1, "patch.size": 8, "patch.per_volume": 1}
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,8 @@ def options(tmp_path_factory):
     options = ["--output", str(output), "--patients", "4", "--workers", "1"]
     for key, value in TINY.items():
         options += ["--set", f"{key}={value}"]
+    for key, value in TINY_STAGE_2.items():
+        options += ["--set-refinement", f"{key}={json.dumps(value)}"]
     return options
 
 
@@ -32,12 +37,12 @@ def test_demo_ends_with_scores_a_volume_and_a_picture(options, capsys):
     text = capsys.readouterr().out
     output = Path(options[1])
     methods = read_json(output / "results" / "summary.json")["methods"]
-    assert methods["model"]["psnr_strict"]["n"] == 1
-    assert f"{methods['model']['psnr_strict']['mean']:.2f} dB" in text
-    assert f"{methods['mean_volume']['psnr_strict']['mean']:.2f} dB" in text
+    assert methods["refined"]["psnr_strict"]["n"] == 1
+    for method in ("refined", "trilinear", "mean_volume"):
+        assert f"{methods[method]['psnr_strict']['mean']:.2f} dB" in text
     image = nib.load(output / "reconstruction.nii.gz")
-    assert image.shape == (32, 32, 32)
-    assert np.allclose(image.affine, np.diag([-11.25, -11.25, -11.25, 1]) + _corner(32))
+    assert image.shape == (128, 128, 128)
+    assert np.allclose(image.affine, np.diag([-2.8125, -2.8125, -2.8125, 1]) + _corner(128))
     picture = np.asarray(Image.open(output / "reconstruction.png"))
     assert min(picture.shape) > 500
     assert picture.std() > 20
@@ -53,9 +58,10 @@ def _corner(size):
 def test_running_it_again_skips_what_is_done(options, capsys):
     output = Path(options[1])
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*.nii.gz") if p.name != "reconstruction.nii.gz"}
-    before[output / "training" / "last.pt"] = (output / "training" / "last.pt").stat().st_mtime_ns
+    for folder in ("training", "training_refinement"):
+        before[output / folder / "last.pt"] = (output / folder / "last.pt").stat().st_mtime_ns
     assert demo.main(options) == 0
-    assert "Nothing to do" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("Nothing to do") == 2
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
@@ -84,7 +90,10 @@ def test_too_few_phantoms_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_configuration_needs_no_download():
-    config = load_config(EnhancedConfig, Path(demo.__file__).with_name("config_demo.json"))
+@pytest.mark.parametrize(
+    ("kind", "name"), [(EnhancedConfig, "config_demo.json"), (RefinementConfig, "config_demo_refinement.json")]
+)
+def test_configuration_needs_no_download(kind, name):
+    config = load_config(kind, Path(demo.__file__).with_name(name))
     assert config.loss.perceptual_weight == 0
     assert config.world_size == 1

@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 from test_engine import build
-from tiny_data import make_dataset, make_model
+from tiny_data import TINY_REFINEMENT, make_dataset, make_model
 
 import train_enhanced_4gpu
 from augment import AugmentConfig, PairMaker
 from distributed import Processes
 from engine import fit
 from losses import EnhancedLoss
+from memory import available_memory
+from model_enhanced import RefinementNetwork
 from projector import Geometry, lift_features, render_xrays
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can see")
@@ -37,6 +39,22 @@ def test_the_model_equals_the_cpu():
         expected = model(xrays)[0]
         found = model.cuda()(xrays.cuda())[0].cpu()
     assert torch.allclose(found, expected, atol=5e-3)  # TF32 may be on in the convolutions
+
+
+@pytest.mark.parametrize("tile", [None, 5])
+def test_the_refinement_equals_the_cpu(tile):
+    torch.manual_seed(0)
+    network = RefinementNetwork(**TINY_REFINEMENT).eval()
+    torch.nn.init.normal_(network.out.weight, std=0.05)
+    coarse, xrays = 0.4 + 0.2 * torch.rand(1, 1, 16, 16, 16), torch.rand(1, 2, 64, 64)
+    expected = network.refine(coarse, xrays)
+    found = network.cuda().refine(coarse.cuda(), xrays.cuda(), tile, device="cpu")
+    assert torch.allclose(found, expected, atol=5e-3)
+
+
+def test_free_memory_of_the_gpu_is_known():
+    free = available_memory(torch.device("cuda"))
+    assert 2**28 < free <= torch.cuda.get_device_properties(0).total_memory
 
 
 def test_losses_equal_the_cpu():

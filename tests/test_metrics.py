@@ -36,9 +36,7 @@ def volumes(shape=(17, 19, 23), noise=0.1, dtype=torch.float32):
 def test_psnr_equals_scikit_image():
     metrics = pytest.importorskip("skimage.metrics")
     prediction, target = volumes()
-    expected = metrics.peak_signal_noise_ratio(
-        target.double().numpy(), prediction.double().numpy(), data_range=1
-    )
+    expected = metrics.peak_signal_noise_ratio(target.double().numpy(), prediction.double().numpy(), data_range=1)
     assert psnr(prediction, target) == pytest.approx(expected, abs=1e-6)
 
 
@@ -79,9 +77,7 @@ def test_mask_leaves_out_what_is_outside():
 
 def x2ct_by_loops(prediction, target):
     """The protocol written out slice by slice."""
-    a, b = (
-        (np.clip(v.numpy(), 0, 1) * 2500).astype(np.int32).astype(np.float64) for v in (prediction, target)
-    )
+    a, b = ((np.clip(v.numpy(), 0, 1) * 2500).astype(np.int32).astype(np.float64) for v in (prediction, target))
     axes = []
     for axis in range(3):
         scores = []
@@ -119,9 +115,7 @@ def test_ssim_3d_equals_scikit_image():
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     for shape in ((11, 12, 13), (17, 19, 23), (75, 12, 11)):  # one slab and several
         prediction, target = volumes(shape)
-        expected = metrics.structural_similarity(
-            prediction.double().numpy(), target.double().numpy(), **options
-        )
+        expected = metrics.structural_similarity(prediction.double().numpy(), target.double().numpy(), **options)
         assert ssim_3d(prediction, target) == pytest.approx(expected, abs=1e-9)
     assert ssim_3d(target, target) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="expected at least"):

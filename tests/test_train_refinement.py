@@ -319,5 +319,3 @@ class TestShortMemory:
         monkeypatch.setattr(task, "loss", loss)
         with pytest.raises(TrainingError, match=r"epoch 1, step 1: out of GPU memory.*20\.00 GiB.*--set patch.size=4"):
             fit(task.build_model(), task, task.config, tmp_path, Processes(0, 1, torch.device("cpu")))
-
-

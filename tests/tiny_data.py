@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import save_checkpoint
+from checkpoints import save_checkpoint, weights_fingerprint
 from config import EnhancedConfig, config_dict
 from ct_io import cube_affine, write_cube
 from dataset import PatientDataset
 from files import read_json, write_json
-from model_enhanced import KIND, EnhancedDirectModel
+from model_enhanced import KIND, REFINEMENT_KIND, EnhancedDirectModel, RefinementNetwork, load_base_model
 from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 from xray_io import write_png16
 
@@ -143,6 +143,46 @@ def make_checkpoint(path, root, model: EnhancedDirectModel | None = None, settin
         "metrics": {"psnr": 20.0},
         "split_hash": data.split_hash,
         "train_patients": list(data.ids),
+    }
+    save_checkpoint(path, {**checkpoint, **changes})
+    return Path(path)
+
+
+TINY_REFINEMENT = {
+    "guided": True,
+    "channels": 8,
+    "growth": 4,
+    "rrdb_blocks": 1,
+    "head_channels": [8, 6, 2],
+    "guide_widths": [8, 8, 16, 16],
+    "guide_channels": [2, 2, 2],
+    "xray_size": 64,
+    "stem_stride": 1,
+}
+
+
+def make_refinement_checkpoint(path, root, base, settings=None, **changes) -> Path:
+    """Save a tiny stage 2 that fits the data set ``root`` and the stage-1 checkpoint ``base``; it changes its input.
+
+    settings: changes to ``TINY_REFINEMENT``. changes: other values of header keys.
+    """
+    settings = {**TINY_REFINEMENT, **(settings or {})}
+    model, header = load_base_model(base)
+    torch.manual_seed(7)
+    network = RefinementNetwork(**settings, geometry=model.geometry)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    checkpoint = {
+        "kind": REFINEMENT_KIND,
+        "refinement_state_dict": network.state_dict(),
+        "refinement_config": settings,
+        **{key: header[key] for key in ("geometry", "hu_window", "xray_scale", "split_hash", "train_patients")},
+        "xray_size": settings["xray_size"],
+        "coarse_size": list(model.volume_size),
+        "base_fingerprint": weights_fingerprint(model),
+        "base_epoch": header["epoch"],
+        "epoch": 2,
     }
     save_checkpoint(path, {**checkpoint, **changes})
     return Path(path)
