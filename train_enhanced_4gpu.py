@@ -9,8 +9,6 @@ python train_enhanced_4gpu.py --data ROOT --set training.batch_size=2 --dry-run
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -18,13 +16,13 @@ from tqdm import tqdm
 from augment import PairMaker
 from config import EnhancedConfig, config_dict, load_config, resolve_config_path
 from dataset import PatientDataset
-from distributed import Processes, launch, process_group
-from engine import Interrupted, Precision, accumulation_steps, fit
-from files import InputError, run_cli, write_json
+from distributed import Processes, launch
+from engine import Precision
+from files import InputError, run_cli
 from losses import EnhancedLoss
 from metrics import psnr, ssim_3d
 from model_enhanced import KIND, EnhancedDirectModel
-from monitoring import add_arguments, check_arguments, monitors_from
+from training_cli import check_before_launch, describe_processes, run_training, training_parser
 
 SAMPLES = 2  # validation patients whose pictures go to the monitors
 
@@ -131,14 +129,7 @@ class EnhancedTask:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="JSON settings (default: config_enhanced.json beside this script)")
-    parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
-    parser.add_argument("--output", default="checkpoints_enhanced", help="folder for checkpoints and log.jsonl")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes, stop")
-    add_arguments(parser)
-    return parser.parse_args(argv)
+    return training_parser(__doc__, "config_enhanced.json", "checkpoints_enhanced").parse_args(argv)
 
 
 def read_config(args) -> EnhancedConfig:
@@ -150,14 +141,9 @@ def read_config(args) -> EnhancedConfig:
 
 
 def describe(task: EnhancedTask, model, processes: Processes) -> None:
-    """Print what is about to run (rank 0)."""
-    if not processes.is_main:
-        return
+    """Print what is about to run."""
     config = task.config
-    accumulation = accumulation_steps(config, processes.world_size)
-    batch = config.training.batch_size * accumulation * processes.world_size
     parameters = sum(p.numel() for p in model.parameters())
-    precision = Precision(config.training.precision, processes.device).name
     sizes = f"X-rays {config.model.xray_size}^2 -> {config.model.volume_size[0]}^3"
     patients = f"{len(task.train_data)} training and {len(task.val_data)} validation patients"
     print(f"Model: {parameters / 1e6:.2f} M parameters, {sizes}")
@@ -165,42 +151,19 @@ def describe(task: EnhancedTask, model, processes: Processes) -> None:
     print(f"Geometry: {task.train_data.geometry}; HU window {list(task.train_data.hu_window)}")
     print(f"X-rays in training: {'rendered from the augmented volume' if task.renders else 'files, no augmentation'}")
     print(
-        f"Processes: {processes.world_size} on {processes.device.type}, {precision};"
-        f" global batch {batch} = {config.training.batch_size} x {processes.world_size} x {accumulation} (accumulated)",
-        flush=True,
+        describe_processes(config, processes, Precision(config.training.precision, processes.device).name), flush=True
     )
 
 
 def worker(args: argparse.Namespace) -> int:
     """What each process runs; returns its exit status."""
-    with process_group() as processes:
-        config = read_config(args)
-        task = EnhancedTask(config, processes)
-        model = task.build_model()
-        describe(task, model, processes)
-        if args.dry_run:
-            return 0
-        if processes.is_main:
-            write_json(Path(args.output) / "config.json", config_dict(config))
-        try:
-            with monitors_from(args, config_dict(config), args.output, processes) as monitors:
-                fit(model, task, config, args.output, processes, monitors)
-        except Interrupted as interruption:
-            if processes.is_main:
-                last = Path(args.output) / "last.pt"
-                print(f"{interruption}: saved {last}; the same command goes on from there", file=sys.stderr)
-            return 128 + interruption.signal_number
-    return 0
+    return run_training(args, read_config(args), EnhancedTask, describe)
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    check_arguments(args)
     config = read_config(args)
-    if not Path(config.data.dataset_path).is_dir():
-        raise InputError(
-            f"{config.data.dataset_path}: no such data set; make one with prepare_data.py, then pass --data ROOT"
-        )
+    check_before_launch(args, config)
     return launch(worker, config.world_size, args)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +22,14 @@ from augment import PairMaker
 from checkpoints import check_compatible, weights_fingerprint
 from config import RefinementConfig, config_dict, load_config
 from dataset import PatientDataset
-from distributed import Processes, launch, process_group
-from engine import Interrupted, Precision, accumulation_steps, fit, to_channels_last
+from distributed import Processes, launch
+from engine import Precision, to_channels_last
 from files import InputError, run_cli, write_json
 from losses import EnhancedLoss
 from memory import choose_tile
 from metrics import psnr, ssim_3d
 from model_enhanced import REFINEMENT_KIND, RefinementNetwork, load_base_model, upsample
+from training_cli import check_before_launch, describe_processes, run_training, training_parser
 
 CONFIG_NAME = "config_refinement.json"
 
@@ -240,7 +240,7 @@ class RefinementTask:
     @torch.no_grad()
     def validate(self, model, processes, precision: Precision) -> list[dict]:
         """Full volumes, beside plain upsampling of stage 1's volume and of a perfect coarse one."""
-        rows = []
+        rows, self.samples = [], []
         self.criterion.eval()
         for index in range(processes.rank, len(self.val_data), processes.world_size):
             item = self.val_data[index]
@@ -261,6 +261,9 @@ class RefinementTask:
                 "ssim_3d": float(ssim_3d(volume[0, 0].float(), target[0, 0])),
             }
             rows.append(row | {name: value.item() for name, value in parts.items()})
+            if not self.samples:  # one case for the monitors: at 256^3 more would only fill memory
+                case = {"id": item["id"], "xrays": item["xrays"], "prediction": volume[0, 0].float()}
+                self.samples.append(case | {"target": target[0, 0], "hu_window": self.val_data.hu_window})
         self.criterion.train()
         return rows
 
@@ -298,13 +301,8 @@ def smaller_settings(config: RefinementConfig):
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help=f"JSON settings (default: {CONFIG_NAME} here, made when missing)")
-    parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
+    parser = training_parser(__doc__, f"{CONFIG_NAME}, made when missing,", "checkpoints_refinement")
     parser.add_argument("--base", help="stage-1 checkpoint (default: base_checkpoint of the configuration)")
-    parser.add_argument("--output", default="checkpoints_refinement", help="folder for checkpoints and log.jsonl")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes, stop")
     return parser.parse_args(argv)
 
 
@@ -328,57 +326,28 @@ def read_config(args) -> RefinementConfig:
 
 
 def describe(task: RefinementTask, model, processes: Processes) -> None:
-    """Print what is about to run (rank 0)."""
-    if not processes.is_main:
-        return
+    """Print what is about to run."""
     config, patch = task.config, task.config.patch
-    accumulation = accumulation_steps(config, processes.world_size)
-    batch = config.training.batch_size * accumulation * processes.world_size
     parameters = sum(p.numel() for p in model.parameters())
+    guide = f"guided by X-rays of {config.model.xray_size}^2" if config.model.guided else "without X-rays"
     patients = f"{len(task.train_data)} training and {len(task.val_data)} validation patients"
     what = f"{patch.per_volume} patches of {4 * patch.size}^3 per volume" if patch.size else "full volumes"
-    print(
-        f"Model: {parameters / 1e6:.2f} M parameters, {task.coarse_size}^3 -> {task.size}^3,"
-        f" {'guided by X-rays of ' + str(config.model.xray_size) + '^2' if config.model.guided else 'without X-rays'}"
-    )
+    print(f"Model: {parameters / 1e6:.2f} M parameters, {task.coarse_size}^3 -> {task.size}^3, {guide}")
     print(f"Stage 1: {config.base_checkpoint} (epoch {task.base_checkpoint['epoch']}, frozen)")
     print(f"Data: {config.data.dataset_path}, {patients}; training on {what}")
     print(f"Geometry: {task.train_data.geometry}; HU window {list(task.train_data.hu_window)}")
-    print(
-        f"Processes: {processes.world_size} on {processes.device.type}, {task.precision.name};"
-        f" global batch {batch} = {config.training.batch_size} x {processes.world_size} x {accumulation} (accumulated)",
-        flush=True,
-    )
+    print(describe_processes(config, processes, task.precision.name), flush=True)
 
 
 def worker(args: argparse.Namespace) -> int:
     """What each process runs; returns its exit status."""
-    with process_group() as processes:
-        config = read_config(args)
-        task = RefinementTask(config, processes)
-        model = task.build_model()
-        describe(task, model, processes)
-        if args.dry_run:
-            return 0
-        if processes.is_main:
-            write_json(Path(args.output) / "config.json", config_dict(config))
-        try:
-            fit(model, task, config, args.output, processes)
-        except Interrupted as interruption:
-            if processes.is_main:
-                last = Path(args.output) / "last.pt"
-                print(f"{interruption}: saved {last}; the same command goes on from there", file=sys.stderr)
-            return 128 + interruption.signal_number
-    return 0
+    return run_training(args, read_config(args), RefinementTask, describe)
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
     config = read_config(args)
-    if not Path(config.data.dataset_path).is_dir():
-        raise InputError(
-            f"{config.data.dataset_path}: no such data set; make one with prepare_data.py, then pass --data ROOT"
-        )
+    check_before_launch(args, config)
     if not Path(config.base_checkpoint).exists():
         raise InputError(
             f"{config.base_checkpoint}: no such stage-1 checkpoint; train_enhanced_4gpu.py makes one,"

@@ -6,10 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from config import EnhancedConfig, load_config
+from config import EnhancedConfig, RefinementConfig, load_config
+from files import InputError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+
+
+SHARED_OPTIONS = ("training_cli", "pipeline", "monitoring")  # modules that add options to several scripts
+
+
+def accepts(kind, setting: str) -> bool:
+    """True when ``key=value`` is a setting of this configuration."""
+    try:
+        load_config(kind, None, [setting])
+    except InputError:
+        return False
+    return True
 
 
 def commands():
@@ -29,12 +42,14 @@ def commands():
 def test_commands_name_existing_scripts_options_and_settings(script, words):
     path = ROOT / script
     assert path.exists()
-    source = (ROOT / "train_enhanced_4gpu.py" if path.suffix == ".sh" else path).read_text(encoding="utf-8")
+    files = [path, *(ROOT / f"{name}.py" for name in SHARED_OPTIONS)]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
     for option in (word for word in words if word.startswith("--")):
         assert f'"{option}"' in source, option
     for index, word in enumerate(words):
         if word == "--set":
-            load_config(EnhancedConfig, None, [words[index + 1]])
+            kind = RefinementConfig if "refinement" in script else EnhancedConfig
+            load_config(kind, None, [words[index + 1]])
         if word == "--config":
             assert (ROOT / words[index + 1]).exists()
 
@@ -56,4 +71,4 @@ def test_settings_named_in_the_troubleshooting_exist():
     text = PAGES[0].read_text(encoding="utf-8")
     for setting in re.findall(r"--set ([\w.]+=[\w.\-]+)", text):
         if not setting.endswith("=PATH") and setting != "key=value":
-            load_config(EnhancedConfig, None, [setting])
+            assert any(accepts(kind, setting) for kind in (EnhancedConfig, RefinementConfig)), setting
