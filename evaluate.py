@@ -3,6 +3,7 @@ r"""Score one or both stages on a split, beside the mean-training-volume predict
     python evaluate.py --data data --split test --base checkpoints_enhanced/best_model.pt --output results
     python evaluate.py --data data --base checkpoints_enhanced/best_model.pt \
         --refinement checkpoints_refinement/best_refinement.pt --output results_256
+    python evaluate.py --data data --cascade hybrid_vit_cascade/checkpoints/quick_2stage --samples 8 --output results
 
 Writes ``per_patient.csv`` (one row per method and patient), ``summary.json`` (mean, sd, n, 95 % bootstrap interval,
 paired differences to the baseline, protocols, hashes) and ``pictures/ID.png`` into the output folder.
@@ -14,6 +15,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +24,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoints import check_compatible
+from ct_io import body_mask
 from dataset import PatientDataset, mean_volume
 from engine import keep_freed_memory
 from figures import save_panel
 from files import InputError, atomic_path, run_cli, write_json
 from metrics import paired_interval, score_volume, summarise
 from model_enhanced import RefinementNetwork, upsample
-from pipeline import DirectSystem, add_tile_argument
+from pipeline import DirectSystem, add_tile_argument, pick_device
+from projector import unit_to_hu
 from splits import SPLITS
 
 # A method turns a data set's item into a volume (D, H, W) in [0, 1].
@@ -75,23 +79,23 @@ def mean_predictor(data: PatientDataset) -> Predictor:
     return lambda item: volume
 
 
-def score_patients(data: PatientDataset, predictors: dict[str, Predictor], picture=None) -> list[dict]:
+def score_patients(data: PatientDataset, predictors: dict[str, Predictor], observe=None) -> list[dict]:
     """Rows ``{"method", "id", <scores>, "seconds"}`` for every method and patient.
 
-    picture: called with ``(item, prediction of the first method, its scores)`` for each patient.
+    observe: called with ``(method, item, prediction, its scores)`` for each of them.
     """
     rows = []
     for index in tqdm(range(len(data)), desc="Evaluating", unit="patient"):
         item = data[index]
         target, mask = item["ct_volume"][0], item["mask"][0]
-        for position, (method, predict) in enumerate(predictors.items()):
+        for method, predict in predictors.items():
             start = time.perf_counter()
             volume = predict(item)
             seconds = time.perf_counter() - start
             scores = score_volume(volume, target, mask, data.hu_window)
             rows.append({"method": method, "id": item["id"], **scores, "seconds": seconds})
-            if picture is not None and position == 0:
-                picture(item, volume, scores)
+            if observe is not None:
+                observe(method, item, volume, scores)
     return rows
 
 
@@ -201,23 +205,106 @@ def _gain(statistics: dict, digits: int) -> str:
     return f"{statistics['mean']:+.{digits}f}{limits}, n = {statistics['n']}"
 
 
-def refinement_entries(system: DirectSystem, path) -> dict:
-    """What the summary says about stage 2."""
-    if system.refinement is None:
-        return {}
-    return {
-        "refinement": Path(path).name,
-        "refinement_epoch": system.refinement_checkpoint["epoch"],
-        "refinement_parameters": sum(p.numel() for p in system.refinement.parameters()),
-        "guided": system.refinement.guidance is not None,
+@dataclass
+class Subject:
+    """What is evaluated: its methods, what it was trained on, and what the summary says about it."""
+
+    predictors: dict[str, Predictor]
+    checkpoints: dict[str, dict]  # path -> header
+    volume_size: tuple[int, int, int]
+    xray_size: int
+    xray_normalization: str
+    device: torch.device
+    precision: str
+    entries: dict
+    notes: list[str] = field(default_factory=list)
+    expected_coverage: dict | None = None
+
+
+def load_direct_subject(args) -> Subject:
+    """The direct system of ``--base`` and ``--refinement``."""
+    system = DirectSystem(args.base, args.refinement, args.device, args.precision, args.tile)
+    checkpoints = {args.base: system.checkpoint}
+    entries = {
+        "checkpoint": Path(args.base).name,
+        "epoch": system.checkpoint["epoch"],
+        "parameters": sum(p.numel() for p in system.model.parameters()),
     }
+    if system.refinement is not None:
+        checkpoints[args.refinement] = system.refinement_checkpoint
+        entries |= {
+            "refinement": Path(args.refinement).name,
+            "refinement_epoch": system.refinement_checkpoint["epoch"],
+            "refinement_parameters": sum(p.numel() for p in system.refinement.parameters()),
+            "guided": system.refinement.guidance is not None,
+        }
+    return Subject(
+        system_predictors(system),
+        checkpoints,
+        system.volume_size,
+        system.xray_size,
+        system.checkpoint["config"]["data"]["xray_normalization"],
+        system.device,
+        system.precision.name,
+        entries,
+        system.notes,
+    )
+
+
+def load_cascade_subject(args) -> Subject:
+    """The cascade of ``--cascade``: its one-step posterior mean, with ``--samples`` also a sample and the mean of K."""
+    from hybrid_vit_cascade import cascade as module
+
+    cascade = module.Cascade.load(args.cascade, pick_device(args.device), args.max_stages, args.precision)
+    samples = args.samples or None
+    header = cascade.header
+    return Subject(
+        module.predictors(cascade, args.steps, samples, args.seed),
+        {args.cascade: header},
+        cascade.volume_size,
+        cascade.xray_size,
+        header["cascade_config"].get("data", {}).get("xray_normalization", "percentile"),
+        cascade.device,
+        cascade.precision.name,
+        {
+            "cascade": Path(args.cascade).resolve().name,
+            "stages": cascade.stage_names,
+            "epoch": header["epoch"],
+            "parameters": sum(p.numel() for p in cascade.parameters()),
+            "steps": args.steps,
+            "samples": args.samples,
+            "seed": args.seed,
+        },
+        expected_coverage=module.expected_coverage(samples) if samples and samples > 1 else None,
+    )
+
+
+def body_coverage(item: dict, volume, std, data: PatientDataset) -> dict[str, float]:
+    """:func:`hybrid_vit_cascade.cascade.coverage` inside the scanned part of the true body.
+
+    In the air around it every sample is right, which would flatter the standard deviation.
+    """
+    from hybrid_vit_cascade.cascade import coverage
+
+    target = item["ct_volume"][0]
+    hu = unit_to_hu(target, data.hu_window).numpy()
+    body = torch.from_numpy(body_mask(hu, data.geometry.fov_mm / len(target)))
+    return coverage(volume, std, target, body & (item["mask"][0] > 0))
+
+
+def print_coverage(statistics: dict) -> None:
+    """Share of the body's voxels whose error lies within 1 and 2 standard deviations of the samples."""
+    for key, expected in statistics["expected"].items():
+        print(f"{key:20}{statistics[key]['mean']:.3f} in the body; {expected:.3f} for a perfect model")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="data set, as from prepare_data.py")
     parser.add_argument("--split", default="test", choices=(*SPLITS, "all"))
-    parser.add_argument("--base", required=True, help="stage-1 checkpoint")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--base", help="stage-1 checkpoint of the direct system")
+    what.add_argument("--cascade", metavar="DIR", help="checkpoint folder of hybrid_vit_cascade")
     parser.add_argument("--refinement", help="stage-2 checkpoint: scores its 256^3 volumes beside plain upsampling")
     add_tile_argument(parser)
     parser.add_argument("--compare", metavar="CSV", help="another run's per_patient.csv: paired differences to it")
@@ -227,64 +314,82 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--cache-dir", help="default: DATA/.cache")
     parser.add_argument("--allow-seen", action="store_true", help="also score patients the checkpoint was trained on")
-    return parser.parse_args(argv)
+    parser.add_argument("--steps", type=int, default=25, help="cascade: steps per stage and sample (%(default)s)")
+    parser.add_argument("--samples", type=int, default=0, help="cascade: also one sample, and the mean of this many")
+    parser.add_argument("--seed", type=int, default=0, help="cascade: of the samples' noise (default %(default)s)")
+    parser.add_argument("--max-stages", type=int, help="cascade: stop after this many stages")
+    args = parser.parse_args(argv)
+    if args.refinement and args.cascade:
+        parser.error("--refinement belongs to --base, not to --cascade")
+    if args.samples < 0 or args.steps < 1:
+        parser.error(f"--samples is {args.samples}, --steps {args.steps}; expected at least 0 and 1")
+    return args
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    system = DirectSystem(args.base, args.refinement, args.device, args.precision, args.tile)
-    checkpoint = system.checkpoint
-    if system.device.type == "cpu":
+    subject = load_cascade_subject(args) if args.cascade else load_direct_subject(args)
+    if subject.device.type == "cpu":
         keep_freed_memory()
-    for note in system.notes:
+    for note in subject.notes:
         print(f"note: {note}")
-    output, size = Path(args.output), system.volume_size[0]
+    output, size = Path(args.output), subject.volume_size[0]
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; expected a folder")
     # X-rays of a data set without manifest are read as they were in training.
-    common = {"cache_dir": args.cache_dir, "xray_normalization": checkpoint["config"]["data"]["xray_normalization"]}
-    data = PatientDataset(args.data, args.split, size, system.xray_size, **common)
+    common = {"cache_dir": args.cache_dir, "xray_normalization": subject.xray_normalization}
+    data = PatientDataset(args.data, args.split, size, subject.xray_size, **common)
     expected = {"geometry": data.geometry.to_dict(), "hu_window": list(data.hu_window), "xray_scale": data.xray_scale}
-    check_compatible(args.base, checkpoint, **expected)
-    seen = check_patients(data, checkpoint, args.base, args.split, args.allow_seen)
-    if args.refinement:
-        check_patients(data, system.refinement_checkpoint, args.refinement, args.split, args.allow_seen)
+    seen = set()
+    for path, checkpoint in subject.checkpoints.items():
+        check_compatible(path, checkpoint, **expected)
+        seen |= set(check_patients(data, checkpoint, path, args.split, args.allow_seen))
     training = PatientDataset(args.data, "train", size, None, **common)
-    predictors = {**system_predictors(system), BASELINE: mean_predictor(training)}
+    predictors = {**subject.predictors, BASELINE: mean_predictor(training)}
     first = next(iter(predictors))
     others = read_rows(args.compare, first, data.ids) if args.compare else None
 
-    def picture(item, volume, scores):
+    def draw(item, volume, scores):
         if item["id"] in data.ids[: args.pictures]:
             title = f"{item['id']}    PSNR {scores['psnr_strict']:.1f} dB, SSIM {scores['ssim_3d']:.3f}"
             path = output / "pictures" / f"{item['id']}.png"
             save_panel(path, item["xrays"], volume, item["ct_volume"][0], data.hu_window, title)
 
-    rows = score_patients(data, predictors, picture)
+    coverages = []
+
+    def observe(method, item, volume, scores):
+        if method == first:
+            draw(item, volume, scores)
+        std = getattr(predictors[method], "std", None)
+        if std is not None:
+            coverages.append({"method": method, "id": item["id"], **body_coverage(item, volume, std, data)})
+
+    rows = score_patients(data, predictors, observe)
     summary = {
-        "checkpoint": Path(args.base).name,
-        "epoch": checkpoint["epoch"],
-        "parameters": sum(p.numel() for p in system.model.parameters()),
-        **refinement_entries(system, args.refinement),
+        **subject.entries,
         "data": Path(args.data).resolve().name,
         "split": args.split,
         "split_hash": data.split_hash,
         "patients": data.ids,
-        "seen_in_training": seen,
-        "volume_size": list(system.volume_size),
+        "seen_in_training": sorted(seen),
+        "volume_size": list(subject.volume_size),
         **expected,
         "protocols": PROTOCOLS,
-        "device": system.device.type,
-        "precision": system.precision.name,
+        "device": subject.device.type,
+        "precision": subject.precision,
         "torch": torch.__version__,
         **summary_of(rows),
     }
     if others:
         mine = [row for row in rows if row["method"] == first]
         summary[f"minus_{Path(args.compare).parent.name or 'other'}"] = {first: differences(mine, others)}
+    if coverages:
+        summary["coverage"] = {"in": "body", **summarise(coverages), "expected": subject.expected_coverage}
     write_rows(output / "per_patient.csv", rows)
     write_json(output / "summary.json", summary)
     print_table(summary)
+    if coverages:
+        print_coverage(summary["coverage"])
     print(f"{len(data)} patients of the {args.split} split; per_patient.csv, summary.json and pictures in {output}")
     return 0
 
