@@ -333,6 +333,14 @@ def test_the_networks_of_the_configurations_have_the_stated_scales():
     }
 
 
+@pytest.mark.parametrize(("dim", "base"), [(112, None), (208, None), (272, 136), (48, 24)])
+def test_odd_widths_are_rounded_to_what_group_normalisation_divides(dim, base):
+    with torch.device("meta"):  # GroupNorm refuses other widths when it is built
+        model = CascadeStage(16, dim, 1, 2, xray_size=32, token_grid=4, base_channels=base)
+    assert model.widths[-1] == dim
+    assert model.widths[0] <= (base or dim // 8 + 8)
+
+
 def test_a_folded_stage_puts_each_voxel_where_it_belongs():
     """The output layer's channels are sub-voxels: with only biases, every 2 x 2 x 2 block shows them in order."""
     model = stage(awake=False, **FOLDED)

@@ -348,6 +348,12 @@ def stop_at(monkeypatch, call, action):
     monkeypatch.setattr(StageTask, "loss", loss)
 
 
+def assert_same_run(one, other, stage):
+    assert_same_state(one / stage / "last.pt", other / stage / "last.pt")
+    ours, theirs = (load_checkpoint(folder / stage / "best.pt") for folder in (one, other))
+    assert ours["metrics"] == theirs["metrics"]
+
+
 class Crash(Exception):
     pass
 
@@ -356,33 +362,16 @@ def crash():
     raise Crash
 
 
-def crash_and_go_on(words, tmp_path, monkeypatch, stage, options=()):
-    """Crash in the fifth step (the second of epoch 2), then run the same command again."""
-    command = words("logging.checkpoint_minutes=0.0", options=options)
+def test_a_crash_in_the_middle_of_an_epoch_ends_with_the_same_state_bit_for_bit(words, trained, tmp_path, monkeypatch):
+    command = words("logging.checkpoint_minutes=0.0", options=["--max_stages", "1"])
     with monkeypatch.context() as patch:
-        stop_at(patch, 5, crash)
+        stop_at(patch, 5, crash)  # the second step of epoch 2
         with pytest.raises(Crash):
             main(command)
-    state = load_checkpoint(tmp_path / "run" / stage / "last.pt")["training_state"]
+    state = load_checkpoint(tmp_path / "run" / "low" / "last.pt")["training_state"]
     assert (state["epoch"], state["step_in_epoch"]) == (2, 1)
     assert main(command) == 0
-
-
-def assert_same_run(one, other, stage):
-    assert_same_state(one / stage / "last.pt", other / stage / "last.pt")
-    ours, theirs = (load_checkpoint(folder / stage / "best.pt") for folder in (one, other))
-    assert ours["metrics"] == theirs["metrics"]
-
-
-def test_a_crash_in_the_middle_of_stage_1_ends_with_the_same_state_bit_for_bit(words, trained, tmp_path, monkeypatch):
-    crash_and_go_on(words, tmp_path, monkeypatch, "low", ["--max_stages", "1"])
     assert_same_run(tmp_path / "run", trained, "low")
-
-
-@pytest.mark.usefixtures("stage_1_done")
-def test_a_crash_in_the_middle_of_stage_2_ends_with_the_same_state_bit_for_bit(words, trained, tmp_path, monkeypatch):
-    crash_and_go_on(words, tmp_path, monkeypatch, "high")
-    assert_same_run(tmp_path / "run", trained, "high")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
@@ -416,7 +405,7 @@ def test_resume_from_another_folder_goes_on_bit_for_bit(words, trained, tmp_path
             main(words("logging.checkpoint_minutes=0.0", folder=first))
     source = first / "high" / "last.pt"
     assert main(words(folder=second, options=["--resume_from", str(source)])) == 0
-    assert_same_state(second / "high" / "last.pt", trained / "high" / "last.pt")
+    assert_same_run(second, trained, "high")
     assert (second / "low" / "best.pt").read_bytes() == (first / "low" / "best.pt").read_bytes()
     # The same command again goes on from what it has reached, not from where it came from.
     before = (second / "high" / "last.pt").read_bytes()
@@ -639,7 +628,7 @@ def test_torchrun_as_a_module_follows_the_same_curve_as_one_process(words, confi
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "2 x cpu, float32; global batch 2 = 1 x 2 x 1" in done.stdout
+    assert "Processes: 2 on cpu, float32; global batch 2 = 1 x 2 x 1" in done.stdout
     for name in ("low", "high"):
         a, b = events(one / name, "step"), events(two / name, "step")
         assert len(a) == len(b) == 2
