@@ -48,8 +48,8 @@ def both_stages(device, guided: bool, precision: Precision, tile: int | None, re
 
 def inference(args) -> None:
     """Every case in a fresh process, so that peaks of memory do not mix."""
-    for guided, name, tile in itertools.product((True, False), ("float32", "bfloat16"), (0, 32, 16)):
-        case = ["--case", str(int(guided)), name, str(tile), "--device", args.device]
+    for name, (guided, tile) in itertools.product(("float32", "bfloat16"), ((1, 0), (1, 16), (0, 0))):
+        case = ["--case", str(guided), name, str(tile), "--device", args.device]
         subprocess.run([sys.executable, __file__, *case, "--repetitions", str(args.repetitions)], check=True)
 
 

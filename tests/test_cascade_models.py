@@ -11,6 +11,7 @@ from engine import to_channels_last
 from files import InputError
 from hybrid_vit_cascade.models import (
     BANDS,
+    OUTPUT_SCALE,
     PRIOR_BINS,
     CascadeStage,
     DepthPrior,
@@ -347,7 +348,7 @@ def test_a_folded_stage_puts_each_voxel_where_it_belongs():
     with torch.no_grad():
         model.out.bias.copy_(torch.arange(8.0))
         output = model(*inputs(batch=1, size=72, previous=36))
-    cell = pixel_shuffle_3d(torch.arange(8.0).view(1, 8, 1, 1, 1))
+    cell = OUTPUT_SCALE * pixel_shuffle_3d(torch.arange(8.0).view(1, 8, 1, 1, 1))
     assert torch.equal(output, cell.repeat(1, 1, 36, 36, 36))
 
 

@@ -1,0 +1,595 @@
+"""One stage of the cascade: the denoising network, conditioned on X-rays and on the stage before.
+
+    stage = CascadeStage(volume_size=128, voxel_dim=512, vit_depth=8, num_heads=8, conditioned=True)
+    condition = stage.encode(xrays, previous)         # once per case: (B, 2, 512, 512) and (B, 1, 64, 64, 64)
+    output = stage.denoise(x_t, position, condition)  # once per sampling step: (B, 1, 128, 128, 128)
+
+The network is a U-Net of 3D convolutions with a ViT in its middle. X-ray features are lifted to every scale of the
+U-Net through the acquisition geometry, weighted by a learned depth prior. What depends on the X-rays and the previous
+volume alone is computed once, in :meth:`CascadeStage.encode`.
+
+Volumes are in [-1, 1] here, X-rays in [0, 1]. What the output means (v, noise or x0) is the caller's choice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from files import InputError
+from model_enhanced import ResidualBlock, XrayEncoder, group_norm, pixel_shuffle_3d, pixel_unshuffle_3d
+from projector import Geometry, lift_features
+
+BANDS = ("anterior", "mid", "posterior")  # of a view's depth axis; right, mid, left for the lateral view
+PRIOR_BINS = 16  # depth bins of a prior, and pixels along each edge of its detector grid
+CONTEXT_GRID = 16  # X-ray tokens along each edge of a view, at most
+TIME_FREQUENCIES = 128  # sines and as many cosines
+# The last layer starts at zero and has a range of 2 to reach, not 1 as in EnhancedDirectModel: as many steps with this.
+OUTPUT_SCALE = 2.0
+ENCODER_BLOCKS = (1, 1, 2, 3)  # of the four X-ray encoder stages, as in EnhancedDirectModel
+
+
+# ------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def sinusoidal_embedding(position: torch.Tensor) -> torch.Tensor:
+    """Positions (B,) in [0, 1] -> sines and cosines (B, 2 * TIME_FREQUENCIES), wavelengths 2 pi / 1000 to 20 pi.
+
+    Vaswani et al. (2017), section 3.5, on ``1000 * position``: the scale of a thousand diffusion steps.
+    """
+    rates = torch.arange(TIME_FREQUENCIES, device=position.device, dtype=torch.float32) / TIME_FREQUENCIES
+    angles = 1000.0 * position.float()[:, None] * torch.exp(-math.log(1e4) * rates)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def embedding_mlp(inputs: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, channels), nn.SiLU(), nn.Linear(channels, channels))
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """The same layer with weights and bias at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def whole_groups(channels: int) -> int:
+    """The next lower number of channels that :func:`group_norm` can divide; at least 8."""
+    return max(8, channels // 8 * 8 if channels < 128 else channels // 16 * 16)
+
+
+def normalise(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
+    """Group normalisation in the dtype of ``x`` (statistics in float32 inside the kernel).
+
+    Autocast on a GPU would widen the result to float32 and keep it for the backward pass: twice the memory.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """x (B, C, D, H, W) * (1 + scale) + shift with scale and shift (B, C), in the dtype of ``x``."""
+    scale, shift = (v.to(x.dtype)[:, :, None, None, None] for v in (1.0 + scale, shift))
+    return torch.addcmul(shift, x, scale)
+
+
+class ModulatedBlock(ResidualBlock):
+    """3D residual block whose first normalisation is scaled and shifted by the embedding (AdaGN).
+
+    Dhariwal and Nichol (2021), section 3; modulation and second convolution start at zero: an identity.
+    """
+
+    def __init__(self, channels: int, embedding: int):
+        super().__init__(channels, dims=3)
+        self.modulation = zero_init(nn.Linear(embedding, 2 * channels))
+
+    def forward(self, x, embedding):  # (B, C, D, H, W), (B, E)
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        y = self.conv1(F.silu(modulate(normalise(x, self.norm1), scale, shift)))
+        return x + self.conv2(F.silu(normalise(y, self.norm2)))
+
+
+class ViTBlock(nn.Module):
+    """Self-attention, cross-attention to the X-ray tokens and an MLP, each under AdaLN-Zero.
+
+    x + gate * f(norm(x) * (1 + scale) + shift), with scale, shift and gate linear in the embedding and zero at the
+    start, so that the block starts as the identity (Peebles and Xie, DiT, 2023, section 3.2).
+    """
+
+    def __init__(self, channels: int, heads: int, context_channels: int, mlp_ratio: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.modulation = zero_init(nn.Linear(channels, 9 * channels))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.attention_out = nn.Linear(channels, channels)
+        self.query = nn.Linear(channels, channels)
+        self.context = nn.Linear(context_channels, 2 * channels)
+        self.cross_out = nn.Linear(channels, channels)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, mlp_ratio * channels), nn.GELU(), nn.Linear(mlp_ratio * channels, channels)
+        )
+
+    def keys_values(self, context):
+        """X-ray tokens (B, M, C) -> keys and values (2, B, heads, M, C / heads): the same at every sampling step."""
+        return self._heads(self.context(context), 2)
+
+    def forward(self, x, embedding, keys_values):  # (B, N, C), (B, C), (2, B, heads, M, C / heads)
+        modulation = self.modulation(embedding).unsqueeze(1).chunk(9, dim=-1)
+        x = self._branch(x, modulation[0:3], lambda y: self._attend(*self._heads(self.qkv(y), 3), self.attention_out))
+        x = self._branch(
+            x, modulation[3:6], lambda y: self._attend(self._heads(self.query(y), 1)[0], *keys_values, self.cross_out)
+        )
+        return self._branch(x, modulation[6:9], self.mlp)
+
+    def _branch(self, x, modulation, function):
+        scale, shift, gate = modulation
+        return x + gate * function(F.layer_norm(x, x.shape[-1:]) * (1.0 + scale) + shift)
+
+    def _heads(self, x, parts):
+        """(B, N, parts * C) -> (parts, B, heads, N, C / heads)."""
+        return x.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def _attend(self, query, key, value, out):
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return out(attended.transpose(1, 2).flatten(2))
+
+
+# ------------------------------------------------------------------------------------------------
+# X-rays: encoder, depth prior, lifting
+
+
+class ViewEncoder(XrayEncoder):
+    """:class:`XrayEncoder` for one view (PA) or two."""
+
+    def __init__(self, widths, blocks, stem_stride: int, num_views: int):
+        super().__init__(widths, blocks, stem_stride)
+        self.view_embedding = nn.Parameter(0.02 * torch.randn(num_views, widths[0]))
+
+    def forward(self, xrays):  # (B, V, H, W)
+        x = F.pixel_unshuffle(xrays.flatten(0, 1).unsqueeze(1), self.stem_stride)
+        x = self.stem(x)
+        x = x + self.view_embedding.repeat(len(xrays), 1)[:, :, None, None].to(x.dtype)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features  # 4 x (B V, C_s, H / stride_s, W / stride_s)
+
+
+def stem_stride_of(xray_size: int) -> int:
+    """1 up to 256^2 X-rays, 2 up to 512^2, 4 above: the encoder's first features are then about 256^2."""
+    return 1 if xray_size <= 256 else 2 if xray_size <= 512 else 4
+
+
+def _interpolation(position: torch.Tensor, size: int) -> torch.Tensor:
+    """Linear weights (..., size) that read ``size`` equal cells across [0, 1]; constant beyond the outer centres."""
+    index = (position * size - 0.5).clamp(0, size - 1)
+    cells = torch.arange(size, device=position.device, dtype=position.dtype)
+    return (1.0 - (index.unsqueeze(-1) - cells).abs()).clamp_min(0.0)
+
+
+class DepthPrior(nn.Module):
+    """For each view, each pixel of a coarse detector grid and each band: a learned distribution over depth.
+
+    Where along its ray a feature belongs, X-rays do not say; anatomy does (chest wall and heart in front, spine at
+    the back). Each band starts as a Gaussian around a sixth, a half or five sixths of the cube's depth, a sixth wide.
+    """
+
+    def __init__(self, num_views: int):
+        super().__init__()
+        depth = (torch.arange(PRIOR_BINS) + 0.5) / PRIOR_BINS
+        centres = (torch.arange(len(BANDS)) + 0.5) / len(BANDS)
+        logits = -0.5 * ((depth - centres[:, None]) * 2 * len(BANDS)).square()  # (bands, bins)
+        grid = (PRIOR_BINS, PRIOR_BINS)
+        self.depth_prior = nn.Parameter(logits[None, :, :, None, None].repeat(num_views, 1, 1, *grid))
+
+    def distribution(self) -> torch.Tensor:
+        """Probabilities ``(views, bands, depth bins, rows, columns)``, summing to 1 over the depth bins."""
+        return self.depth_prior.float().softmax(dim=2)
+
+    def forward(self, geometry: Geometry, size: int) -> torch.Tensor:
+        """Density ``(views, bands, D, H, W)`` at each voxel of a ``size``^3 grid: 1 where depth does not matter.
+
+        The probability of the voxel's depth, relative to an even spread, on the ray through its centre.
+        """
+        with torch.autocast(self.depth_prior.device.type, enabled=False):
+            density = PRIOR_BINS * self.distribution()
+            return torch.stack([self._view(density[v], geometry, v, size) for v in range(len(density))])
+
+    def _view(self, density, geometry, view, size):
+        axis = geometry.voxel_centres_mm(size, device=density.device)
+        magnification = geometry.magnification(view, axis)[:, None]
+        pixels = _interpolation(magnification * axis / geometry.detector_mm + 0.5, PRIOR_BINS)  # (K, size, bins)
+        depths = _interpolation(axis / geometry.fov_mm + 0.5, PRIOR_BINS)  # (K, bins)
+        slices = torch.einsum("kd,bdrc->bkrc", depths, density)  # the prior at each depth of the grid
+        sampled = pixels @ slices @ pixels.transpose(1, 2)  # (bands, K, D, across)
+        # Depth is y (H) for the PA view and x (W) for the lateral one.
+        return sampled.permute(0, 2, 1, 3) if view == 0 else sampled.permute(0, 2, 3, 1)
+
+
+class PriorLifting(nn.Module):
+    """X-ray features -> features at every voxel of a grid, through the geometry and weighted by the depth prior.
+
+    A quarter of each view's channels belongs to each band of the prior; the last quarter is spread evenly over
+    depth, and so are all of them when there is no prior. The views stay apart until the fusion, which also sees
+    their product: where both agree.
+    """
+
+    def __init__(self, in_channels: int, channels: int, out_channels: int, num_views: int):
+        super().__init__()
+        self.reduce = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(num_views))
+        self.fuse = nn.Conv3d(channels * (3 if num_views == 2 else 1), out_channels, 1)
+
+    def forward(self, features, prior, geometry, size):  # (B V, C, h, w), DepthPrior or None
+        views = lift_views(self.reduce, features, geometry, size)  # V x (B, c, D, H, W)
+        if prior is not None:
+            views = [self._weigh(x, density) for x, density in zip(views, prior(geometry, size))]
+        if len(views) == 2:
+            views.append(views[0] * views[1])
+        return self.fuse(torch.cat(views, dim=1))
+
+    @staticmethod
+    def _weigh(x, density):  # (B, c, D, H, W), (bands, D, H, W)
+        weight = torch.cat([density, torch.ones_like(density[:1])]).to(x.dtype)
+        return (x.unflatten(1, (len(weight), -1)) * weight[:, None]).flatten(1, 2)
+
+
+class DetailLifting(nn.Module):
+    """X-ray features -> all voxels of a folded stage: lifted at full resolution, folded to the working grid.
+
+    Few channels: at 256^3 each costs 34 MB per sample in 16 bits. One strided convolution folds and fuses.
+    """
+
+    def __init__(self, in_channels: int, channels: int, out_channels: int, num_views: int, fold: int):
+        super().__init__()
+        self.reduce = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(num_views))
+        self.fuse = nn.Conv3d(num_views * channels, out_channels, fold, stride=fold)
+
+    def forward(self, features, geometry, size):  # (B V, C, h, w)
+        return self.fuse(torch.cat(lift_views(self.reduce, features, geometry, size), dim=1))
+
+
+def lift_views(reduce, features, geometry, size) -> list[torch.Tensor]:
+    """Reduce each view's features by its own layer and lift them: (B V, C, h, w) -> V x (B, c, size, size, size)."""
+    num_views = len(reduce)
+    x = features.unflatten(0, (-1, num_views))
+    x = torch.stack([layer(x[:, v]) for v, layer in enumerate(reduce)], dim=1)  # (B, V, c, h, w)
+    if x.shape[-1] >= 2 * size:  # finer pixels than voxels would alias: average them first
+        x = F.avg_pool2d(x.flatten(0, 1), x.shape[-1] // size).unflatten(0, (-1, num_views))
+    lifted = lift_features(x.expand(-1, 2, -1, -1, -1), geometry, (size, size, size))
+    return list(lifted.unbind(1))[:num_views]
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage
+
+
+@dataclass
+class Condition:
+    """What the X-rays and the previous volume say, computed once by :meth:`CascadeStage.encode`.
+
+    features: one tensor (B, C, d, h, w) per scale, finest first: lifted X-rays, at the finest also ``previous``.
+    keys_values: one tensor (2, B, heads, M, C / heads) per ViT block, from the X-ray tokens.
+    embedding: (B, voxel_dim), the X-rays as a whole and the previous volume's noise level.
+    previous: (B, 1, D, H, W) in [-1, 1], the previous volume upsampled to this stage's size, or None.
+    """
+
+    features: list[torch.Tensor]
+    keys_values: list[torch.Tensor]
+    embedding: torch.Tensor
+    previous: torch.Tensor | None
+
+
+def default_token_grid(volume_size: int) -> int:
+    """Tokens along an edge: patches of an eighth of the volume's edge, of 8 voxels (up to 128^3), of 16 above."""
+    patch = 8 if volume_size <= 128 else 16
+    while patch > 1 and 8 * patch > volume_size:
+        patch //= 2
+    if volume_size % patch:
+        raise InputError(f"volume_size is {volume_size}; expected a multiple of the patch of {patch} voxels")
+    return volume_size // patch
+
+
+class CascadeStage(nn.Module):
+    """Denoiser of ``volume_size``^3 volumes, conditioned on X-rays and, when ``conditioned``, on a coarser volume.
+
+    volume_size: edge in voxels, a power of two times ``token_grid``.
+    voxel_dim, vit_depth, num_heads: width, blocks and heads of the ViT at the coarsest scale.
+    xray_size: resolution the weights are trained at; other inputs are resampled to it.
+    num_views: 2 (PA and lateral) or 1 (PA alone). xray_channels: 1 (X-rays are grey).
+    use_depth_lifting: weigh lifted features by the depth prior; False spreads them evenly along their rays.
+    conditioned: takes the previous stage's volume, of any size.
+    geometry: how the X-rays were made; it travels in the ``state_dict``.
+    activation_checkpointing: recompute activations in the backward pass (less memory, about a third more time).
+    token_grid: ViT tokens along an edge (default :func:`default_token_grid`: 8 for 64^3, 16 for 128^3 and 256^3).
+    base_channels: features at the finest scale (default ``voxel_dim / 8``, a sixteenth where the finest scale is
+        128^3); each coarser scale has twice as many, the coarsest ``voxel_dim``.
+
+    Up to 64^3 the finest scale is the volume itself; above, eight voxels are folded into one cell (space-to-depth),
+    so that no wide feature exists at 128^3 of a 128^3 stage or at 256^3 of a 256^3 stage.
+
+    A sum of linear maps of two inputs is a linear map of their concatenation: that is how lifted X-rays and the
+    previous volume are concatenated to the noisy one voxel by voxel, with their share computed once.
+
+    The output is the U-Net's plus a(t) x_t + b(t) previous, with a and b learned from zero: the parts of v, noise or
+    x0 that are proportional to what is already there. At the start it is zero everywhere.
+
+    Raises :class:`InputError` naming the setting that does not fit.
+    """
+
+    def __init__(
+        self,
+        volume_size: int,
+        voxel_dim: int,
+        vit_depth: int,
+        num_heads: int,
+        xray_size: int = 512,
+        num_views: int = 2,
+        use_depth_lifting: bool = True,
+        conditioned: bool = False,
+        geometry: Geometry | None = None,
+        activation_checkpointing: bool = False,
+        token_grid: int | None = None,
+        base_channels: int | None = None,
+        xray_channels: int = 1,
+    ):
+        super().__init__()
+        _check_settings(volume_size, voxel_dim, vit_depth, num_heads, xray_size, num_views, xray_channels)
+        self.fold = 1 if volume_size <= 64 else 2
+        grid = volume_size // self.fold
+        token_grid = token_grid or default_token_grid(volume_size)
+        self.grids = _grids(volume_size, grid, token_grid)
+        base_channels = base_channels or whole_groups(voxel_dim // (8 if grid <= 64 else 16))
+        if base_channels < 8 or base_channels % 8:
+            raise InputError(f"base_channels is {base_channels}; expected a multiple of 8")
+        self.settings = {
+            "volume_size": volume_size,
+            "voxel_dim": voxel_dim,
+            "vit_depth": vit_depth,
+            "num_heads": num_heads,
+            "xray_size": xray_size,
+            "num_views": num_views,
+            "use_depth_lifting": use_depth_lifting,
+            "conditioned": conditioned,
+            "activation_checkpointing": activation_checkpointing,
+            "token_grid": token_grid,
+            "base_channels": base_channels,
+            "xray_channels": xray_channels,
+        }
+        self.volume_size, self.xray_size, self.num_views = volume_size, xray_size, num_views
+        self.conditioned, self.activation_checkpointing = conditioned, activation_checkpointing
+        self.geometry = geometry or Geometry()
+        finer = [whole_groups(min(base_channels * 2**i, voxel_dim)) for i in range(len(self.grids) - 1)]
+        self.widths = [*finer, voxel_dim]
+        self._build_condition(voxel_dim, use_depth_lifting)
+        self._build_denoiser(voxel_dim, vit_depth, num_heads)
+
+    def _build_condition(self, dim, use_depth_lifting):
+        image_widths = [whole_groups(dim // n) for n in (8, 4, 2, 1)]
+        stride, views = stem_stride_of(self.xray_size), self.num_views
+        self.encoder = ViewEncoder(image_widths, ENCODER_BLOCKS, stride, views)
+        self.image_sizes = [self.xray_size // (stride * 2**s) for s in range(4)]
+        self.prior = DepthPrior(views) if use_depth_lifting else None
+        self.lift = nn.ModuleList(
+            PriorLifting(image_widths[self._source(n)], width // 2, width, views)
+            for n, width in zip(self.grids, self.widths)
+        )
+        self.lift_detail = None
+        if self.fold > 1:
+            self.lift_detail = DetailLifting(image_widths[0], 4, self.widths[0], views, self.fold)
+        if self.conditioned:
+            self.previous_stem = nn.Conv3d(self.fold**3, self.widths[0], 3, padding=1)
+            self.previous_noise = embedding_mlp(2 * TIME_FREQUENCIES, dim)
+        self.context_grid = min(CONTEXT_GRID, self.image_sizes[-1])
+        self.context_norm = group_norm(dim)
+        self.context_position_embedding = nn.Parameter(0.02 * torch.randn(views, dim, *(self.context_grid,) * 2))
+        self.summary = embedding_mlp(views * dim, dim)
+
+    def _build_denoiser(self, dim, vit_depth, num_heads):
+        finest = self.widths[0]
+        self.time = embedding_mlp(2 * TIME_FREQUENCIES, dim)
+        self.stem = nn.Conv3d(self.fold**3, finest, 3, padding=1)
+        self.stem_scale = zero_init(nn.Linear(dim, finest))
+        counts = [1] * (len(self.grids) - 2) + [0]  # the coarsest scale has the ViT instead
+        self.down = nn.ModuleList(DownScale(a, b, dim, n) for a, b, n in zip(self.widths, self.widths[1:], counts))
+        self.position_prior = nn.Parameter(0.02 * torch.randn(1, dim, *(self.grids[-1],) * 3))
+        self.vit = nn.ModuleList(ViTBlock(dim, num_heads, dim) for _ in range(vit_depth))
+        self.middle = ModulatedBlock(dim, dim)
+        # Blocks are cheap where voxels are few; a folded cell stands for eight voxels and gets one block more.
+        counts = [1 if self.fold == 1 else 2, 3] + [4] * len(self.grids)
+        self.up = nn.ModuleList(UpScale(b, a, dim, n) for a, b, n in zip(self.widths, self.widths[1:], counts))
+        self.out_norm = group_norm(finest)
+        self.out_modulation = zero_init(nn.Linear(dim, 2 * finest))
+        self.out = zero_init(nn.Conv3d(finest, self.fold**3, 1))
+        self.mix = zero_init(nn.Linear(dim, 2 if self.conditioned else 1))
+
+    def _source(self, size: int) -> int:
+        """The encoder stage lifted to a ``size``^3 grid: the coarsest that is still fine enough.
+
+        That is two pixels per voxel where X-rays are fine (512^2 for 64^3), one where they are small (128^2).
+        """
+        wanted = size * (2 if self.xray_size > 256 else 1)
+        return max([s for s, n in enumerate(self.image_sizes) if n >= wanted], default=0)
+
+    def get_extra_state(self) -> dict:
+        return {"geometry": self.geometry.to_dict()}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.geometry = Geometry.from_dict(state["geometry"])
+
+    def _run(self, module, *inputs):
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+    # -- once per case ---------------------------------------------------------------------------
+
+    def encode(self, xrays, previous=None, previous_noise_level=None) -> Condition:
+        """Everything that does not change from one sampling step to the next.
+
+        xrays: ``(B, num_views, H, W)`` (or with a channel axis of 1 after the views) in [0, 1].
+        previous: ``(B, 1, d, d, d)`` in [-1, 1], the stage before, noise added; only when ``conditioned``.
+        previous_noise_level: ``(B,)`` in [0, 1], how much noise was added to it (default none).
+        Raises ``ValueError`` on another shape, and when ``previous`` is missing or not wanted.
+        """
+        images = self._run(self.encoder, self._prepare(xrays))  # 4 x (B V, C_s, h_s, w_s)
+        features = [
+            self._run(lift, images[self._source(n)], self.prior, self.geometry, n)
+            for n, lift in zip(self.grids, self.lift)
+        ]
+        if self.lift_detail is not None:
+            features[0] = features[0] + self._run(self.lift_detail, images[0], self.geometry, self.volume_size)
+        tokens, embedding = self._context(images[-1])
+        previous = self._prepare_previous(previous, len(xrays))
+        if previous is not None:
+            features[0] = features[0] + self.previous_stem(self._folded(previous))
+            level = embedding.new_zeros(len(xrays)) if previous_noise_level is None else previous_noise_level
+            embedding = embedding + self.previous_noise(sinusoidal_embedding(level))
+        keys_values = [block.keys_values(tokens) for block in self.vit]
+        return Condition(features, keys_values, embedding, previous)
+
+    def _prepare(self, xrays):
+        """X-rays at the trained resolution, ``(B, V, S, S)``."""
+        if xrays.ndim == 5 and xrays.shape[2] == 1:
+            xrays = xrays.squeeze(2)
+        if xrays.ndim != 4 or xrays.shape[1] != self.num_views:
+            wanted = "(B, 2, H, W): PA, then lateral" if self.num_views == 2 else "(B, 1, H, W): PA alone"
+            raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected {wanted}")
+        if tuple(xrays.shape[-2:]) != (self.xray_size, self.xray_size):
+            mode = "area" if min(xrays.shape[-2:]) > self.xray_size else "bilinear"
+            xrays = F.interpolate(xrays, size=(self.xray_size, self.xray_size), mode=mode)
+        return xrays
+
+    def _prepare_previous(self, previous, batch):
+        """The previous volume at this stage's size, float32."""
+        if (previous is not None) != self.conditioned:
+            wanted = "needs the previous stage's volume" if self.conditioned else "takes no previous volume"
+            raise ValueError(f"this stage {wanted}")
+        if previous is None:
+            return None
+        if previous.ndim != 5 or previous.shape[:2] != (batch, 1):
+            raise ValueError(f"previous volume has shape {tuple(previous.shape)}; expected ({batch}, 1, d, d, d)")
+        size = (self.volume_size,) * 3
+        if previous.shape[2:] == size:
+            return previous.float()
+        return F.interpolate(previous.float(), size=size, mode="trilinear", align_corners=False)
+
+    def _folded(self, volume):
+        return volume if self.fold == 1 else pixel_unshuffle_3d(volume, self.fold)
+
+    def _context(self, image):
+        """Coarsest X-ray features (B V, C, h, w) -> tokens (B, V P, C) and their summary (B, C)."""
+        x = F.silu(normalise(image, self.context_norm))
+        if x.shape[-1] > self.context_grid:
+            x = F.adaptive_avg_pool2d(x, self.context_grid)
+        x = x.unflatten(0, (-1, self.num_views))  # (B, V, C, g, g)
+        summary = self.summary(x.mean(dim=(-2, -1)).flatten(1))
+        tokens = (x + self.context_position_embedding).flatten(3)  # (B, V, C, P)
+        return tokens.permute(0, 1, 3, 2).flatten(1, 2), summary
+
+    # -- once per step ---------------------------------------------------------------------------
+
+    def denoise(self, x_t, position, condition: Condition):
+        """Noisy volume ``(B, 1, D, H, W)`` at time ``position`` (B,) in [0, 1] -> output, same shape, float32."""
+        size = (self.volume_size,) * 3
+        if x_t.ndim != 5 or x_t.shape[1] != 1 or x_t.shape[2:] != size:
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}; expected (B, 1, {', '.join(map(str, size))})")
+        embedding = F.silu(self.time(sinusoidal_embedding(position)) + condition.embedding)  # (B, E)
+        x = self.stem(self._folded(x_t))  # (B, C_0, g_0, g_0, g_0)
+        # Pure noise says nothing about the volume and only disturbs what the X-rays say: it fades with the noise level,
+        # about as alpha does. Learned from there on.
+        share = 1.0 - position.float()[:, None] + self.stem_scale(embedding)
+        x = torch.addcmul(condition.features[0], x, share.to(x.dtype)[:, :, None, None, None])
+        skips = [x]
+        for down, lifted in zip(self.down, condition.features[1:]):
+            x = self._run(down, x, lifted, embedding)
+            skips.append(x)
+        x = self._run(self.middle, self._transform(skips.pop(), embedding, condition), embedding)
+        for up in reversed(self.up):
+            x = self._run(up, x, skips.pop(), embedding)
+        residual = OUTPUT_SCALE * self._run(self._output, x, embedding).float()  # (B, 1, D, H, W)
+        mix = self.mix(embedding).float()[:, :, None, None, None]
+        output = torch.addcmul(residual, mix[:, :1], x_t.float())
+        if condition.previous is not None:
+            output = torch.addcmul(output, mix[:, 1:], condition.previous)
+        return output
+
+    def _transform(self, x, embedding, condition):
+        x = x + self.position_prior.to(x.dtype)
+        tokens = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        for block, keys_values in zip(self.vit, condition.keys_values):
+            tokens = self._run(block, tokens, embedding, keys_values)
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def _output(self, x, embedding):
+        scale, shift = self.out_modulation(embedding).chunk(2, dim=1)
+        x = self.out(F.silu(modulate(normalise(x, self.out_norm), scale, shift)))
+        return x if self.fold == 1 else pixel_shuffle_3d(x, self.fold)
+
+    def forward(self, x_t, position, xrays, previous=None, previous_noise_level=None):
+        """``denoise(encode(...))``: one call for training and DistributedDataParallel."""
+        return self.denoise(x_t, position, self.encode(xrays, previous, previous_noise_level))
+
+
+class DownScale(nn.Module):
+    """Half the resolution, the lifted features of that scale, blocks."""
+
+    def __init__(self, fine: int, coarse: int, embedding: int, blocks: int):
+        super().__init__()
+        self.reduce = nn.Conv3d(fine, coarse, 2, stride=2)
+        self.blocks = nn.ModuleList(ModulatedBlock(coarse, embedding) for _ in range(blocks))
+
+    def forward(self, x, lifted, embedding):
+        x = self.reduce(x) + lifted
+        for block in self.blocks:
+            x = block(x, embedding)
+        return x
+
+
+class UpScale(nn.Module):
+    """Twice the resolution, the way down's features of that scale (which hold the lifted ones), blocks."""
+
+    def __init__(self, coarse: int, fine: int, embedding: int, blocks: int):
+        super().__init__()
+        self.reduce = nn.Conv3d(coarse, fine, 1)
+        self.blocks = nn.ModuleList(ModulatedBlock(fine, embedding) for _ in range(blocks))
+
+    def forward(self, x, skip, embedding):
+        x = F.interpolate(self.reduce(x), scale_factor=2, mode="trilinear", align_corners=False) + skip
+        for block in self.blocks:
+            x = block(x, embedding)
+        return x
+
+
+def _grids(volume_size: int, finest: int, coarsest: int) -> list[int]:
+    """Edges of the U-Net's scales, finest first; raises :class:`InputError` unless each halves the one before."""
+    ratio = finest // coarsest
+    if coarsest < 1 or ratio < 2 or finest != ratio * coarsest or ratio & (ratio - 1):
+        raise InputError(
+            f"token_grid is {coarsest} for volume_size {volume_size}; expected {finest} divided by 2, 4, 8, ..."
+        )
+    return [finest // 2**i for i in range(ratio.bit_length())]
+
+
+def _check_settings(volume_size, voxel_dim, vit_depth, num_heads, xray_size, num_views, xray_channels):
+    if volume_size < 16 or volume_size % 8:
+        raise InputError(f"volume_size is {volume_size}; expected a multiple of 8, at least 16")
+    if num_heads < 1 or voxel_dim % num_heads:
+        raise InputError(f"num_heads is {num_heads}; expected a divisor of voxel_dim, {voxel_dim}")
+    if voxel_dim < 32 or voxel_dim % 16:
+        raise InputError(f"voxel_dim is {voxel_dim}; expected a multiple of 16, at least 32")
+    if vit_depth < 1:
+        raise InputError(f"vit_depth is {vit_depth}; expected at least 1")
+    if num_views not in (1, 2):
+        raise InputError(f"num_views is {num_views}; expected 1 (PA) or 2 (PA and lateral)")
+    if xray_channels != 1:
+        raise InputError(f"xray_channels is {xray_channels}; expected 1: X-rays are grey")
+    multiple = 8 * stem_stride_of(xray_size)
+    if xray_size < 32 or xray_size % multiple:
+        raise InputError(f"xray_size is {xray_size}; expected a multiple of {multiple}, at least 32")

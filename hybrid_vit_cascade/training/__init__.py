@@ -1,0 +1,1 @@
+"""Training of the cascade: ``train_progressive.py``."""
