@@ -1,5 +1,8 @@
 """The patient-folder data set: ``ROOT/ID/{ID.nii.gz, ID_pa_drr.png, ID_lat_drr.png}``.
 
+    python dataset.py --check data                      # is it what its manifest says, and the right way round?
+    python dataset.py --check data --json report.json
+
 Prepared by ``prepare_data.py`` (then ``ROOT/dataset.json`` says how) or made by hand (then stated
 defaults hold, with a warning). Disk is read once: volumes and X-rays are cached at the resolution in
 use, as memory-mapped arrays under ``ROOT/.cache`` (or ``cache_dir``), so that no gzip is read in training.
@@ -7,6 +10,7 @@ use, as memory-mapped arrays under ``ROOT/.cache`` (or ``cache_dir``), so that n
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -18,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ct_io import cube_affine, read_array_cube, read_cube
-from files import InputError, atomic_path, read_json
+from files import InputError, atomic_path, read_json, run_cli
 from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 from splits import SPLITS, check_split, split_by_hash, split_hash
 from xray_io import check_views, read_xray
@@ -320,3 +324,21 @@ def mean_volume(dataset: PatientDataset) -> torch.Tensor:
 def default_data_root() -> str:
     """``$XRAY2CT_DATA`` or ``data``: where commands look when ``--data`` is not given."""
     return os.environ.get("XRAY2CT_DATA", "data")
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", type=Path, required=True, metavar="ROOT", help="data set to check")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
+    args = parser.parse_args(argv)
+    from dataset_check import check_command  # it imports this module
+
+    return check_command(args.check, args.json)
+
+
+if __name__ == "__main__":
+    run_cli(main)

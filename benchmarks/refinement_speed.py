@@ -30,6 +30,8 @@ COARSE, FINE = 64, 256
 
 def both_stages(device, guided: bool, precision: Precision, tile: int | None, repetitions: int) -> str:
     """X-rays -> 256^3, models loaded; the result is collected on the CPU as reconstruct.py does."""
+    if device.type == "cpu":
+        keep_freed_memory()  # as reconstruct.py does
     base = to_channels_last(EnhancedDirectModel().to(device).eval())
     network = to_channels_last(RefinementNetwork(guided=guided).to(device).eval())
     torch.nn.init.normal_(network.out.weight, std=0.01)

@@ -1,0 +1,1027 @@
+"""The geometry doctor: is a data set what its manifest says, the right way round, and free of duplicates?
+
+    python dataset.py --check data
+    python dataset.py --check data --json report.json
+
+Nothing is written below the data set. Each patient is looked at in four ways: files (there, checksums, grid,
+value range), anatomy (which way head, front and left point, from lungs, spine, heart and liver alone),
+X-rays (against the ones rendered from the stored volume) and likeness to other patients. Anatomy may be odd:
+where a measure is not clear the answer is "cannot tell", which is no failure. Thresholds were set on 25 public
+chest CTs of eleven collections (supine, with couch, with and without contrast agent, masses and effusions) and
+on phantoms; the comments give the ranges seen there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations, product
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from tqdm import tqdm
+
+from ct_io import AIR_HU, MAX_HU, area_average, body_mask, cube_affine, read_array_cube, read_cube
+from dataset import CUBE_SIZE, MANIFEST, MANIFEST_VERSION, VIEW_NAMES, VOLUME_SUFFIXES, XRAY_SUFFIXES, PatientFolder
+from files import InputError, read_json, write_json
+from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays, unit_to_hu
+from splits import SPLITS, split_hash
+from xray_io import PICTURES, read_xray
+
+OK, FAILED, UNKNOWN = "ok", "failed", "cannot tell"
+CHECKS = (
+    "manifest",
+    "split",
+    "folders",
+    "files",
+    "checksums",
+    "grid",
+    "values",
+    "head-feet",
+    "front-back",
+    "left-right",
+    "PA X-ray",
+    "lateral X-ray",
+    "duplicates",
+)
+SIDES = ("head-feet", "front-back", "left-right")
+VIEW_CHECKS = ("PA X-ray", "lateral X-ray")
+VIEW_LABELS = ("PA", "lateral")
+RECORD = "prepared.json"
+
+RENDER_SIZE = 128  # voxels and pixels per edge at which X-rays are compared, at most
+ANATOMY_MM = 5.0  # organs are measured on voxels of at least this edge
+PRINT_SIZE = 64  # pixels per edge of what is kept of each X-ray to be compared between patients
+
+# 1 - correlation of stored and re-rendered X-ray. Seen: 7e-5 at most where they belong together (the render is
+# coarser), 6e-4 at least with the source 300 mm nearer; a mirrored one at most 0.97 correlation.
+SAME_XRAY = 3e-4
+SAME_XRAY_COARSE = 2e-3  # at 64 pixels, or where a part of the pixels is saturated
+FOREIGN_XRAY = 0.1  # without a manifest: another renderer, or a real X-ray
+GAIN_TOLERANCE, OFFSET_TOLERANCE = 0.01, 0.004  # seen: 0.002 and 0.0003
+
+# Mean difference in HU at 22 mm: seen 0 for a copy, 60 at least between patients.
+COPY_HU, NEAR_COPY_HU = 2.0, 15.0
+
+
+@dataclass
+class Finding:
+    """One answer. patient: None for the data set as a whole; status: ``ok``, ``failed`` or ``cannot tell``."""
+
+    patient: str | None
+    check: str
+    status: str
+    message: str = ""
+
+
+@dataclass
+class Settings:
+    """What the manifest says, or stated defaults; None where the manifest's own value is unusable."""
+
+    present: bool
+    geometry: Geometry | None
+    hu_window: tuple[float, float]
+    xray_scale: float
+    cube_size: int
+    xray_size: int | None
+    split: dict[str, list[str]]
+    entries: dict[str, dict]
+    raw: dict
+
+    def split_of(self, patient: str) -> str:
+        """Names of the splits that list a patient, or "no split"."""
+        return " and ".join(name for name in SPLITS if patient in self.split.get(name, ())) or "no split"
+
+
+@dataclass
+class Volume:
+    """A patient's volume at working resolution: ``unit`` (n, n, n) in [0, 1] over the window, axes (D, H, W)."""
+
+    unit: np.ndarray
+    spacing_mm: float
+
+
+@dataclass
+class Prints:
+    """What is kept of each patient to compare it with the others."""
+
+    volumes: dict[str, np.ndarray] = field(default_factory=dict)  # (16, 16, 16) HU
+    renders: dict[str, np.ndarray] = field(default_factory=dict)  # (2, p, p), from the volume
+    unexplained: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)  # (p, p), stored, of no known cause
+    pictures: dict[str, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))  # by SHA-256
+
+
+# ------------------------------------------------------------------------------------------------
+# Data set
+
+
+def check_dataset(root, progress=None) -> list[Finding]:
+    """Check a whole data set; returns findings in the order data set, then patients by id.
+
+    progress: wraps the iterable of patient ids (such as ``tqdm``).
+    Raises :class:`InputError` where there is nothing to check: no such folder, no patients in it, or a
+    manifest that is not readable JSON.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; expected a data set (see prepare_data.py)")
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    settings, findings = _read_settings(root)
+    findings += _check_split(settings)
+    holding = [name for name in folders if PatientFolder(root / name).volume is not None]
+    patients = sorted(settings.entries) if settings.present else holding
+    if not patients:
+        raise InputError(f"{root}: no patient {f'in {MANIFEST}' if settings.present else 'folder found'}")
+    findings += _check_folders(folders, patients, settings)
+    prints = Prints()
+    for patient in progress(patients) if progress else patients:
+        findings += _check_patient(root, patient, settings, prints)
+    findings = _name_other_patients(findings, prints, settings)
+    return findings + _check_duplicates(patients, prints, settings)
+
+
+def _read_settings(root) -> tuple[Settings, list[Finding]]:
+    path = root / MANIFEST
+    default = Settings(False, Geometry(), HU_WINDOW, XRAY_SCALE, CUBE_SIZE, None, {}, {}, {})
+    if not path.exists():
+        text = f"no {MANIFEST}: defaults assumed; checksums, grid and brightness cannot be checked"
+        return default, [Finding(None, "manifest", UNKNOWN, text)]
+    data = read_json(path)
+    if not isinstance(data, dict) or not isinstance(data.get("patients"), dict):
+        raise InputError(f"{path}: expected an object with the patients' entries under 'patients'")
+    settings, problems = replace(default, present=True, raw=data), []
+    version = data.get("format_version")
+    if version != MANIFEST_VERSION:
+        problems.append(f"format_version {version}; this version reads {MANIFEST_VERSION}")
+    if data.get("mu_water") != MU_WATER:
+        problems.append(f"mu_water is {data.get('mu_water')}; this version renders with {MU_WATER}")
+    readers = {
+        "geometry": lambda value: Geometry.from_dict(value),
+        "hu_window": _read_window,
+        "xray_scale": _positive(float),
+        "cube_size": _positive(int),
+        "xray_size": _positive(int),
+    }
+    for key, reader in readers.items():
+        try:
+            setattr(settings, key, reader(data[key]))
+        except KeyError:
+            problems.append(f"key '{key}' is missing")
+        except (TypeError, ValueError, AttributeError) as error:
+            problems.append(f"{key}: {error}")
+        else:
+            continue
+        settings.geometry = None  # without all of these no X-ray can be rendered
+    settings.split = _usable_split(data.get("split"))
+    for patient, entry in data["patients"].items():
+        if not _is_plain_name(patient):
+            problems.append(f"patient id {patient!r} leaves its folder: not read")
+        elif not isinstance(entry, dict) or not isinstance(entry.get("files"), dict):
+            problems.append(f"the entry of {patient} lists no files")
+            settings.entries[patient] = {"files": {}}
+        else:
+            settings.entries[patient] = entry
+    return settings, _answers(None, "manifest", problems)
+
+
+def _read_window(value):
+    low, high = (float(v) for v in value)
+    if not low < high:
+        raise ValueError(f"{value}; expected two HU, the lower first")
+    return low, high
+
+
+def _positive(kind):
+    def read(value):
+        if isinstance(value, bool) or not kind(value) > 0:
+            raise ValueError(f"{value!r}; expected a number above 0")
+        return kind(value)
+
+    return read
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def _usable_split(split) -> dict[str, list[str]]:
+    split = split if isinstance(split, dict) else {}
+    lists = {name: split.get(name) for name in SPLITS}
+    return {name: [p for p in ids if isinstance(p, str)] for name, ids in lists.items() if isinstance(ids, list)}
+
+
+def _check_split(settings) -> list[Finding]:
+    if not settings.present:
+        return [Finding(None, "split", UNKNOWN, "no manifest: patients are split by hash of their id")]
+    split = settings.raw.get("split")
+    if not isinstance(split, dict) or set(split) != set(SPLITS) or set(settings.split) != set(SPLITS):
+        return [Finding(None, "split", FAILED, "expected lists of patient ids under exactly train, val and test")]
+    listed, problems = Counter(p for name in SPLITS for p in settings.split[name]), []
+    for patient in sorted(listed):
+        inside = [name for name in SPLITS if patient in settings.split[name]]
+        if len(inside) > 1:
+            problems.append(f"{patient} is in {' and '.join(inside)}")
+        elif listed[patient] > 1:
+            problems.append(f"{patient} is listed {listed[patient]} times in {inside[0]}")
+        if patient not in settings.entries:
+            problems.append(f"{patient} ({inside[0]}) is not a patient of the data set")
+    problems += [f"{patient} is in no split" for patient in sorted(set(settings.entries) - set(listed))]
+    if not problems and settings.raw.get("split_hash", split_hash(split)) != split_hash(split):
+        problems.append("split_hash is not that of the lists: they were changed after the preparation")
+    return _answers(None, "split", problems)
+
+
+def _check_folders(folders, patients, settings) -> list[Finding]:
+    what = f"is not in {MANIFEST}" if settings.present else "holds no volume named after it"
+    problems = [f"extra folder {name}: {what}" for name in folders if name not in patients]
+    spellings = defaultdict(list)
+    for name in {*folders, *patients}:
+        spellings[name.lower()].append(name)
+    for names in spellings.values():
+        if len(names) > 1:
+            problems.append(f"{' and '.join(sorted(names))} differ only in upper and lower case")
+    return _answers(None, "folders", problems)
+
+
+def _answers(patient, check, problems, fine="") -> list[Finding]:
+    """One failed finding per problem, or one that says all is well."""
+    return [Finding(patient, check, FAILED, text) for text in problems] or [Finding(patient, check, OK, fine)]
+
+
+# ------------------------------------------------------------------------------------------------
+# One patient: files, grid, values
+
+
+def _check_patient(root, patient, settings, prints) -> list[Finding]:
+    folder = PatientFolder(root / patient)
+    findings = _answers(patient, "files", _file_problems(folder, settings))
+    findings += _check_checksums(folder, settings, prints)
+    if folder.volume is None:
+        return findings + _not_checked(patient, ("grid", "values", *SIDES, *VIEW_CHECKS), "there is no volume")
+    try:
+        data, affine, problems = _read_raw(folder.volume)
+    except InputError as error:
+        return [
+            *findings,
+            Finding(patient, "values", FAILED, str(error)),
+            *_not_checked(patient, ("grid", *SIDES, *VIEW_CHECKS), "the volume cannot be read"),
+        ]
+    if settings.present:
+        problems += _grid_problems(folder, data, affine, settings)
+    findings += _answers(patient, "grid", problems)
+    problem = value_problem(data, prepared=settings.present)
+    try:
+        volume = None if problem else _working_volume(folder.volume, data, bool(problems), settings)
+    except InputError as error:  # off its grid, that is a consequence and no failure of its own
+        problem, volume = None if problems else str(error), None
+    del data
+    if volume is not None:
+        hu, spacing_mm = _coarse_hu(volume, settings)
+        body = body_mask(hu, spacing_mm)
+        problem = level_problem(hu, body)
+    findings += _answers(patient, "values", [problem] if problem else [])
+    if volume is None:
+        return findings + _not_checked(patient, (*SIDES, *VIEW_CHECKS), "the volume is unusable")
+    findings += [Finding(patient, side, *answer) for side, answer in orientation(hu, spacing_mm, body).items()]
+    prints.volumes[patient] = _resize(hu, 16)
+    return findings + _check_xrays(folder, volume, settings, prints)
+
+
+def _not_checked(patient, checks, why) -> list[Finding]:
+    return [Finding(patient, check, UNKNOWN, f"not checked: {why}") for check in checks]
+
+
+def _file_problems(folder, settings) -> list[str]:
+    if not folder.folder.is_dir():
+        return ["its folder is missing"]
+    problems = []
+    listed = settings.entries.get(folder.id, {}).get("files", {})
+    for name in listed:
+        if not _is_plain_name(name):
+            problems.append(f"file {name!r} of the manifest leaves the patient's folder: not read")
+        elif not (folder.folder / name).is_file():
+            problems.append(f"{name} is missing")
+    if settings.present:
+        for view, path in enumerate(folder.xrays):
+            if path is None and not any(f"{folder.id}{stem}" in name for name in listed for stem in VIEW_NAMES[view]):
+                problems.append(f"there is no {VIEW_LABELS[view]} X-ray")
+        if folder.volume is None and not problems:
+            problems.append("there is no volume")
+    kinds = [("volume", [""], VOLUME_SUFFIXES)]
+    kinds += [(f"{VIEW_LABELS[view]} X-ray", VIEW_NAMES[view], XRAY_SUFFIXES) for view in (0, 1)]
+    for what, stems, suffixes in kinds:
+        names = [f"{folder.id}{stem}{suffix}" for stem, suffix in product(stems, suffixes)]
+        found = [name for name in names if (folder.folder / name).exists()]
+        if len(found) > 1:
+            problems.append(f"more than one {what}: {', '.join(found)}; the first is used")
+    return problems + _record_problems(folder, settings)
+
+
+def _record_problems(folder, settings) -> list[str]:
+    path = folder.folder / RECORD
+    if not path.is_file():
+        return []
+    try:
+        record = read_json(path)
+    except InputError:
+        return [f"{RECORD} is not readable"]
+    if not isinstance(record, dict) or not record.get("complete"):
+        return ["its preparation was interrupted; run prepare_data.py again"]
+    made = record.get("settings") or {}
+    different = [key for key in made if settings.present and made[key] != settings.raw.get(key)]
+    return [f"prepared with other settings than the manifest's: {', '.join(sorted(different))}"] if different else []
+
+
+def _check_checksums(folder, settings, prints) -> list[Finding]:
+    listed = settings.entries.get(folder.id, {}).get("files", {})
+    views = {path.name: view for view, path in enumerate(folder.xrays) if path is not None}
+    problems, digests = [], {}
+    for name in {**listed, **views}:
+        path = folder.folder / name
+        if _is_plain_name(name) and path.is_file():
+            digests[name] = _sha256(path)
+    for name, view in views.items():
+        prints.pictures[digests[name]].append((folder.id, view))
+    for name, digest in digests.items():
+        if name in listed and listed[name] != digest:
+            problems.append(f"{name} was changed after the preparation (SHA-256 differs)")
+    if not listed:
+        return [Finding(folder.id, "checksums", UNKNOWN, "none recorded")]
+    return _answers(folder.id, "checksums", problems)
+
+
+def _sha256(path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_raw(path):
+    """``(data (D, H, W) as stored, affine or None, problems)``; an unreadable file raises InputError."""
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False), None, []
+        image = nib.load(path)
+        data = np.asanyarray(image.dataobj)
+    except (EOFError, zlib.error, OSError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        raise InputError(f"{path.name} cannot be read, or is truncated ({error})") from None
+    except nib.spatialimages.HeaderDataError as error:
+        raise InputError(f"{path.name} has a damaged header ({error})") from None
+    return data.T, image.affine, _header_problems(image)
+
+
+def _header_problems(image) -> list[str]:
+    (sform, sform_code), (qform, qform_code) = image.get_sform(coded=True), image.get_qform(coded=True)
+    if not sform_code and not qform_code:
+        return ["states no orientation (sform and qform code are both 0)"]
+    if sform_code and qform_code and not np.allclose(sform, qform, atol=0.05):
+        return ["sform and qform disagree: other programs may see another orientation"]
+    return []
+
+
+def _grid_problems(folder, data, affine, settings) -> list[str]:
+    size = settings.cube_size
+    if data.shape != (size,) * 3:
+        return [f"shape is {data.shape}; the manifest says {size} voxels per edge"]
+    problems = []
+    if affine is not None and settings.geometry is not None:
+        centre = settings.entries[folder.id].get("centre_mm")
+        problems += _affine_problems(affine, settings.geometry.fov_mm, size, centre)
+    if folder.mask is not None:
+        problems += _mask_problems(folder.mask, data, affine, settings.entries[folder.id].get("scan_fraction"))
+    for view, path in enumerate(folder.xrays):
+        problems += _picture_problems(path, settings.xray_size, view)
+    return problems
+
+
+def _affine_problems(affine, fov_mm, size, centre) -> list[str]:
+    expected = cube_affine(centre if _is_point(centre) else (0, 0, 0), fov_mm, size)
+    spacing, step = np.linalg.norm(affine[:3, :3], axis=0), fov_mm / size
+    if not np.allclose(spacing, step, rtol=1e-3):
+        return [f"spacing is {_numbers(spacing)} mm; the manifest says {step:.4g} mm"]
+    if not np.allclose(affine[:3, :3], expected[:3, :3], atol=1e-3 * step):
+        there, here = ("".join(nib.aff2axcodes(a)) for a in (affine, expected))
+        turned = f"point to {there}, not {here}" if there != here else "are oblique"
+        return [f"affine: the axes {turned}, so that the volume is read mirrored or turned"]
+    if _is_point(centre) and not np.allclose(affine[:3, 3], expected[:3, 3], atol=0.02):
+        off = np.abs(affine[:3, 3] - expected[:3, 3]).max()
+        return [f"affine: the cube lies {off:.1f} mm from the centre_mm of the manifest"]
+    return []
+
+
+def _is_point(value) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+
+
+def _numbers(values) -> str:
+    return " x ".join(f"{value:.4g}" for value in values)
+
+
+def _mask_problems(path, data, affine, fraction) -> list[str]:
+    try:
+        mask, mask_affine, _ = _read_raw(path)
+    except InputError as error:
+        return [str(error)]
+    if mask.shape != data.shape or (affine is not None and not np.allclose(affine, mask_affine, atol=1e-2)):
+        return [f"{path.name} does not lie on the grid of the volume"]
+    outside = mask == 0
+    if not (outside | (mask == 1)).all():
+        return [f"{path.name} holds other values than 0 and 1"]
+    if isinstance(fraction, (int, float)) and abs(1 - outside.mean() - fraction) > 1e-3:
+        return [f"{path.name}: {1 - outside.mean():.2%} inside the scan; the manifest says {fraction:.2%}"]
+    filled = np.count_nonzero(outside & (data > AIR_HU)) / data.size
+    return [f"{path.name}: {filled:.1%} of the cube lies outside the scan but is not air"] if filled > 1e-3 else []
+
+
+def _picture_problems(path, size, view) -> list[str]:
+    if path is None or size is None or path.suffix.lower() not in PICTURES:
+        return []
+    try:
+        with Image.open(path) as picture:
+            shape, mode = picture.size, picture.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return []  # the X-ray's own check says why
+    if shape != (size, size):
+        return [f"the {VIEW_LABELS[view]} X-ray has {shape[0]} x {shape[1]} pixels; the manifest says {size} x {size}"]
+    return [] if mode.startswith("I") else [f"the {VIEW_LABELS[view]} X-ray has mode {mode}, not 16-bit grey"]
+
+
+def value_problem(data: np.ndarray, prepared: bool = True) -> str | None:
+    """What makes voxels of any shape unusable as Hounsfield units, or None.
+
+    prepared: also hold them to the range that prepare_data.py writes, [-1024, 3071].
+    """
+    if data.dtype.kind not in "iuf":
+        return f"voxel type is {data.dtype}; expected one number (HU) per voxel"
+    if data.dtype.kind == "f" and not np.isfinite(data).all():
+        return f"NaN or infinity in {np.count_nonzero(~np.isfinite(data)) / data.size:.2%} of the voxels"
+    if data.size == 0 or data.ndim != 3:
+        return f"shape is {data.shape}; expected a 3D volume"
+    low, high = float(data.min()), float(data.max())
+    span = f"values {low:g} to {high:g}"
+    if low == high:
+        return f"constant: every voxel is {low:g}"
+    if low < -500 and high < -200:
+        return f"air only ({span})"
+    if low >= -1.5 and high <= 1.5:
+        return f"not Hounsfield units: {span}, as of a volume scaled to [0, 1] or [-1, 1]"
+    if low >= 0:
+        return f"not Hounsfield units: no negative values ({span}), as of HU + 1024 or of a picture"
+    if np.count_nonzero((data < -500) & (data > -1500)) < 1e-3 * data.size:
+        return f"not Hounsfield units: no air ({span}, hardly any between -1500 and -500)"
+    if np.count_nonzero((data > -300) & (data < 300)) < 1e-3 * data.size:
+        return f"not Hounsfield units: no soft tissue ({span}, hardly any between -300 and 300)"
+    if prepared and (low < AIR_HU or high > MAX_HU):
+        return f"{span}; prepared volumes lie between {AIR_HU} and {MAX_HU} HU"
+    return None
+
+
+def level_problem(hu: np.ndarray, body: np.ndarray) -> str | None:
+    """Scale or zero of the HU off: the levels of air and soft tissue tell. ``hu`` and ``body`` are (D, H, W)."""
+    soft, air = hu[body & (hu > -300) & (hu < 350)], hu[~body & (hu < -500)]
+    if min(soft.size, air.size) < 500:
+        return None
+    levels = float(np.median(soft)), float(np.median(air))
+    # Seen: soft tissue -57 to 38 HU (the fat's share varies), air beside the body -1024 to -969.
+    if -130 < levels[0] < 120 and -1050 < levels[1] < -880:
+        return None
+    return (
+        f"Hounsfield units shifted or scaled: soft tissue has a median of {levels[0]:.0f} HU and the air beside the"
+        f" body {levels[1]:.0f} HU; expected about 0 and -1000"
+    )
+
+
+def _working_volume(path, data, off_grid: bool, settings) -> Volume:
+    """At most 128 voxels per edge; a file that is not the manifest's cube is read as PatientDataset reads it."""
+    window = settings.hu_window
+    fov_mm = (settings.geometry or Geometry()).fov_mm
+    if settings.present and not off_grid:
+        size = settings.cube_size
+        factor = next(f for f in range(1, size + 1) if size % f == 0 and size // f <= RENDER_SIZE)
+        unit = area_average(hu_to_unit(data.astype(np.float32), window), factor)
+    else:
+        size = min(settings.cube_size, RENDER_SIZE)
+        reader = read_array_cube if path.suffix == ".npy" else read_cube
+        unit = hu_to_unit(reader(path, fov_mm, size)[0], window).astype(np.float32)
+    return Volume(unit, fov_mm / unit.shape[0])
+
+
+def _coarse_hu(volume: Volume, settings) -> tuple[np.ndarray, float]:
+    factor, size = 1, volume.unit.shape[0]
+    while volume.spacing_mm * factor < ANATOMY_MM and size % (2 * factor) == 0:
+        factor *= 2
+    hu = unit_to_hu(area_average(volume.unit, factor), settings.hu_window)
+    return hu, volume.spacing_mm * factor
+
+
+def _resize(array, size) -> np.ndarray:
+    """Area average (or nearest where it does not divide) over the last axes to ``size`` cells each."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if array.ndim == 3 and array.shape[0] == array.shape[2]:
+        return torch.nn.functional.adaptive_avg_pool3d(tensor[None, None], size)[0, 0].numpy()
+    return torch.nn.functional.adaptive_avg_pool2d(tensor[None], size)[0].numpy()
+
+
+# ------------------------------------------------------------------------------------------------
+# Anatomy: which way head, front and left point
+
+
+@dataclass
+class Organs:
+    """What the measures need: HU, body and lungs (D, H, W), first and last row of the lungs, edge of a voxel."""
+
+    hu: np.ndarray
+    body: np.ndarray
+    lungs: np.ndarray
+    first: int
+    last: int
+    mm: float
+
+
+def orientation(hu: np.ndarray, spacing_mm: float, body: np.ndarray | None = None) -> dict[str, tuple[str, str]]:
+    """Which way a chest lies, from anatomy alone: ``{"head-feet": (status, message), "front-back": ..., ...}``.
+
+    hu: (D, H, W) with cubic voxels of ``spacing_mm`` (about 5). body: :func:`ct_io.body_mask` of it. Several
+    measures vote per direction; where none is clear or they contradict each other the status is "cannot tell".
+    """
+    organs = _find_organs(hu, spacing_mm, body_mask(hu, spacing_mm) if body is None else body)
+    if organs is None:
+        return dict.fromkeys(SIDES, (UNKNOWN, "no lungs found"))
+    axis = _spine_axis(organs)
+    if axis:
+        text = f"turned by 90 degrees: the spine runs along {axis}, not from head to feet"
+        return {"head-feet": (FAILED, text), **dict.fromkeys(SIDES[1:], (UNKNOWN, "turned by 90 degrees"))}
+    answers = {"head-feet": _verdict(_apex_vote(organs), _liver_below_vote(organs))}
+    if answers["head-feet"][0] == FAILED:
+        organs = _turned_upright(organs)  # so that the other two directions are judged by their own
+    spine = _spine(organs)
+    answers["front-back"] = _verdict(_spine_vote(organs, spine))
+    # A mass, a collapsed lung or an effusion can push the heart to the other side: alone it is no proof.
+    heart, liver = _heart_vote(organs, spine), _liver_side_vote(organs, spine)
+    answers["left-right"] = _verdict(liver, heart if heart[0] > 0 or liver[0] < 0 else (0, heart[1]))
+    return _name_combination(answers)
+
+
+def _verdict(*votes) -> tuple[str, str]:
+    """votes: (1 right way, -1 wrong way, 0 unclear; words)."""
+    signs, text = {sign for sign, _ in votes} - {0}, "; ".join(words for _, words in votes)
+    if signs == {1}:
+        return OK, text
+    return (FAILED if signs == {-1} else UNKNOWN), text
+
+
+def _name_combination(answers):
+    wrong = tuple(side for side in SIDES if answers[side][0] == FAILED)
+    names = {
+        ("head-feet",): "upside down (mirrored head to feet)",
+        ("front-back",): "mirrored front to back",
+        ("left-right",): "mirrored left-right (or situs inversus)",
+        ("head-feet", "front-back"): "upside down: turned by 180 degrees about the left-right axis",
+        ("head-feet", "left-right"): "upside down: turned by 180 degrees about the front-back axis",
+        ("front-back", "left-right"): "turned by 180 degrees about the head-feet axis",
+        SIDES: "mirrored along all three axes",
+    }
+    return {
+        side: (status, f"{names[wrong]}: {text}" if status == FAILED else text)
+        for side, (status, text) in answers.items()
+    }
+
+
+def _find_organs(hu, mm, body) -> Organs | None:
+    air = ndimage.binary_opening((hu > -970) & (hu < -400) & body)
+    labels, count = ndimage.label(air)
+    if not count:
+        return None
+    sizes = np.bincount(labels.ravel())[1:]
+    lungs = np.isin(labels, 1 + np.flatnonzero(sizes >= 0.2 * sizes.max()))
+    cumulative = np.cumsum(lungs.sum(axis=(1, 2))) / lungs.sum()
+    first, last = (int(np.searchsorted(cumulative, share)) for share in (0.005, 0.995))
+    if lungs.sum() * mm**3 < 0.4e6 or (last - first) * mm < 60:  # 0.4 litres; seen: 2.1 at least
+        return None
+    return Organs(hu, body, lungs, first, last, mm)
+
+
+def _turned_upright(organs) -> Organs:
+    rows = organs.hu.shape[0]
+    turned = (np.ascontiguousarray(array[::-1]) for array in (organs.hu, organs.body, organs.lungs))
+    return Organs(*turned, rows - 1 - organs.last, rows - 1 - organs.first, organs.mm)
+
+
+def _bone_columns(organs, axis) -> np.ndarray:
+    """How bony each line along ``axis`` is nearly everywhere: 20th percentile, in-plane mean over 40 mm.
+
+    A spine runs through the whole scan (40 mm allow for its curves); sternum, contrast-filled heart and arms do not.
+    """
+    bone = np.moveaxis(np.clip((organs.hu - 120) / 180, 0, 1) * organs.body, axis, 0)
+    bone = bone[np.moveaxis(organs.body, axis, 0).any(axis=(1, 2))]
+    reach = max(1, round(40 / organs.mm))
+    return np.percentile(ndimage.uniform_filter(bone, (1, reach, reach)), 20, axis=0)
+
+
+def _spine_axis(organs) -> str | None:
+    down, across = _bone_columns(organs, 0).max(), [_bone_columns(organs, axis).max() for axis in (1, 2)]
+    if max(across) < max(0.15, 3 * down):  # seen: 1.7 times at most, 0.12 at most
+        return None
+    return ("the front-back axis", "the left-right axis")[int(np.argmax(across))]
+
+
+def _spine(organs) -> tuple[int, int] | None:
+    """(h, w) of the spine, looked for around the lungs; None where nothing is bony enough."""
+    columns, footprint = _bone_columns(organs, 0), organs.lungs.any(axis=0)
+    reach = round(40 / organs.mm)
+    near = np.zeros_like(footprint)
+    h, w = (np.flatnonzero(footprint.any(axis=axis)) for axis in (1, 0))
+    near[max(0, h[0] - reach) : h[-1] + reach + 1, max(0, w[0] - reach) : w[-1] + reach + 1] = True
+    columns = columns * near
+    if columns.max() < 0.02:  # seen: 0.031 at least
+        return None
+    h, w = np.unravel_index(columns.argmax(), columns.shape)
+    return int(h), int(w)
+
+
+def _spine_vote(organs, spine):
+    """Behind the centre of the lungs (seen: 19 to 73 mm, 14 mm to a side at most)."""
+    if spine is None:
+        return 0, "no spine found"
+    footprint = organs.lungs.sum(axis=0)
+    h, w = ndimage.center_of_mass(footprint)
+    back, side = (spine[0] - h) * organs.mm, (spine[1] - w) * organs.mm
+    if abs(side) > max(30, 1.5 * abs(back)):
+        return -1, f"spine {abs(side):.0f} mm at the {'left' if side > 0 else 'right'}: turned by 90 degrees"
+    if abs(back) < 12:
+        return 0, "spine neither in front of nor behind the lungs' centre"
+    return (1 if back > 0 else -1), f"spine {abs(back):.0f} mm {'behind' if back > 0 else 'in front of'} the lungs"
+
+
+def _apex_vote(organs):
+    """Lungs end in a dome above and in a hollow below (the diaphragm).
+
+    The rim of the upper face lies below its middle (seen: 39 to 89 mm), that of the lower face hardly above it
+    (2 to 31 mm). Lungs cut off by the scan have flat faces: nothing can be said.
+    """
+    footprint = organs.lungs.any(axis=0)
+    depth = ndimage.distance_transform_edt(footprint) * organs.mm
+    inner, rim = depth > 25, footprint & (depth < 12)
+    if not inner.any() or not rim.any():
+        return 0, "lungs too thin to see their apex"
+    top = organs.lungs.argmax(axis=0)
+    bottom = organs.lungs.shape[0] - 1 - organs.lungs[::-1].argmax(axis=0)
+    above = (top[rim].mean() - top[inner].mean()) * organs.mm
+    below = (bottom[inner].mean() - bottom[rim].mean()) * organs.mm
+    text = f"lungs taper by {above:.0f} mm upwards and {below:.0f} mm downwards"
+    if above > 30 and above > 1.5 * below:
+        return 1, text
+    return (-1 if below > 30 and below > 1.5 * above else 0), text
+
+
+def _solid(organs, depth_mm) -> np.ndarray:
+    """Deep inside soft tissue (20 to 200 HU): liver, spleen, also the heart; not muscle."""
+    tissue = (organs.hu > 20) & (organs.hu < 200) & organs.body
+    # Tissue goes on above and below the scan.
+    padded = np.pad(tissue, ((1, 1), (0, 0), (0, 0)), mode="edge")
+    return ndimage.distance_transform_edt(padded)[1:-1] * organs.mm > depth_mm
+
+
+def _liver_below_vote(organs):
+    """The largest solid region is the liver, 0.32 to 0.68 of the lungs' height below their middle where seen."""
+    labels, count = ndimage.label(_solid(organs, 22))
+    sizes = np.bincount(labels.ravel())[1:] * organs.mm**3 / 1e3
+    if not count or sizes.max() < 40:  # cm3
+        return 0, "no liver in the scan"
+    rows = np.nonzero(labels == 1 + sizes.argmax())[0]
+    place = (rows.mean() - (organs.first + organs.last) / 2) / (organs.last - organs.first + 1)
+    if abs(place) < 0.25:
+        return 0, "largest solid region between the lungs"
+    return (1 if place > 0 else -1), f"liver {'below' if place > 0 else 'above'} the lungs' middle"
+
+
+def _liver_side_vote(organs, spine):
+    """Solid tissue at the lungs' base and below lies mostly right of the spine (seen: 68 % at least)."""
+    if spine is None:
+        return 0, "no midline"
+    start = organs.first + round(0.8 * (organs.last - organs.first + 1))
+    solid, gap = _solid(organs, 17)[start:], round(25 / organs.mm)  # muscles beside the spine do not count
+    right = solid[:, :, : max(0, spine[1] - gap)].sum() * organs.mm**3 / 1e3
+    left = solid[:, :, spine[1] + gap + 1 :].sum() * organs.mm**3 / 1e3
+    if right + left < 80:  # cm3
+        return 0, "no liver in the scan"
+    share = right / (right + left)
+    text = f"{share:.0%} of the solid abdomen lies right of the spine"
+    return (1 if share > 0.62 else -1 if share < 0.38 else 0), text
+
+
+def _heart_vote(organs, spine):
+    """Soft tissue between the lungs in the heart's rows lies left of the midline (seen: 2 to 31 mm, twice right).
+
+    Two midlines have to agree: spine and middle between the lungs' outer borders.
+    """
+    if spine is None:
+        return 0, "no midline"
+    lungs, height = organs.lungs, organs.last - organs.first + 1
+    columns = np.flatnonzero(lungs.sum(axis=(0, 1)) > 0.05 * lungs.sum(axis=(0, 1)).max())
+    between = np.logical_or.accumulate(lungs, axis=2) & np.logical_or.accumulate(lungs[:, :, ::-1], axis=2)[:, :, ::-1]
+    between &= (organs.hu > -50) & organs.body
+    between[:, max(0, spine[0] - round(30 / organs.mm)) :] = False
+    rows = slice(organs.first + round(0.4 * height), organs.first + round(0.75 * height))
+    across = between[rows].sum(axis=(0, 1))
+    if across.sum() * organs.mm**3 < 100e3:
+        return 0, "no heart between the lungs"
+    centre = (across * np.arange(across.size)).sum() / across.sum()
+    left = [(centre - middle) * organs.mm for middle in (spine[1], (columns[0] + columns[-1]) / 2)]
+    text = f"heart {abs(left[0]):.0f} mm {'left' if left[0] > 0 else 'right'} of the spine"
+    return (1 if min(left) > 4 else -1 if max(left) < -4 else 0), text
+
+
+# ------------------------------------------------------------------------------------------------
+# X-rays against the ones rendered from the stored volume
+
+
+def _check_xrays(folder, volume, settings, prints) -> list[Finding]:
+    if settings.geometry is None:
+        return _not_checked(folder.id, VIEW_CHECKS, "the manifest's geometry is unusable")
+    size = volume.unit.shape[0]
+    rendered = _render(volume.unit, settings.geometry, settings)
+    prints.renders[folder.id] = np.stack([_resize(image, min(size, PRINT_SIZE)) for image in rendered])
+    findings, others = [], []
+    for view, path in enumerate(folder.xrays):
+        status, text = UNKNOWN, "not checked: there is no X-ray"
+        try:
+            if path is not None:
+                stored, notes = _read_stored(path, size, view, settings)
+                status, text = compare_xray(stored, rendered, view, linear=settings.present)
+                if status == FAILED and not text:
+                    others = others or list(_other_geometries(volume.unit, settings))
+                    sure, text = _name_geometry(stored, rendered, others, view)
+                    if not sure:  # another patient's, perhaps: seen when all are known
+                        prints.unexplained[folder.id, view] = _resize(stored, min(size, PRINT_SIZE))
+                if notes:
+                    status, text = FAILED, "; ".join([*notes, *([text] if text else [])])
+        except InputError as error:
+            status, text = FAILED, str(error)
+        findings.append(Finding(folder.id, VIEW_CHECKS[view], status, text))
+    return findings
+
+
+def _render(unit, geometry, settings) -> np.ndarray:
+    """Both views of a cube (n, n, n) in [0, 1]: (2, n, n), clipped to [0, 1] as stored pictures are."""
+    volume = torch.from_numpy(np.ascontiguousarray(unit, dtype=np.float32))[None, None]
+    with torch.inference_mode():
+        images = render_xrays(volume, geometry, unit.shape[:2], settings.hu_window, settings.xray_scale)
+    return images[0].clip(0, 1).numpy()
+
+
+def _read_stored(path, size, view, settings) -> tuple[np.ndarray, list[str]]:
+    """The stored picture at ``size`` pixels; a picture refused for its polarity is inverted, and noted."""
+    options = {"normalization": "manifest" if settings.present else "percentile", "size": size, "view": view}
+    try:
+        return read_xray(path, **options).pixels, []
+    except InputError as error:
+        if "invert" not in str(error):
+            raise
+        return read_xray(path, invert=True, **options).pixels, ["inverted (bone dark, air bright)"]
+
+
+def compare_xray(stored: np.ndarray, rendered: np.ndarray, view: int, linear: bool = True) -> tuple[str, str]:
+    """Does a stored picture show its volume, and if not, what was done to it?
+
+    stored: (n, n). rendered: (2, n, n), both views from the volume. view: the one ``stored`` should be (0 PA,
+    1 lateral). linear: the pictures come from prepare_data.py, so brightness must fit too; otherwise only a
+    turned or swapped view is a failure. Returns ``(status, what is wrong)``, ``("failed", "")`` for no known cause.
+    """
+    if stored.std() < 1e-6:
+        return FAILED, "the picture is constant"
+    own, same = _miss(stored, rendered[view]), SAME_XRAY if linear else FOREIGN_XRAY
+    candidates = [(_miss(stored, image), name, image) for name, image in _transforms(rendered, view)]
+    miss, transform, image = min(candidates, key=lambda candidate: candidate[0])
+    if own <= same and not miss < 0.25 * own:
+        text = _name_brightness(stored, rendered[view]) if linear else ""
+        return (FAILED, text) if text else (OK, "")
+    if miss <= same and miss < 0.25 * own:
+        text = _name_brightness(stored, image) if linear else ""
+        return FAILED, "; ".join([transform, text] if text else [transform])
+    if not linear:
+        return UNKNOWN, f"correlation with the picture rendered from the volume is only {1 - own:.2f}"
+    if _miss(_ranks(stored), _ranks(rendered[view])) <= SAME_XRAY_COARSE:
+        return FAILED, "brightness changed non-linearly (gamma, or the logarithm not taken)"
+    open_pixels = (stored > 0.004) & (stored < 0.996)
+    if open_pixels.mean() > 0.1 and _miss(stored[open_pixels], rendered[view][open_pixels]) <= SAME_XRAY_COARSE:
+        return FAILED, "brightness rescaled and clipped (a stretched window)"
+    return FAILED, ""
+
+
+def _miss(one, other) -> float:
+    """1 - absolute correlation: blind to gain, offset and inversion."""
+    one, other = (np.asarray(array, dtype=np.float64).ravel() for array in (one, other))
+    one, other = one - one.mean(), other - other.mean()
+    norm = np.sqrt((one @ one) * (other @ other))
+    return 1.0 if norm < 1e-12 else 1.0 - abs(float(one @ other) / norm)
+
+
+def _transforms(rendered, view) -> Iterable[tuple[str, np.ndarray]]:
+    """(name, picture) for everything a view may be mistaken for: mirrored, turned, the other view."""
+    names = {
+        (0, False): "",
+        (1, False): "rotated by 90 degrees anticlockwise",
+        (2, False): "rotated by 180 degrees",
+        (3, False): "rotated by 90 degrees clockwise",
+        (0, True): "mirrored left-right",
+        (1, True): "rotated by 90 degrees and mirrored",
+        (2, True): "upside down (mirrored top to bottom)",
+        (3, True): "rotated by 90 degrees and mirrored (transposed)",
+    }
+    for other, (turns, mirrored) in product((False, True), names):
+        image = rendered[1 - view if other else view]
+        image = np.rot90(image[:, ::-1] if mirrored else image, turns)
+        words = [f"views swapped: this is the {VIEW_LABELS[1 - view]} view"] if other else []
+        words += [names[turns, mirrored]] if names[turns, mirrored] else []
+        if words:
+            yield ", ".join(words), image
+
+
+def _name_brightness(stored, rendered) -> str:
+    """Empty where ``stored`` is ``rendered`` in its own scale."""
+    gain, offset = (float(v) for v in np.polyfit(rendered.ravel(), stored.ravel(), 1))
+    if abs(gain - 1) <= GAIN_TOLERANCE and abs(offset) <= OFFSET_TOLERANCE:
+        return ""
+    if gain < 0:
+        return f"inverted (gain {gain:.3f}, offset {offset:+.3f})"
+    # Half-way between the pooled extremes and 0 or 1 is close enough: pooling takes the edge off single pixels.
+    if stored.min() < 0.01 and stored.max() > 0.97 and rendered.max() < 0.95:
+        return f"brightness stretched to its own minimum and maximum (gain {gain:.3f}, offset {offset:+.3f})"
+    if abs(offset) <= OFFSET_TOLERANCE:
+        return f"brightness rescaled by a gain of {gain:.3f}"
+    return f"brightness changed: gain {gain:.3f}, offset {offset:+.3f}"
+
+
+def _ranks(image) -> np.ndarray:
+    """Ranks of the pixels above air, equal values sharing one: what survives any monotone change of brightness."""
+    _, inverse, counts = np.unique(np.round(image, 3), return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - counts / 2
+    return middle[inverse.reshape(image.shape)]
+
+
+def _name_geometry(stored, rendered, others, view) -> tuple[bool, str]:
+    """Another acquisition geometry that explains the picture, if one does: ``(sure, what is wrong)``."""
+    size = others[0][1].shape[-1]
+    picture, exact = _resize(stored, size), size == stored.shape[0]
+    own = _miss(picture, _resize(rendered[view], size))
+    miss, name = min((_miss(picture, images[view]), name) for name, images in others)
+    if miss <= (SAME_XRAY if exact else SAME_XRAY_COARSE) and miss < 0.25 * own:
+        return True, f"another geometry than the manifest's: fits {name}"
+    if miss < 0.005 and miss < 0.25 * own:
+        return False, f"another geometry than the manifest's, near {name}"
+    if own > 0.03:
+        return False, f"does not show this volume (correlation {1 - own:.2f}): another patient's, or edited"
+    return False, f"does not match the volume (correlation {1 - own:.4f}): edited, or another geometry"
+
+
+def _other_geometries(unit, settings) -> Iterable[tuple[str, np.ndarray]]:
+    """(name, both views (2, n, n)) of the volume in geometries that are easily taken for the manifest's."""
+    own, unit = settings.geometry, _resize(unit, min(unit.shape[0], PRINT_SIZE))
+    exchanged = _render(unit[:, ::-1], own, settings)[0], _render(unit[:, :, ::-1], own, settings)[1]
+    yield "the same with source and detector exchanged", np.stack(exchanged)
+    variants = {"parallel rays": Geometry("parallel", own.fov_mm)} if own.kind == "cone" else {}
+    for sdd, sid in ((1800, 1600), (1800, 1400), (1500, 1300), (1200, 1000), (1000, 750)):
+        geometry = Geometry("cone", own.fov_mm, sdd, sid)
+        if geometry != own:
+            variants[str(geometry)] = geometry
+    for zoom in (0.8, 0.85, 8 / 9, 0.95, 1.05, 1.125, 1.2, 1.3):
+        geometry = replace(own, detector_mm=own.detector_mm * zoom)
+        variants[f"a detector of {geometry.detector_mm:.0f} mm instead of {own.detector_mm:.0f} mm"] = geometry
+    for name, geometry in variants.items():
+        yield name, _render(unit, geometry, settings)
+
+
+# ------------------------------------------------------------------------------------------------
+# Between patients
+
+
+def _name_other_patients(findings, prints, settings) -> list[Finding]:
+    """Name the patient whose picture it is, where an X-ray does not show its own folder's volume."""
+    named = []
+    for finding in findings:
+        view = VIEW_CHECKS.index(finding.check) if finding.check in VIEW_CHECKS else None
+        stored = prints.unexplained.get((finding.patient, view))
+        owner = None if stored is None else _owner(stored, finding.patient, prints)
+        if owner:
+            patient, other = owner
+            what = f"shows another patient: it is {patient}'s {VIEW_LABELS[other]} view ({settings.split_of(patient)})"
+            finding = replace(finding, message=what)
+        named.append(finding)
+    return named
+
+
+def _owner(stored, patient, prints) -> tuple[str, int] | None:
+    candidates = [
+        (_miss(stored, image), other, view)
+        for other, images in prints.renders.items()
+        if other != patient
+        for view, image in enumerate(images)
+        if image.shape == stored.shape
+    ]
+    miss, other, view = min(candidates, default=(1.0, "", 0))
+    return (other, view) if miss <= SAME_XRAY_COARSE else None
+
+
+def _check_duplicates(patients, prints, settings) -> list[Finding]:
+    problems = defaultdict(list)
+
+    def pair(one, other, words):
+        sides = settings.split_of(one), settings.split_of(other)
+        leak = " (across splits: a leak)" if settings.present and sides[0] != sides[1] else ""
+        problems[one].append(f"{words} {other}, {sides[0]} and {sides[1]}{leak}")
+        problems[other].append(f"{words} {one}, {sides[1]} and {sides[0]}{leak}")
+
+    for one, other, words in _volume_pairs(prints.volumes):
+        pair(one, other, words)
+    for owners in prints.pictures.values():
+        for (one, view), (other, view_other) in combinations(owners, 2):
+            if one == other:
+                problems[one].append("the PA and the lateral X-ray are the same file")
+            else:
+                pair(one, other, f"its {VIEW_LABELS[view]} X-ray is the same file as the {VIEW_LABELS[view_other]} of")
+    sources = defaultdict(list)
+    for patient, entry in settings.entries.items():
+        if isinstance(entry.get("source"), str):
+            sources[entry["source"]].append(patient)
+    for source, owners in sources.items():
+        for one, other in combinations(owners, 2):
+            pair(one, other, f"made from the same source {source!r} as")
+    return [found for patient in patients for found in _answers(patient, "duplicates", problems[patient])]
+
+
+def _volume_pairs(volumes) -> Iterable[tuple[str, str, str]]:
+    """(one, other, words) for volumes that are the same or nearly so, also mirrored left to right."""
+    ids = list(volumes)
+    if len(ids) < 2:
+        return
+    plain = np.stack([volumes[name].ravel() for name in ids])
+    mirrored = np.stack([volumes[name][:, :, ::-1].ravel() for name in ids])
+    for index, one in enumerate(ids[:-1]):
+        for words, table in (("", plain), ("mirrored ", mirrored)):
+            distances = np.abs(table[index + 1 :] - plain[index]).mean(axis=1)
+            for step in np.flatnonzero(distances < NEAR_COPY_HU):
+                near = "nearly " if distances[step] > COPY_HU else ""
+                yield one, ids[index + 1 + step], f"{near}the same {words}volume as"
+
+
+# ------------------------------------------------------------------------------------------------
+# Report
+
+
+def summarise(findings: list[Finding]) -> dict[str, dict[str, int]]:
+    """Per check the number of patients (or 1, for the data set) by their worst status."""
+    worst: dict[tuple, str] = {}
+    order = (OK, UNKNOWN, FAILED)
+    for finding in findings:
+        key = finding.check, finding.patient
+        worst[key] = max(worst.get(key, OK), finding.status, key=order.index)
+    table = {check: {OK: 0, FAILED: 0, UNKNOWN: 0} for check in CHECKS}
+    for (check, _), status in worst.items():
+        table[check][status] += 1
+    return table
+
+
+def print_report(findings: list[Finding]) -> None:
+    """A line per patient and check that failed, then the counts."""
+    failed = [finding for finding in findings if finding.status == FAILED]
+    width = max([len(finding.patient or "") for finding in failed] + [len("(data set)")])
+    for finding in failed:
+        print(f"{finding.patient or '(data set)':<{width}}  {finding.check:<13}  {finding.message}")
+    print(f"\n{'check':<13}  {OK:>5}  {FAILED:>6}  {UNKNOWN:>11}")
+    for check, counts in summarise(findings).items():
+        print(f"{check:<13}  {counts[OK]:>5}  {counts[FAILED]:>6}  {counts[UNKNOWN]:>11}")
+    patients = {finding.patient for finding in findings if finding.patient is not None}
+    bad = {finding.patient for finding in failed if finding.patient is not None}
+    verdict = f"{len(bad)} of them with failures" if failed else "all is well"
+    print(f"\n{len(patients)} patients: {verdict}")
+
+
+def report_dict(findings: list[Finding]) -> dict:
+    """The report as plain data: ``ok``, ``patients`` (number), ``summary`` per check, ``findings``."""
+    return {
+        "ok": not any(finding.status == FAILED for finding in findings),
+        "patients": len({finding.patient for finding in findings} - {None}),
+        "summary": summarise(findings),
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def check_command(root, json_file=None) -> int:
+    """``python dataset.py --check ROOT [--json FILE]``: exit status 0 when all is well, 1 when something failed."""
+    if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).resolve().parent.is_dir()):
+        raise InputError(f"--json {json_file}: expected a file name in an existing folder")
+    findings = check_dataset(root, progress=lambda ids: tqdm(ids, desc="checking", unit="patient", leave=False))
+    print_report(findings)
+    if json_file is not None:
+        write_json(json_file, report_dict(findings))
+    return int(any(finding.status == FAILED for finding in findings))
