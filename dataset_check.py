@@ -537,11 +537,16 @@ def _resize(array, size) -> np.ndarray:
 
 @dataclass
 class Organs:
-    """What the measures need: HU, body and lungs (D, H, W), first and last row of the lungs, edge of a voxel."""
+    """What the measures need, arrays (D, H, W).
+
+    depth_mm: how deep a voxel lies in soft tissue (20 to 200 HU): large in the liver, the spleen and the heart,
+    small in muscles. first, last: rows of the lungs. mm: edge of a voxel.
+    """
 
     hu: np.ndarray
     body: np.ndarray
     lungs: np.ndarray
+    depth_mm: np.ndarray
     first: int
     last: int
     mm: float
@@ -607,12 +612,14 @@ def _find_organs(hu, mm, body) -> Organs | None:
     first, last = (int(np.searchsorted(cumulative, share)) for share in (0.005, 0.995))
     if lungs.sum() * mm**3 < 0.4e6 or (last - first) * mm < 60:  # 0.4 litres; seen: 2.1 at least
         return None
-    return Organs(hu, body, lungs, first, last, mm)
+    # Tissue goes on above and below the scan.
+    tissue = np.pad((hu > 20) & (hu < 200) & body, ((1, 1), (0, 0), (0, 0)), mode="edge")
+    return Organs(hu, body, lungs, ndimage.distance_transform_edt(tissue)[1:-1] * mm, first, last, mm)
 
 
 def _turned_upright(organs) -> Organs:
     rows = organs.hu.shape[0]
-    turned = (np.ascontiguousarray(array[::-1]) for array in (organs.hu, organs.body, organs.lungs))
+    turned = (a[::-1].copy() for a in (organs.hu, organs.body, organs.lungs, organs.depth_mm))
     return Organs(*turned, rows - 1 - organs.last, rows - 1 - organs.first, organs.mm)
 
 
@@ -683,17 +690,9 @@ def _apex_vote(organs):
     return (-1 if below > 30 and below > 1.5 * above else 0), text
 
 
-def _solid(organs, depth_mm) -> np.ndarray:
-    """Deep inside soft tissue (20 to 200 HU): liver, spleen, also the heart; not muscle."""
-    tissue = (organs.hu > 20) & (organs.hu < 200) & organs.body
-    # Tissue goes on above and below the scan.
-    padded = np.pad(tissue, ((1, 1), (0, 0), (0, 0)), mode="edge")
-    return ndimage.distance_transform_edt(padded)[1:-1] * organs.mm > depth_mm
-
-
 def _liver_below_vote(organs):
     """The largest solid region is the liver, 0.32 to 0.68 of the lungs' height below their middle where seen."""
-    labels, count = ndimage.label(_solid(organs, 22))
+    labels, count = ndimage.label(organs.depth_mm > 22)
     sizes = np.bincount(labels.ravel())[1:] * organs.mm**3 / 1e3
     if not count or sizes.max() < 40:  # cm3
         return 0, "no liver in the scan"
@@ -709,7 +708,7 @@ def _liver_side_vote(organs, spine):
     if spine is None:
         return 0, "no midline"
     start = organs.first + round(0.8 * (organs.last - organs.first + 1))
-    solid, gap = _solid(organs, 17)[start:], round(25 / organs.mm)  # muscles beside the spine do not count
+    solid, gap = organs.depth_mm[start:] > 17, round(25 / organs.mm)  # muscles beside the spine do not count
     right = solid[:, :, : max(0, spine[1] - gap)].sum() * organs.mm**3 / 1e3
     left = solid[:, :, spine[1] + gap + 1 :].sum() * organs.mm**3 / 1e3
     if right + left < 80:  # cm3
@@ -886,7 +885,7 @@ def _name_geometry(stored, rendered, others, view) -> tuple[bool, str]:
 
 def _other_geometries(unit, settings) -> Iterable[tuple[str, np.ndarray]]:
     """(name, both views (2, n, n)) of the volume in geometries that are easily taken for the manifest's."""
-    own, unit = settings.geometry, _resize(unit, min(unit.shape[0], PRINT_SIZE))
+    own, unit = settings.geometry, _resize(unit, max(32, unit.shape[0] // 2))  # coarse: sixteen renders
     exchanged = _render(unit[:, ::-1], own, settings)[0], _render(unit[:, :, ::-1], own, settings)[1]
     yield "the same with source and detector exchanged", np.stack(exchanged)
     variants = {"parallel rays": Geometry("parallel", own.fov_mm)} if own.kind == "cone" else {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from config import EnhancedConfig, config_dict, load_config
+from config import EnhancedConfig, RefinementConfig, config_dict, load_config
 from files import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -18,8 +18,9 @@ def write(path, data):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config_*.json")), ids=lambda p: p.name)
 def test_every_committed_config_loads_and_survives_a_round_trip(path, tmp_path):
-    config = load_config(EnhancedConfig, path)
-    again = load_config(EnhancedConfig, write(tmp_path / "again.json", config_dict(config)))
+    kind = RefinementConfig if "refinement" in path.name else EnhancedConfig
+    config = load_config(kind, path)
+    again = load_config(kind, write(tmp_path / "again.json", config_dict(config)))
     assert config_dict(again) == config_dict(config)
 
 
