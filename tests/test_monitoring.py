@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -143,9 +144,13 @@ def test_a_training_run_leaves_event_files(tmp_path):
 # -- W&B -----------------------------------------------------------------------------------------
 
 
-def wandb_bytes(folder):
-    (path,) = sorted(folder.glob("wandb/offline-run-*/*.wandb"))[-1:]
-    return path.read_bytes()
+def wandb_bytes(folder, wanted):
+    """What W&B's files hold; its service may still be writing for a while after the run has ended."""
+    deadline, found = time.monotonic() + 60, b""
+    while not all(words in found for words in wanted) and time.monotonic() < deadline:
+        found = b"".join(path.read_bytes() for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")))
+        time.sleep(0.1)
+    return found
 
 
 def test_wandb_offline_keeps_curves_pictures_and_settings_and_a_resumed_run_its_id(tmp_path, monkeypatch):
@@ -160,8 +165,9 @@ def test_wandb_offline_keeps_curves_pictures_and_settings_and_a_resumed_run_its_
             stage.log("epoch", step, {"epoch": 1, "diffusion": 0.5})
             stage.pictures([SAMPLE], step)
             stage.close()
-    found = wandb_bytes(tmp_path)
-    for words in (b"my-xray2ct", b"num_views", b"stage1_low/Diffusion Loss", b"stage1_low/Step"):
+    wanted = (b"my-xray2ct", b"num_views", b"stage1_low/Diffusion Loss", b"stage1_low/Step")
+    found = wandb_bytes(tmp_path, wanted)
+    for words in wanted:
         assert words in found
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/stage1_low/*.png"))) == 2
     state = read_json(tmp_path / "wandb.json")
