@@ -312,8 +312,11 @@ class Trainer:
                 f"{path} was trained with other settings ({'; '.join(changed)});"
                 " choose another --output, or restore these settings to go on"
             )
-        if data["split_hash"] != self.task.header()["split_hash"]:
+        header = self.task.header()
+        if data["split_hash"] != header["split_hash"]:
             raise InputError(f"{path} was trained on another split of the data; choose another --output")
+        if data.get("base_fingerprint") != header.get("base_fingerprint"):
+            raise InputError(f"{path} was trained on a stage 1 with other weights; choose another --output")
         state = data["training_state"]
         self.model.load_state_dict(state["model"] if state["model"] else data[self.task.weights_key])
         if self.average:

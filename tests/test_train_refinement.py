@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_training import assert_same_tensors, run, start_and_signal
-from tiny_data import make_checkpoint, make_dataset
+from tiny_data import make_checkpoint, make_dataset, make_model
 
 import train_refinement_4gpu as script
 from checkpoints import load_checkpoint
@@ -253,6 +253,17 @@ class TestBadInput:
         for word in words:
             assert word in str(error.value)
         assert not (tmp_path / "out").exists()
+
+    def test_a_run_does_not_go_on_after_stage_1_has_changed(self, root, base, tmp_path):
+        """The same path with other weights: the volumes to refine are others."""
+        path = tmp_path / "base.pt"
+        path.write_bytes(base.read_bytes())
+        task = make_task(root, path, "training.num_epochs=1", "data.repeats=1", "world_size=1")
+        fit(task.build_model(), task, task.config, tmp_path / "out", Processes(0, 1, torch.device("cpu")))
+        make_checkpoint(path, root, make_model(seed=3))
+        task = make_task(root, path, "training.num_epochs=1", "data.repeats=1", "world_size=1")
+        with pytest.raises(InputError, match=r"last\.pt was trained on a stage 1 with other weights"):
+            fit(task.build_model(), task, task.config, tmp_path / "out", Processes(0, 1, torch.device("cpu")))
 
     def test_stage_1_of_another_geometry(self, root, tmp_path):
         path = make_checkpoint(tmp_path / "b.pt", root, geometry={"kind": "parallel", "fov_mm": 360.0})
