@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import types
 import typing
@@ -186,6 +187,11 @@ def load_config(cls, path=None, overrides=()):
 def config_dict(config) -> dict:
     """Plain nested dict, for JSON and checkpoints."""
     return asdict(config)
+
+
+def config_hash(settings: dict) -> str:
+    """Sixteen hexadecimal digits of a configuration as :func:`config_dict` gives it: the same for the same settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_config(config, origin: str) -> None:

@@ -13,7 +13,6 @@ on phantoms; the comments give the ranges seen there.
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from ct_io import AIR_HU, MAX_HU, area_average, body_mask, cube_affine, read_array_cube, read_cube
 from dataset import CUBE_SIZE, MANIFEST, MANIFEST_VERSION, VIEW_NAMES, VOLUME_SUFFIXES, XRAY_SUFFIXES, PatientFolder
 from files import InputError, read_json, write_json
+from prepare_data import RECORD, sha256
 from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays, unit_to_hu
 from splits import SPLITS, split_hash
 from xray_io import PICTURES, read_xray
@@ -54,7 +54,6 @@ CHECKS = (
 SIDES = ("head-feet", "front-back", "left-right")
 VIEW_CHECKS = ("PA X-ray", "lateral X-ray")
 VIEW_LABELS = ("PA", "lateral")
-RECORD = "prepared.json"
 
 RENDER_SIZE = 128  # voxels and pixels per edge at which X-rays are compared, at most
 ANATOMY_MM = 5.0  # organs are measured on voxels of at least this edge
@@ -346,7 +345,7 @@ def _check_checksums(folder, settings, prints) -> list[Finding]:
     for name in {**listed, **views}:
         path = folder.folder / name
         if _is_plain_name(name) and path.is_file():
-            digests[name] = _sha256(path)
+            digests[name] = sha256(path)
     for name, view in views.items():
         prints.pictures[digests[name]].append((folder.id, view))
     for name, digest in digests.items():
@@ -355,14 +354,6 @@ def _check_checksums(folder, settings, prints) -> list[Finding]:
     if not listed:
         return [Finding(folder.id, "checksums", UNKNOWN, "none recorded")]
     return _answers(folder.id, "checksums", problems)
-
-
-def _sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_raw(path):

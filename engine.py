@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from checkpoints import load_checkpoint, save_checkpoint
-from config import config_dict
+from config import config_dict, config_hash
 from distributed import Processes
 from files import InputError
 from monitoring import Monitors
@@ -334,6 +334,7 @@ class Trainer:
             **self.task.header(),
             self.task.weights_key: weights.state_dict(),
             "config": config_dict(self.config),
+            "config_hash": config_hash(config_dict(self.config)),
             "epoch": self.epoch,
             "step": self.updates,
             "metrics": metrics or {},

@@ -61,7 +61,7 @@ class DirectSystem:
         found, wanted = list(self.model.volume_size), list(self.refinement_checkpoint["coarse_size"])
         if found != wanted:
             raise InputError(f"{refinement} refines volumes of {wanted} voxels; those of {base} have {found}")
-        if weights_fingerprint(self.model) != self.refinement_checkpoint["base_fingerprint"]:
+        if weights_fingerprint(self.model.state_dict()) != self.refinement_checkpoint["base_fingerprint"]:
             self.notes.append(f"{refinement} was trained on another stage 1 than {base}: expect a little less of it")
 
     @property

@@ -28,7 +28,7 @@ from files import InputError, run_cli, write_json
 from losses import EnhancedLoss
 from memory import choose_tile
 from metrics import psnr, ssim_3d
-from model_enhanced import REFINEMENT_KIND, RefinementNetwork, load_base_model, upsample
+from model_enhanced import REFINEMENT_KIND, RefinementNetwork, load_base_model, patch_window, upsample
 from training_cli import check_before_launch, describe_processes, run_training, training_parser
 
 CONFIG_NAME = "config_refinement.json"
@@ -46,7 +46,7 @@ class RefinementTask:
         self.base.requires_grad_(False)
         if config.training.channels_last:
             to_channels_last(self.base)
-        self.fingerprint = weights_fingerprint(self.base)
+        self.fingerprint = weights_fingerprint(self.base.state_dict())
         self.coarse_size = self.base.volume_size[0]
         self.size = RefinementNetwork.scale * self.coarse_size
         if config.patch.size > self.coarse_size:
@@ -143,8 +143,9 @@ class RefinementTask:
         batch["gate"] = torch.tensor([self._sees_xrays(seed) for seed in seeds], device=device, dtype=torch.float32)
         if self.config.patch.size:
             batch["origins"] = [self._origins(seed) for seed in seeds]
+            window = patch_window(batch["origins"], self.config.patch.size, batch["coarse"].shape[2:])
             for name in {"ct_volume", "mask"} & batch.keys():
-                batch[name] = self._patches(batch[name], batch["origins"])
+                batch[name] = window.crop(batch[name], RefinementNetwork.scale)
         return batch
 
     @torch.no_grad()
@@ -165,17 +166,6 @@ class RefinementTask:
         """False for the share ``guidance_dropout`` of samples; it follows from the sample's seed."""
         generator = torch.Generator().manual_seed(int(seed) ^ 0x6A7E)
         return torch.rand((), generator=generator).item() >= self.config.guidance_dropout
-
-    def _patches(self, volumes, origins):
-        """``(B, 1, N, N, N)`` -> ``(B P, 1, n, n, n)`` at the patches' places."""
-        scale = RefinementNetwork.scale
-        size = scale * self.config.patch.size
-        parts = []
-        for volume, corners in zip(volumes, origins):
-            for corner in corners:
-                box = [slice(scale * o, scale * o + size) for o in corner]
-                parts.append(volume[:, box[0], box[1], box[2]])
-        return torch.stack(parts)
 
     def loss(self, model, batch):
         patch = self.config.patch

@@ -14,7 +14,6 @@ cover the errors of the stage before, and is told how much; the least of it (lev
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from scipy.special import stdtr
 
-from checkpoints import check_compatible, load_checkpoint
+from checkpoints import check_compatible, load_checkpoint, weights_fingerprint
 from engine import Precision, to_channels_last
 from files import InputError, read_json
 from hybrid_vit_cascade.diffusion import PREDICTIONS, Schedule, draw_noise, sample
@@ -146,7 +145,7 @@ class Cascade:
                 check_compatible_stages(path, data, headers[0])
                 _check_earlier_weights(path, data, hashes)
             stages.append(build_stage(path, data))
-            hashes[names[index]] = weights_hash(data["model_state_dict"])
+            hashes[names[index]] = weights_fingerprint(data["model_state_dict"])
             headers.append(
                 {key: value for key, value in data.items() if key not in ("model_state_dict", "training_state")}
             )
@@ -322,15 +321,6 @@ def check_compatible_stages(path, data: dict, first: dict) -> None:
     except InputError as error:
         message = str(error).replace("is not the data's", f"is not that of stage {first['stage_name']}")
         raise InputError(message) from None
-
-
-def weights_hash(weights: dict) -> str:
-    """Sixteen hexadecimal digits that change with any weight of a ``state_dict``."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        if torch.is_tensor(weights[name]):
-            digest.update(name.encode() + weights[name].cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _check_earlier_weights(path, data: dict, hashes: dict[str, str]) -> None:

@@ -26,7 +26,7 @@ from hybrid_vit_cascade.cascade import (
     predictors,
     to_signed,
     to_unit,
-    weights_hash,
+    weights_fingerprint,
 )
 from hybrid_vit_cascade.diffusion import Schedule, draw_noise, resolution_shift, sample
 from projector import Geometry
@@ -331,7 +331,7 @@ def test_a_configuration_changed_since_training_is_named(folder, tmp_path):
 
 def test_a_stage_trained_on_other_weights_of_the_one_before_is_refused(folder, tmp_path):
     weights = load_checkpoint(folder / "low" / "best.pt")["model_state_dict"]
-    right = {"config": {"earlier_stages": {"low": weights_hash(weights)}}}
+    right = {"config": {"earlier_stages": {"low": weights_fingerprint(weights)}}}
     assert Cascade.load(copy_of(folder, tmp_path, **right)).stage_names == ["low", "high"]
     wrong = {"config": {"earlier_stages": {"low": "0" * 16}}}
     with pytest.raises(InputError, match=r"other weights of stage low.*train high again, or.*--max_stages 1"):

@@ -180,7 +180,7 @@ def make_refinement_checkpoint(path, root, base, settings=None, **changes) -> Pa
         **{key: header[key] for key in ("geometry", "hu_window", "xray_scale", "split_hash", "train_patients")},
         "xray_size": settings["xray_size"],
         "coarse_size": list(model.volume_size),
-        "base_fingerprint": weights_fingerprint(model),
+        "base_fingerprint": weights_fingerprint(model.state_dict()),
         "base_epoch": header["epoch"],
         "epoch": 2,
     }

@@ -501,7 +501,8 @@ def train_stage(index: int, chain: Chain, run: StageRun, monitors: Monitors) -> 
     """Train one stage, or go on with it; its errors name it."""
     processes, folder = chain.processes, chain.stage_folder(index)
     earlier = chain.earlier(index)
-    run.earlier_stages = {stage.name: weights_fingerprint(stage.model) for stage in earlier.stages} if earlier else {}
+    frozen = earlier.stages if earlier else []
+    run.earlier_stages = {stage.name: weights_fingerprint(stage.model.state_dict()) for stage in frozen}
     task = StageTask(chain.config, run, chain.root, earlier, processes)
     if processes.is_main:
         place = f"Stage {index + 1} of {len(chain.config.stages)}"
