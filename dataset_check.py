@@ -16,68 +16,42 @@ from __future__ import annotations
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch
 from PIL import Image
-from scipy import ndimage
 from tqdm import tqdm
 
+from anatomy import orientation
 from ct_io import AIR_HU, MAX_HU, area_average, body_mask, cube_affine, read_array_cube, read_cube
 from dataset import CUBE_SIZE, MANIFEST, MANIFEST_VERSION, VIEW_NAMES, VOLUME_SUFFIXES, XRAY_SUFFIXES, PatientFolder
 from files import InputError, read_json, write_json
+from findings import FAILED, OK, SIDES, UNKNOWN, Finding, print_report, report_dict
 from prepare_data import RECORD, sha256
-from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays, unit_to_hu
+from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, unit_to_hu
 from splits import SPLITS, split_hash
+from xray_comparison import (
+    SAME_XRAY_COARSE,
+    VIEW_LABELS,
+    compare_xray,
+    miss_of,
+    name_geometry,
+    other_geometries,
+    render,
+    resize,
+)
 from xray_io import PICTURES, read_xray
 
-OK, FAILED, UNKNOWN = "ok", "failed", "cannot tell"
-CHECKS = (
-    "manifest",
-    "split",
-    "folders",
-    "files",
-    "checksums",
-    "grid",
-    "values",
-    "head-feet",
-    "front-back",
-    "left-right",
-    "PA X-ray",
-    "lateral X-ray",
-    "duplicates",
-)
-SIDES = ("head-feet", "front-back", "left-right")
 VIEW_CHECKS = ("PA X-ray", "lateral X-ray")
-VIEW_LABELS = ("PA", "lateral")
-
 RENDER_SIZE = 128  # voxels and pixels per edge at which X-rays are compared, at most
 ANATOMY_MM = 5.0  # organs are measured on voxels of at least this edge
 PRINT_SIZE = 64  # pixels per edge of what is kept of each X-ray to be compared between patients
 
-# 1 - correlation of stored and re-rendered X-ray. Seen: 7e-5 at most where they belong together (the render is
-# coarser), 6e-4 at least with the source 300 mm nearer; a mirrored one at most 0.97 correlation.
-SAME_XRAY = 3e-4
-SAME_XRAY_COARSE = 2e-3  # at 64 pixels, or where a part of the pixels is saturated
-FOREIGN_XRAY = 0.1  # without a manifest: another renderer, or a real X-ray
-GAIN_TOLERANCE, OFFSET_TOLERANCE = 0.01, 0.004  # seen: 0.002 and 0.0003
-
 # Mean difference in HU at 22 mm: seen 0 for a copy, 60 at least between patients.
 COPY_HU, NEAR_COPY_HU = 2.0, 15.0
-
-
-@dataclass
-class Finding:
-    """One answer. patient: None for the data set as a whole; status: ``ok``, ``failed`` or ``cannot tell``."""
-
-    patient: str | None
-    check: str
-    status: str
-    message: str = ""
 
 
 @dataclass
@@ -289,7 +263,7 @@ def _check_patient(root, patient, settings, prints) -> list[Finding]:
     if volume is None:
         return findings + _not_checked(patient, (*SIDES, *VIEW_CHECKS), "the volume is unusable")
     findings += [Finding(patient, side, *answer) for side, answer in orientation(hu, spacing_mm, body).items()]
-    prints.volumes[patient] = _resize(hu, 16)
+    prints.volumes[patient] = resize(hu, 16)
     return findings + _check_xrays(folder, volume, settings, prints)
 
 
@@ -514,223 +488,6 @@ def _coarse_hu(volume: Volume, settings) -> tuple[np.ndarray, float]:
     return hu, volume.spacing_mm * factor
 
 
-def _resize(array, size) -> np.ndarray:
-    """Area average (or nearest where it does not divide) over the last axes to ``size`` cells each."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    if array.ndim == 3 and array.shape[0] == array.shape[2]:
-        return torch.nn.functional.adaptive_avg_pool3d(tensor[None, None], size)[0, 0].numpy()
-    return torch.nn.functional.adaptive_avg_pool2d(tensor[None], size)[0].numpy()
-
-
-# ------------------------------------------------------------------------------------------------
-# Anatomy: which way head, front and left point
-
-
-@dataclass
-class Organs:
-    """What the measures need, arrays (D, H, W).
-
-    depth_mm: how deep a voxel lies in soft tissue (20 to 200 HU): large in the liver, the spleen and the heart,
-    small in muscles. first, last: rows of the lungs. mm: edge of a voxel.
-    """
-
-    hu: np.ndarray
-    body: np.ndarray
-    lungs: np.ndarray
-    depth_mm: np.ndarray
-    first: int
-    last: int
-    mm: float
-
-
-def orientation(hu: np.ndarray, spacing_mm: float, body: np.ndarray | None = None) -> dict[str, tuple[str, str]]:
-    """Which way a chest lies, from anatomy alone: ``{"head-feet": (status, message), "front-back": ..., ...}``.
-
-    hu: (D, H, W) with cubic voxels of ``spacing_mm`` (about 5). body: :func:`ct_io.body_mask` of it. Several
-    measures vote per direction; where none is clear or they contradict each other the status is "cannot tell".
-    """
-    organs = _find_organs(hu, spacing_mm, body_mask(hu, spacing_mm) if body is None else body)
-    if organs is None:
-        return dict.fromkeys(SIDES, (UNKNOWN, "no lungs found"))
-    axis = _spine_axis(organs)
-    if axis:
-        text = f"turned by 90 degrees: the spine runs along {axis}, not from head to feet"
-        return {"head-feet": (FAILED, text), **dict.fromkeys(SIDES[1:], (UNKNOWN, "turned by 90 degrees"))}
-    answers = {"head-feet": _verdict(_apex_vote(organs), _liver_below_vote(organs))}
-    if answers["head-feet"][0] == FAILED:
-        organs = _turned_upright(organs)  # so that the other two directions are judged by their own
-    spine = _spine(organs)
-    answers["front-back"] = _verdict(_spine_vote(organs, spine))
-    # A mass, a collapsed lung or an effusion can push the heart to the other side: alone it is no proof.
-    heart, liver = _heart_vote(organs, spine), _liver_side_vote(organs, spine)
-    answers["left-right"] = _verdict(liver, heart if heart[0] > 0 or liver[0] < 0 else (0, heart[1]))
-    return _name_combination(answers)
-
-
-def _verdict(*votes) -> tuple[str, str]:
-    """votes: (1 right way, -1 wrong way, 0 unclear; words)."""
-    signs, text = {sign for sign, _ in votes} - {0}, "; ".join(words for _, words in votes)
-    if signs == {1}:
-        return OK, text
-    return (FAILED if signs == {-1} else UNKNOWN), text
-
-
-def _name_combination(answers):
-    wrong = tuple(side for side in SIDES if answers[side][0] == FAILED)
-    names = {
-        ("head-feet",): "upside down (mirrored head to feet)",
-        ("front-back",): "mirrored front to back",
-        ("left-right",): "mirrored left-right (or situs inversus)",
-        ("head-feet", "front-back"): "upside down: turned by 180 degrees about the left-right axis",
-        ("head-feet", "left-right"): "upside down: turned by 180 degrees about the front-back axis",
-        ("front-back", "left-right"): "turned by 180 degrees about the head-feet axis",
-        SIDES: "mirrored along all three axes",
-    }
-    return {
-        side: (status, f"{names[wrong]}: {text}" if status == FAILED else text)
-        for side, (status, text) in answers.items()
-    }
-
-
-def _find_organs(hu, mm, body) -> Organs | None:
-    air = ndimage.binary_opening((hu > -970) & (hu < -400) & body)
-    labels, count = ndimage.label(air)
-    if not count:
-        return None
-    sizes = np.bincount(labels.ravel())[1:]
-    lungs = np.isin(labels, 1 + np.flatnonzero(sizes >= 0.2 * sizes.max()))
-    cumulative = np.cumsum(lungs.sum(axis=(1, 2))) / lungs.sum()
-    first, last = (int(np.searchsorted(cumulative, share)) for share in (0.005, 0.995))
-    if lungs.sum() * mm**3 < 0.4e6 or (last - first) * mm < 60:  # 0.4 litres; seen: 2.1 at least
-        return None
-    # Tissue goes on above and below the scan.
-    tissue = np.pad((hu > 20) & (hu < 200) & body, ((1, 1), (0, 0), (0, 0)), mode="edge")
-    return Organs(hu, body, lungs, ndimage.distance_transform_edt(tissue)[1:-1] * mm, first, last, mm)
-
-
-def _turned_upright(organs) -> Organs:
-    rows = organs.hu.shape[0]
-    turned = (a[::-1].copy() for a in (organs.hu, organs.body, organs.lungs, organs.depth_mm))
-    return Organs(*turned, rows - 1 - organs.last, rows - 1 - organs.first, organs.mm)
-
-
-def _bone_columns(organs, axis) -> np.ndarray:
-    """How bony each line along ``axis`` is nearly everywhere: 20th percentile, in-plane mean over 40 mm.
-
-    A spine runs through the whole scan (40 mm allow for its curves); sternum, contrast-filled heart and arms do not.
-    """
-    bone = np.moveaxis(np.clip((organs.hu - 120) / 180, 0, 1) * organs.body, axis, 0)
-    bone = bone[np.moveaxis(organs.body, axis, 0).any(axis=(1, 2))]
-    reach = max(1, round(40 / organs.mm))
-    return np.percentile(ndimage.uniform_filter(bone, (1, reach, reach)), 20, axis=0)
-
-
-def _spine_axis(organs) -> str | None:
-    down, across = _bone_columns(organs, 0).max(), [_bone_columns(organs, axis).max() for axis in (1, 2)]
-    if max(across) < max(0.15, 3 * down):  # seen: 1.7 times at most, 0.12 at most
-        return None
-    return ("the front-back axis", "the left-right axis")[int(np.argmax(across))]
-
-
-def _spine(organs) -> tuple[int, int] | None:
-    """(h, w) of the spine, looked for around the lungs; None where nothing is bony enough."""
-    columns, footprint = _bone_columns(organs, 0), organs.lungs.any(axis=0)
-    reach = round(40 / organs.mm)
-    near = np.zeros_like(footprint)
-    h, w = (np.flatnonzero(footprint.any(axis=axis)) for axis in (1, 0))
-    near[max(0, h[0] - reach) : h[-1] + reach + 1, max(0, w[0] - reach) : w[-1] + reach + 1] = True
-    columns = columns * near
-    if columns.max() < 0.02:  # seen: 0.031 at least
-        return None
-    h, w = np.unravel_index(columns.argmax(), columns.shape)
-    return int(h), int(w)
-
-
-def _spine_vote(organs, spine):
-    """Behind the centre of the lungs (seen: 19 to 73 mm, 14 mm to a side at most)."""
-    if spine is None:
-        return 0, "no spine found"
-    footprint = organs.lungs.sum(axis=0)
-    h, w = ndimage.center_of_mass(footprint)
-    back, side = (spine[0] - h) * organs.mm, (spine[1] - w) * organs.mm
-    if abs(side) > max(30, 1.5 * abs(back)):
-        return -1, f"spine {abs(side):.0f} mm at the {'left' if side > 0 else 'right'}: turned by 90 degrees"
-    if abs(back) < 12:
-        return 0, "spine neither in front of nor behind the lungs' centre"
-    return (1 if back > 0 else -1), f"spine {abs(back):.0f} mm {'behind' if back > 0 else 'in front of'} the lungs"
-
-
-def _apex_vote(organs):
-    """Lungs end in a dome above and in a hollow below (the diaphragm).
-
-    The rim of the upper face lies below its middle (seen: 39 to 89 mm), that of the lower face hardly above it
-    (2 to 31 mm). Lungs cut off by the scan have flat faces: nothing can be said.
-    """
-    footprint = organs.lungs.any(axis=0)
-    depth = ndimage.distance_transform_edt(footprint) * organs.mm
-    inner, rim = depth > 25, footprint & (depth < 12)
-    if not inner.any() or not rim.any():
-        return 0, "lungs too thin to see their apex"
-    top = organs.lungs.argmax(axis=0)
-    bottom = organs.lungs.shape[0] - 1 - organs.lungs[::-1].argmax(axis=0)
-    above = (top[rim].mean() - top[inner].mean()) * organs.mm
-    below = (bottom[inner].mean() - bottom[rim].mean()) * organs.mm
-    text = f"lungs taper by {above:.0f} mm upwards and {below:.0f} mm downwards"
-    if above > 30 and above > 1.5 * below:
-        return 1, text
-    return (-1 if below > 30 and below > 1.5 * above else 0), text
-
-
-def _liver_below_vote(organs):
-    """The largest solid region is the liver, 0.32 to 0.68 of the lungs' height below their middle where seen."""
-    labels, count = ndimage.label(organs.depth_mm > 22)
-    sizes = np.bincount(labels.ravel())[1:] * organs.mm**3 / 1e3
-    if not count or sizes.max() < 40:  # cm3
-        return 0, "no liver in the scan"
-    rows = np.nonzero(labels == 1 + sizes.argmax())[0]
-    place = (rows.mean() - (organs.first + organs.last) / 2) / (organs.last - organs.first + 1)
-    if abs(place) < 0.25:
-        return 0, "largest solid region between the lungs"
-    return (1 if place > 0 else -1), f"liver {'below' if place > 0 else 'above'} the lungs' middle"
-
-
-def _liver_side_vote(organs, spine):
-    """Solid tissue at the lungs' base and below lies mostly right of the spine (seen: 68 % at least)."""
-    if spine is None:
-        return 0, "no midline"
-    start = organs.first + round(0.8 * (organs.last - organs.first + 1))
-    solid, gap = organs.depth_mm[start:] > 17, round(25 / organs.mm)  # muscles beside the spine do not count
-    right = solid[:, :, : max(0, spine[1] - gap)].sum() * organs.mm**3 / 1e3
-    left = solid[:, :, spine[1] + gap + 1 :].sum() * organs.mm**3 / 1e3
-    if right + left < 80:  # cm3
-        return 0, "no liver in the scan"
-    share = right / (right + left)
-    text = f"{share:.0%} of the solid abdomen lies right of the spine"
-    return (1 if share > 0.62 else -1 if share < 0.38 else 0), text
-
-
-def _heart_vote(organs, spine):
-    """Soft tissue between the lungs in the heart's rows lies left of the midline (seen: 2 to 31 mm, twice right).
-
-    Two midlines have to agree: spine and middle between the lungs' outer borders.
-    """
-    if spine is None:
-        return 0, "no midline"
-    lungs, height = organs.lungs, organs.last - organs.first + 1
-    columns = np.flatnonzero(lungs.sum(axis=(0, 1)) > 0.05 * lungs.sum(axis=(0, 1)).max())
-    between = np.logical_or.accumulate(lungs, axis=2) & np.logical_or.accumulate(lungs[:, :, ::-1], axis=2)[:, :, ::-1]
-    between &= (organs.hu > -50) & organs.body
-    between[:, max(0, spine[0] - round(30 / organs.mm)) :] = False
-    rows = slice(organs.first + round(0.4 * height), organs.first + round(0.75 * height))
-    across = between[rows].sum(axis=(0, 1))
-    if across.sum() * organs.mm**3 < 100e3:
-        return 0, "no heart between the lungs"
-    centre = (across * np.arange(across.size)).sum() / across.sum()
-    left = [(centre - middle) * organs.mm for middle in (spine[1], (columns[0] + columns[-1]) / 2)]
-    text = f"heart {abs(left[0]):.0f} mm {'left' if left[0] > 0 else 'right'} of the spine"
-    return (1 if min(left) > 4 else -1 if max(left) < -4 else 0), text
-
-
 # ------------------------------------------------------------------------------------------------
 # X-rays against the ones rendered from the stored volume
 
@@ -739,8 +496,8 @@ def _check_xrays(folder, volume, settings, prints) -> list[Finding]:
     if settings.geometry is None:
         return _not_checked(folder.id, VIEW_CHECKS, "the manifest's geometry is unusable")
     size = volume.unit.shape[0]
-    rendered = _render(volume.unit, settings.geometry, settings)
-    prints.renders[folder.id] = np.stack([_resize(image, min(size, PRINT_SIZE)) for image in rendered])
+    rendered = render(volume.unit, settings.geometry, settings)
+    prints.renders[folder.id] = np.stack([resize(image, min(size, PRINT_SIZE)) for image in rendered])
     findings, others = [], []
     for view, path in enumerate(folder.xrays):
         status, text = UNKNOWN, "not checked: there is no X-ray"
@@ -749,24 +506,16 @@ def _check_xrays(folder, volume, settings, prints) -> list[Finding]:
                 stored, notes = _read_stored(path, size, view, settings)
                 status, text = compare_xray(stored, rendered, view, linear=settings.present)
                 if status == FAILED and not text:
-                    others = others or list(_other_geometries(volume.unit, settings))
-                    sure, text = _name_geometry(stored, rendered, others, view)
+                    others = others or list(other_geometries(volume.unit, settings))
+                    sure, text = name_geometry(stored, rendered, others, view)
                     if not sure:  # another patient's, perhaps: seen when all are known
-                        prints.unexplained[folder.id, view] = _resize(stored, min(size, PRINT_SIZE))
+                        prints.unexplained[folder.id, view] = resize(stored, min(size, PRINT_SIZE))
                 if notes:
                     status, text = FAILED, "; ".join([*notes, *([text] if text else [])])
         except InputError as error:
             status, text = FAILED, str(error)
         findings.append(Finding(folder.id, VIEW_CHECKS[view], status, text))
     return findings
-
-
-def _render(unit, geometry, settings) -> np.ndarray:
-    """Both views of a cube (n, n, n) in [0, 1]: (2, n, n), clipped to [0, 1] as stored pictures are."""
-    volume = torch.from_numpy(np.ascontiguousarray(unit, dtype=np.float32))[None, None]
-    with torch.inference_mode():
-        images = render_xrays(volume, geometry, unit.shape[:2], settings.hu_window, settings.xray_scale)
-    return images[0].clip(0, 1).numpy()
 
 
 def _read_stored(path, size, view, settings) -> tuple[np.ndarray, list[str]]:
@@ -778,117 +527,6 @@ def _read_stored(path, size, view, settings) -> tuple[np.ndarray, list[str]]:
         if "invert" not in str(error):
             raise
         return read_xray(path, invert=True, **options).pixels, ["inverted (bone dark, air bright)"]
-
-
-def compare_xray(stored: np.ndarray, rendered: np.ndarray, view: int, linear: bool = True) -> tuple[str, str]:
-    """Does a stored picture show its volume, and if not, what was done to it?
-
-    stored: (n, n). rendered: (2, n, n), both views from the volume. view: the one ``stored`` should be (0 PA,
-    1 lateral). linear: the pictures come from prepare_data.py, so brightness must fit too; otherwise only a
-    turned or swapped view is a failure. Returns ``(status, what is wrong)``, ``("failed", "")`` for no known cause.
-    """
-    if stored.std() < 1e-6:
-        return FAILED, "the picture is constant"
-    own, same = _miss(stored, rendered[view]), SAME_XRAY if linear else FOREIGN_XRAY
-    candidates = [(_miss(stored, image), name, image) for name, image in _transforms(rendered, view)]
-    miss, transform, image = min(candidates, key=lambda candidate: candidate[0])
-    if own <= same and not miss < 0.25 * own:
-        text = _name_brightness(stored, rendered[view]) if linear else ""
-        return (FAILED, text) if text else (OK, "")
-    if miss <= same and miss < 0.25 * own:
-        text = _name_brightness(stored, image) if linear else ""
-        return FAILED, "; ".join([transform, text] if text else [transform])
-    if not linear:
-        return UNKNOWN, f"correlation with the picture rendered from the volume is only {1 - own:.2f}"
-    if _miss(_ranks(stored), _ranks(rendered[view])) <= SAME_XRAY_COARSE:
-        return FAILED, "brightness changed non-linearly (gamma, or the logarithm not taken)"
-    open_pixels = (stored > 0.004) & (stored < 0.996)
-    if open_pixels.mean() > 0.1 and _miss(stored[open_pixels], rendered[view][open_pixels]) <= SAME_XRAY_COARSE:
-        return FAILED, "brightness rescaled and clipped (a stretched window)"
-    return FAILED, ""
-
-
-def _miss(one, other) -> float:
-    """1 - absolute correlation: blind to gain, offset and inversion."""
-    one, other = (np.asarray(array, dtype=np.float64).ravel() for array in (one, other))
-    one, other = one - one.mean(), other - other.mean()
-    norm = np.sqrt((one @ one) * (other @ other))
-    return 1.0 if norm < 1e-12 else 1.0 - abs(float(one @ other) / norm)
-
-
-def _transforms(rendered, view) -> Iterable[tuple[str, np.ndarray]]:
-    """(name, picture) for everything a view may be mistaken for: mirrored, turned, the other view."""
-    names = {
-        (0, False): "",
-        (1, False): "rotated by 90 degrees anticlockwise",
-        (2, False): "rotated by 180 degrees",
-        (3, False): "rotated by 90 degrees clockwise",
-        (0, True): "mirrored left-right",
-        (1, True): "rotated by 90 degrees and mirrored",
-        (2, True): "upside down (mirrored top to bottom)",
-        (3, True): "rotated by 90 degrees and mirrored (transposed)",
-    }
-    for other, (turns, mirrored) in product((False, True), names):
-        image = rendered[1 - view if other else view]
-        image = np.rot90(image[:, ::-1] if mirrored else image, turns)
-        words = [f"views swapped: this is the {VIEW_LABELS[1 - view]} view"] if other else []
-        words += [names[turns, mirrored]] if names[turns, mirrored] else []
-        if words:
-            yield ", ".join(words), image
-
-
-def _name_brightness(stored, rendered) -> str:
-    """Empty where ``stored`` is ``rendered`` in its own scale."""
-    gain, offset = (float(v) for v in np.polyfit(rendered.ravel(), stored.ravel(), 1))
-    if abs(gain - 1) <= GAIN_TOLERANCE and abs(offset) <= OFFSET_TOLERANCE:
-        return ""
-    if gain < 0:
-        return f"inverted (gain {gain:.3f}, offset {offset:+.3f})"
-    # Half-way between the pooled extremes and 0 or 1 is close enough: pooling takes the edge off single pixels.
-    if stored.min() < 0.01 and stored.max() > 0.97 and rendered.max() < 0.95:
-        return f"brightness stretched to its own minimum and maximum (gain {gain:.3f}, offset {offset:+.3f})"
-    if abs(offset) <= OFFSET_TOLERANCE:
-        return f"brightness rescaled by a gain of {gain:.3f}"
-    return f"brightness changed: gain {gain:.3f}, offset {offset:+.3f}"
-
-
-def _ranks(image) -> np.ndarray:
-    """Ranks of the pixels above air, equal values sharing one: what survives any monotone change of brightness."""
-    _, inverse, counts = np.unique(np.round(image, 3), return_inverse=True, return_counts=True)
-    middle = np.cumsum(counts) - counts / 2
-    return middle[inverse.reshape(image.shape)]
-
-
-def _name_geometry(stored, rendered, others, view) -> tuple[bool, str]:
-    """Another acquisition geometry that explains the picture, if one does: ``(sure, what is wrong)``."""
-    size = others[0][1].shape[-1]
-    picture, exact = _resize(stored, size), size == stored.shape[0]
-    own = _miss(picture, _resize(rendered[view], size))
-    miss, name = min((_miss(picture, images[view]), name) for name, images in others)
-    if miss <= (SAME_XRAY if exact else SAME_XRAY_COARSE) and miss < 0.25 * own:
-        return True, f"another geometry than the manifest's: fits {name}"
-    if miss < 0.005 and miss < 0.25 * own:
-        return False, f"another geometry than the manifest's, near {name}"
-    if own > 0.03:
-        return False, f"does not show this volume (correlation {1 - own:.2f}): another patient's, or edited"
-    return False, f"does not match the volume (correlation {1 - own:.4f}): edited, or another geometry"
-
-
-def _other_geometries(unit, settings) -> Iterable[tuple[str, np.ndarray]]:
-    """(name, both views (2, n, n)) of the volume in geometries that are easily taken for the manifest's."""
-    own, unit = settings.geometry, _resize(unit, max(32, unit.shape[0] // 2))  # coarse: sixteen renders
-    exchanged = _render(unit[:, ::-1], own, settings)[0], _render(unit[:, :, ::-1], own, settings)[1]
-    yield "the same with source and detector exchanged", np.stack(exchanged)
-    variants = {"parallel rays": Geometry("parallel", own.fov_mm)} if own.kind == "cone" else {}
-    for sdd, sid in ((1800, 1600), (1800, 1400), (1500, 1300), (1200, 1000), (1000, 750)):
-        geometry = Geometry("cone", own.fov_mm, sdd, sid)
-        if geometry != own:
-            variants[str(geometry)] = geometry
-    for zoom in (0.8, 0.85, 8 / 9, 0.95, 1.05, 1.125, 1.2, 1.3):
-        geometry = replace(own, detector_mm=own.detector_mm * zoom)
-        variants[f"a detector of {geometry.detector_mm:.0f} mm instead of {own.detector_mm:.0f} mm"] = geometry
-    for name, geometry in variants.items():
-        yield name, _render(unit, geometry, settings)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -912,7 +550,7 @@ def _name_other_patients(findings, prints, settings) -> list[Finding]:
 
 def _owner(stored, patient, prints) -> tuple[str, int] | None:
     candidates = [
-        (_miss(stored, image), other, view)
+        (miss_of(stored, image), other, view)
         for other, images in prints.renders.items()
         if other != patient
         for view, image in enumerate(images)
@@ -962,48 +600,6 @@ def _volume_pairs(volumes) -> Iterable[tuple[str, str, str]]:
             for step in np.flatnonzero(distances < NEAR_COPY_HU):
                 near = "nearly " if distances[step] > COPY_HU else ""
                 yield one, ids[index + 1 + step], f"{near}the same {words}volume as"
-
-
-# ------------------------------------------------------------------------------------------------
-# Report
-
-
-def summarise(findings: list[Finding]) -> dict[str, dict[str, int]]:
-    """Per check the number of patients (or 1, for the data set) by their worst status."""
-    worst: dict[tuple, str] = {}
-    order = (OK, UNKNOWN, FAILED)
-    for finding in findings:
-        key = finding.check, finding.patient
-        worst[key] = max(worst.get(key, OK), finding.status, key=order.index)
-    table = {check: {OK: 0, FAILED: 0, UNKNOWN: 0} for check in CHECKS}
-    for (check, _), status in worst.items():
-        table[check][status] += 1
-    return table
-
-
-def print_report(findings: list[Finding]) -> None:
-    """A line per patient and check that failed, then the counts."""
-    failed = [finding for finding in findings if finding.status == FAILED]
-    width = max([len(finding.patient or "") for finding in failed] + [len("(data set)")])
-    for finding in failed:
-        print(f"{finding.patient or '(data set)':<{width}}  {finding.check:<13}  {finding.message}")
-    print(f"\n{'check':<13}  {OK:>5}  {FAILED:>6}  {UNKNOWN:>11}")
-    for check, counts in summarise(findings).items():
-        print(f"{check:<13}  {counts[OK]:>5}  {counts[FAILED]:>6}  {counts[UNKNOWN]:>11}")
-    patients = {finding.patient for finding in findings if finding.patient is not None}
-    bad = {finding.patient for finding in failed if finding.patient is not None}
-    verdict = f"{len(bad)} of them with failures" if failed else "all is well"
-    print(f"\n{len(patients)} patients: {verdict}")
-
-
-def report_dict(findings: list[Finding]) -> dict:
-    """The report as plain data: ``ok``, ``patients`` (number), ``summary`` per check, ``findings``."""
-    return {
-        "ok": not any(finding.status == FAILED for finding in findings),
-        "patients": len({finding.patient for finding in findings} - {None}),
-        "summary": summarise(findings),
-        "findings": [asdict(finding) for finding in findings],
-    }
 
 
 def check_command(root, json_file=None) -> int:

@@ -8,6 +8,7 @@ fine = refinement(volume, xrays)        # -> (B, 1, 256, 256, 256)
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import torch
@@ -24,6 +25,12 @@ __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_bas
 
 KIND = "enhanced_direct"
 REFINEMENT_KIND = "refinement"
+# Stage-1 networks by the kind of their checkpoints: module and class. baselines.py imports this module: not before use.
+BASE_MODELS = {
+    KIND: ("model_enhanced", "EnhancedDirectModel"),
+    "lifting_unet": ("baselines", "LiftingUNet"),
+    "mean_volume": ("baselines", "MeanVolume"),
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -79,19 +86,30 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Recomputing(nn.Module):
+    """Base of the networks that can recompute parts of themselves in the backward pass, for less memory."""
+
+    activation_checkpointing = False
+
+    def _run(self, function, *inputs):
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+
 class XrayEncoder(nn.Module):
-    """Four stages shared by both views, told apart by a learned view embedding.
+    """Four stages shared by all views, told apart by a learned view embedding.
 
     Stage s has stride ``stem_stride * 2^s``: 512^2 -> 256^2, 128^2, 64^2, 32^2 with the default
     stem. The stem folds pixels into channels, so that no convolution runs at full resolution.
     """
 
-    def __init__(self, widths, blocks, stem_stride: int, in_channels: int = 1):
+    def __init__(self, widths, blocks, stem_stride: int, in_channels: int = 1, views: int = 2):
         super().__init__()
         self.stem_stride, self.in_channels = stem_stride, in_channels
         folded = in_channels * stem_stride**2
         self.stem = nn.Conv2d(folded, widths[0], 5 if stem_stride == 1 else 3, padding=2 if stem_stride == 1 else 1)
-        self.view_embedding = nn.Parameter(0.02 * torch.randn(2, widths[0]))
+        self.view_embedding = nn.Parameter(0.02 * torch.randn(views, widths[0]))
         self.stages = nn.ModuleList()
         for stage, (width, count) in enumerate(zip(widths, blocks)):
             layers = [ResidualBlock(width, 2) for _ in range(count)]
@@ -99,16 +117,16 @@ class XrayEncoder(nn.Module):
                 layers.insert(0, nn.Conv2d(widths[stage - 1], width, 2, stride=2))
             self.stages.append(nn.Sequential(*layers))
 
-    def forward(self, xrays):  # (B, 2, H, W), or (B, 2, C, H, W) with C channels per view
+    def forward(self, xrays):  # (B, V, H, W), or (B, V, C, H, W) with C channels per view
         batch = xrays.shape[0]
-        x = xrays.flatten(0, 1).view(2 * batch, self.in_channels, *xrays.shape[-2:])
+        x = xrays.reshape(-1, self.in_channels, *xrays.shape[-2:])
         x = self.stem(F.pixel_unshuffle(x, self.stem_stride))
         x = x + self.view_embedding.repeat(batch, 1)[:, :, None, None].to(x.dtype)
         features = []
         for stage in self.stages:
             x = stage(x)
             features.append(x)
-        return features  # 4 x (2B, C_s, H / stride_s, W / stride_s)
+        return features  # 4 x (B V, C_s, H / stride_s, W / stride_s)
 
 
 class Lifting(nn.Module):
@@ -158,15 +176,16 @@ class DecoderStage(nn.Module):
         return x, self.head(F.silu(self.norm(x)))
 
 
-def prepare_xrays(xrays: torch.Tensor, size: int | None) -> torch.Tensor:
-    """``(B, 2, H, W)`` or ``(B, 2, 1, H, W)`` -> ``(B, 2, size, size)``; ``size`` None leaves the resolution.
+def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torch.Tensor:
+    """``(B, V, H, W)`` or ``(B, V, 1, H, W)`` -> ``(B, V, size, size)``; ``size`` None leaves the resolution.
 
-    Raises ``ValueError`` on another shape, or a resolution that is not a multiple of 32.
+    Raises ``ValueError`` on another shape, another number of views, or a resolution that is not a multiple of 32.
     """
     if xrays.ndim == 5 and xrays.shape[2] == 1:
         xrays = xrays.squeeze(2)
-    if xrays.ndim != 4 or xrays.shape[1] != 2:
-        raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected (B, 2, H, W): PA, then lateral")
+    if xrays.ndim != 4 or xrays.shape[1] != views:
+        wanted = "(B, 2, H, W): PA, then lateral" if views == 2 else "(B, 1, H, W): PA alone"
+        raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected {wanted}")
     if size is not None and tuple(xrays.shape[-2:]) != (size, size):
         mode = "area" if min(xrays.shape[-2:]) > size else "bilinear"
         xrays = F.interpolate(xrays, size=(size, size), mode=mode)
@@ -179,7 +198,19 @@ def prepare_xrays(xrays: torch.Tensor, size: int | None) -> torch.Tensor:
 # Stage 1
 
 
-class EnhancedDirectModel(nn.Module):
+def checked_sizes(volume_size, base_channels: int, stem_stride: int) -> tuple[int, int, int]:
+    """``volume_size`` as a tuple; :class:`InputError` naming the setting that a stage-1 network cannot have."""
+    size = tuple(int(n) for n in volume_size)
+    if len(size) != 3 or any(n < 16 or n % 8 for n in size):
+        raise InputError(f"model.volume_size is {list(volume_size)}; expected three multiples of 8, at least 16")
+    if base_channels < 16 or base_channels % 16:
+        raise InputError(f"model.base_channels is {base_channels}; expected a multiple of 16")
+    if stem_stride not in (1, 2, 4):
+        raise InputError(f"model.stem_stride is {stem_stride}; expected 1, 2 or 4")
+    return size
+
+
+class EnhancedDirectModel(Recomputing):
     """Direct regression of a volume in [0, 1] (``hu_window``) from a PA and a lateral X-ray.
 
     volume_size: ``(D, H, W)``, each a multiple of 8.
@@ -209,13 +240,7 @@ class EnhancedDirectModel(nn.Module):
         activation_checkpointing: bool = False,
     ):
         super().__init__()
-        self.volume_size = tuple(int(n) for n in volume_size)
-        if len(self.volume_size) != 3 or any(n < 16 or n % 8 for n in self.volume_size):
-            raise InputError(f"model.volume_size is {list(volume_size)}; expected three multiples of 8, at least 16")
-        if base_channels < 16 or base_channels % 16:
-            raise InputError(f"model.base_channels is {base_channels}; expected a multiple of 16")
-        if stem_stride not in (1, 2, 4):
-            raise InputError(f"model.stem_stride is {stem_stride}; expected 1, 2 or 4")
+        self.volume_size = checked_sizes(volume_size, base_channels, stem_stride)
         self.geometry = geometry or Geometry()
         self.xray_size = xray_size
         self.activation_checkpointing = activation_checkpointing
@@ -249,11 +274,6 @@ class EnhancedDirectModel(nn.Module):
     def set_extra_state(self, state: dict) -> None:
         self.geometry = Geometry.from_dict(state["geometry"])
         self.xray_size = state["xray_size"]
-
-    def _run(self, module, *inputs):
-        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
 
     def forward(self, xrays):
         """xrays ``(B, 2, H, W)`` in [0, 1] -> ``(volume (B, 1, D, H, W), aux)``.
@@ -438,7 +458,7 @@ class Guidance(nn.Module):
     def forward(self, features, window: Window, scale: int, geometry: Geometry):
         """Features of every voxel of a window at ``scale``, ``(windows, C, D, H, W)``; 0 where the gate is 0."""
         gate = features["gate"]
-        each = max(1, len(window.origins) // len(gate))
+        each = len(window.origins) // gate.shape[0] if len(window.origins) > 1 else 1
         lifted = self._lift(features[scale], window, scale, each, geometry)
         return lifted * gate.repeat_interleave(each).view(-1, 1, 1, 1, 1).to(lifted.dtype)
 
@@ -453,7 +473,7 @@ class Guidance(nn.Module):
         return torch.cat([lift(samples[i // each], geometry, size, grid) for i, grid in enumerate(grids)])
 
 
-class RefinementNetwork(nn.Module):
+class RefinementNetwork(Recomputing):
     """Four times finer: a coarse volume ``(B, 1, 64, 64, 64)`` -> ``(B, 1, 256, 256, 256)``, in [0, 1].
 
     The coarse volume is folded to half its resolution (space-to-depth), where RRDBs work on wide
@@ -610,11 +630,6 @@ class RefinementNetwork(nn.Module):
         x = self.out(F.leaky_relu(self.up4(F.leaky_relu(x, 0.2)), 0.2))
         return pixel_shuffle_3d(x)
 
-    def _run(self, function, *inputs):
-        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False)
-        return function(*inputs)
-
     def check(self, coarse) -> None:
         """Raise ``ValueError`` unless ``coarse`` is ``(B, 1, D, H, W)`` of multiples of 2, in [0, 1]."""
         shape = tuple(coarse.shape)
@@ -717,14 +732,19 @@ def patch_window(origins, patch, full) -> Window:
 # Checkpoints
 
 
-def load_base_model(path, device="cpu") -> tuple[EnhancedDirectModel, dict]:
-    """Build the stage-1 model that a checkpoint describes, in eval mode, with its weights.
+def load_base_model(path, device="cpu") -> tuple[nn.Module, dict]:
+    """Build the stage-1 model that a checkpoint describes (also a baseline's), in eval mode, with its weights.
 
     Returns ``(model, checkpoint dict)``. Raises :class:`InputError` naming the file when it is
     missing, damaged, or not a stage-1 checkpoint.
     """
-    data = load_checkpoint(path, kind=KIND)
-    model = EnhancedDirectModel(**data["model_config"])
+    data = load_checkpoint(path)
+    kind = data.get("kind")
+    if kind not in tuple(BASE_MODELS):
+        baselines = " or ".join(repr(name) for name in BASE_MODELS if name != KIND)
+        raise InputError(f"{path}: is a checkpoint of {kind!r}; expected {KIND!r}, or a baseline's ({baselines})")
+    module, name = BASE_MODELS[kind]
+    model = getattr(importlib.import_module(module), name)(**data["model_config"])
     return _with_weights(model, data["model_state_dict"], path).to(device).eval(), data
 
 

@@ -23,7 +23,7 @@ import torch
 from scipy.special import stdtr
 
 from checkpoints import check_compatible, load_checkpoint, weights_fingerprint
-from engine import Precision, to_channels_last
+from engine import Precision, keep_freed_memory, to_channels_last
 from files import InputError, read_json
 from hybrid_vit_cascade.diffusion import PREDICTIONS, Schedule, draw_noise, sample
 from hybrid_vit_cascade.models import CascadeStage, Condition
@@ -151,6 +151,7 @@ class Cascade:
             )
         cascade = cls(stages, _joint_header(headers), device, precision)
         if cascade.device.type == "cpu":
+            keep_freed_memory()
             for stage in stages:
                 to_channels_last(stage.model)
         return cascade

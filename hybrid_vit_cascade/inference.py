@@ -27,7 +27,6 @@ from hybrid_vit_cascade.cascade import DEFAULT_STEPS, Cascade
 
 # isort: split
 from ct_io import write_cube
-from engine import keep_freed_memory
 from figures import save_panel
 from files import InputError, run_cli
 from pipeline import pick_device
@@ -168,8 +167,6 @@ def main(argv=None) -> int:
     pipeline = load_cascade_pipeline(
         args.checkpoint, args.samples, steps, args.seed, args.max_stages, args.device, args.precision
     )
-    if pipeline.system.cascade.device.type == "cpu":
-        keep_freed_memory()
     pipeline.system.progress = partial(tqdm, desc="Sampling", unit="step", leave=False, disable=None)
     xrays = pipeline.read(args.pa, args.lateral, args.xray_normalization, args.invert, check=not args.no_check)
     for note in pipeline.notes:

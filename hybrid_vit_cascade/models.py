@@ -19,10 +19,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from files import InputError
-from model_enhanced import ResidualBlock, XrayEncoder, group_norm, pixel_shuffle_3d, pixel_unshuffle_3d
+from model_enhanced import (
+    Recomputing,
+    ResidualBlock,
+    XrayEncoder,
+    group_norm,
+    pixel_shuffle_3d,
+    pixel_unshuffle_3d,
+    prepare_xrays,
+)
 from projector import Geometry, lift_features
 
 BANDS = ("anterior", "mid", "posterior")  # of a view's depth axis; right, mid, left for the lateral view
@@ -142,24 +149,6 @@ class ViTBlock(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # X-rays: encoder, depth prior, lifting
-
-
-class ViewEncoder(XrayEncoder):
-    """:class:`XrayEncoder` for one view (PA) or two."""
-
-    def __init__(self, widths, blocks, stem_stride: int, num_views: int):
-        super().__init__(widths, blocks, stem_stride)
-        self.view_embedding = nn.Parameter(0.02 * torch.randn(num_views, widths[0]))
-
-    def forward(self, xrays):  # (B, V, H, W)
-        x = F.pixel_unshuffle(xrays.flatten(0, 1).unsqueeze(1), self.stem_stride)
-        x = self.stem(x)
-        x = x + self.view_embedding.repeat(len(xrays), 1)[:, :, None, None].to(x.dtype)
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features  # 4 x (B V, C_s, H / stride_s, W / stride_s)
 
 
 def stem_stride_of(xray_size: int) -> int:
@@ -296,7 +285,7 @@ def default_token_grid(volume_size: int) -> int:
     return volume_size // patch
 
 
-class CascadeStage(nn.Module):
+class CascadeStage(Recomputing):
     """Denoiser of ``volume_size``^3 volumes, conditioned on X-rays and, when ``conditioned``, on a coarser volume.
 
     volume_size: edge in voxels, a power of two times ``token_grid``.
@@ -373,7 +362,7 @@ class CascadeStage(nn.Module):
     def _build_condition(self, dim, use_depth_lifting):
         image_widths = [whole_groups(dim // n) for n in (8, 4, 2, 1)]
         stride, views = stem_stride_of(self.xray_size), self.num_views
-        self.encoder = ViewEncoder(image_widths, ENCODER_BLOCKS, stride, views)
+        self.encoder = XrayEncoder(image_widths, ENCODER_BLOCKS, stride, views=views)
         self.image_sizes = [self.xray_size // (stride * 2**s) for s in range(4)]
         self.prior = DepthPrior(views) if use_depth_lifting else None
         self.lift = nn.ModuleList(
@@ -423,11 +412,6 @@ class CascadeStage(nn.Module):
     def set_extra_state(self, state: dict) -> None:
         self.geometry = Geometry.from_dict(state["geometry"])
 
-    def _run(self, module, *inputs):
-        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
-
     # -- once per case ---------------------------------------------------------------------------
 
     def encode(self, xrays, previous=None, previous_noise_level=None) -> Condition:
@@ -438,7 +422,8 @@ class CascadeStage(nn.Module):
         previous_noise_level: ``(B,)`` in [0, 1], how much noise was added to it (default none).
         Raises ``ValueError`` on another shape, and when ``previous`` is missing or not wanted.
         """
-        images = self._run(self.encoder, self._prepare(xrays))  # 4 x (B V, C_s, h_s, w_s)
+        xrays = prepare_xrays(xrays, self.xray_size, self.num_views)
+        images = self._run(self.encoder, xrays)  # 4 x (B V, C_s, h_s, w_s)
         features = [
             self._run(lift, images[self._source(n)], self.prior, self.geometry, n)
             for n, lift in zip(self.grids, self.lift)
@@ -446,25 +431,13 @@ class CascadeStage(nn.Module):
         if self.lift_detail is not None:
             features[0] = features[0] + self._run(self.lift_detail, images[0], self.geometry, self.volume_size)
         tokens, embedding = self._context(images[-1])
-        previous = self._prepare_previous(previous, len(xrays))
+        previous = self._prepare_previous(previous, xrays.shape[0])
         if previous is not None:
             features[0] = features[0] + self.previous_stem(self._folded(previous))
-            level = embedding.new_zeros(len(xrays)) if previous_noise_level is None else previous_noise_level
+            level = embedding.new_zeros(xrays.shape[0]) if previous_noise_level is None else previous_noise_level
             embedding = embedding + self.previous_noise(sinusoidal_embedding(level))
         keys_values = [block.keys_values(tokens) for block in self.vit]
         return Condition(features, keys_values, embedding, previous)
-
-    def _prepare(self, xrays):
-        """X-rays at the trained resolution, ``(B, V, S, S)``."""
-        if xrays.ndim == 5 and xrays.shape[2] == 1:
-            xrays = xrays.squeeze(2)
-        if xrays.ndim != 4 or xrays.shape[1] != self.num_views:
-            wanted = "(B, 2, H, W): PA, then lateral" if self.num_views == 2 else "(B, 1, H, W): PA alone"
-            raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected {wanted}")
-        if tuple(xrays.shape[-2:]) != (self.xray_size, self.xray_size):
-            mode = "area" if min(xrays.shape[-2:]) > self.xray_size else "bilinear"
-            xrays = F.interpolate(xrays, size=(self.xray_size, self.xray_size), mode=mode)
-        return xrays
 
     def _prepare_previous(self, previous, batch):
         """The previous volume at this stage's size, float32."""

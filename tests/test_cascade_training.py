@@ -479,10 +479,10 @@ def test_a_nan_names_stage_epoch_and_step_and_keeps_the_last_good_checkpoint(wor
 
 
 def test_out_of_gpu_memory_names_what_would_fit(words, monkeypatch):
-    def fit(*_):
+    def loss(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(train_progressive, "fit", fit)
+    monkeypatch.setattr(train_progressive.StageTask, "loss", loss)
     with pytest.raises(
         InputError, match=r"stage low: out of GPU memory.*2\.00 GiB.*stages\.0\.activation_checkpointing"
     ):

@@ -201,6 +201,14 @@ class StageTask:
     def loss(self, model, batch):
         return self.criterion(model, batch)
 
+    def memory_advice(self) -> str:
+        """What to try when the stage runs out of GPU memory, by the names of its settings."""
+        stage = f"--set stages.{self.run.index}"
+        return (
+            f"Try {stage}.activation_checkpointing=true, or a smaller {stage}.batch_size with as much more"
+            f" {stage}.gradient_accumulation_steps"
+        )
+
     # -- validation ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -512,12 +520,6 @@ def train_stage(index: int, chain: Chain, run: StageRun, monitors: Monitors) -> 
             fit(task.build_model(), task, run, folder, processes, stage_monitors)
     except TrainingError as error:
         raise TrainingError(f"stage {run.stage.name}: {error}") from None
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"stage {run.stage.name}: out of GPU memory ({str(error).splitlines()[0]}); try"
-            f" --set stages.{index}.activation_checkpointing=true, or a smaller --set stages.{index}.batch_size with"
-            f" as much more --set stages.{index}.gradient_accumulation_steps, in a new --checkpoint_dir"
-        ) from None
 
 
 def train(args, config: CascadeConfig, root: Path, count: int, processes: Processes) -> None:
