@@ -1,10 +1,11 @@
-r"""Two X-ray files -> a CT volume as NIfTI in Hounsfield units.
+r"""Two X-ray files -> a CT volume in Hounsfield units: NIfTI, NRRD, MetaImage or a DICOM series.
 
 python reconstruct.py --pa PA.png --lateral LATERAL.png --base best_model.pt --output ct.nii.gz
 python reconstruct.py --pa PA.png --lateral LATERAL.png --base best_model.pt --refinement best_refinement.pt \
         --output ct.nii.gz
 python reconstruct.py --pa PA.dcm --lateral LAT.dcm --base best_model.pt --output ct.nii.gz \
         --xray-normalization percentile
+python reconstruct.py --folder XRAYS --base best_model.pt --output VOLUMES      # every ID_pa.*, ID_lat.* below XRAYS
 
 from reconstruct import load_pipeline
 volume_hu, affine = load_pipeline("best_model.pt", "best_refinement.pt")("PA.png", "LATERAL.png")
@@ -18,12 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from ct_io import cube_affine, write_cube
+from ct_io import cube_affine
+from dataset import VIEW_NAMES, XRAY_SUFFIXES
 from figures import save_panel
 from files import InputError, run_cli
 from pipeline import DirectSystem, add_tile_argument
 from projector import unit_to_hu
+from volume_output import FORMATS, check_output, write_volume
+from xray_dicom import Acquisition
 from xray_io import NORMALIZATIONS, REFERENCE_PERCENTILES, check_views, read_xray
 
 
@@ -39,11 +44,20 @@ class Pipeline:
         self.hu_window = tuple(system.hu_window)
         self.notes: list[str] = []
 
-    def read(self, pa, lateral, normalization: str = "manifest", invert: bool = False, check: bool = True):
+    def read(
+        self,
+        pa,
+        lateral,
+        normalization: str = "manifest",
+        invert: bool = False,
+        check: bool = True,
+        acquisition: Acquisition | None = None,
+    ) -> torch.Tensor:
         """Two X-ray files or arrays (H, W) in [0, 1] -> ``(2, S, S)`` float32 at the model's resolution.
 
-        Raises :class:`InputError` naming the file for anything unusable, and for swapped views
-        (``check``). What was done to the pictures is left in ``notes``.
+        normalization, invert: see :func:`xray_io.read_xray`. acquisition: pixel spacing and distances of the files, in
+        place of what a DICOM header says. Raises :class:`InputError` naming the file for anything unusable, and for
+        swapped views (``check``). What was done to the pictures is left in ``notes``.
         """
         size = self.system.xray_size
         self.notes, images = list(self.system.notes), []
@@ -51,7 +65,9 @@ class Pipeline:
             if isinstance(source, np.ndarray | torch.Tensor):
                 images.append(_array_view(source, view, size))
                 continue
-            xray = read_xray(source, normalization=normalization, size=size, view=view, invert=invert)
+            xray = read_xray(
+                source, normalization, size, view, invert, geometry=self.system.geometry, acquisition=acquisition
+            )
             self.notes += [f"{source}: {note}" for note in xray.notes]
             images.append(xray.pixels)
             if normalization == "manifest":
@@ -77,7 +93,7 @@ class Pipeline:
     def __call__(self, pa, lateral, **options) -> tuple[np.ndarray, np.ndarray]:
         """Two X-rays -> ``(HU int16 (D, H, W), affine)``; options as in :meth:`read`.
 
-        ``ct_io.write_cube(path, hu, affine)`` writes them as NIfTI.
+        ``volume_output.write_volume("ct.nii.gz", hu, affine)`` writes them.
         """
         return self.to_hu(self.predict(self.read(pa, lateral, **options)))
 
@@ -121,47 +137,173 @@ def _brightness_notes(pixels, view: int) -> list[str]:
     ]
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pa", required=True, help="frontal X-ray: PNG, JPEG, TIFF, .npy or DICOM")
-    parser.add_argument("--lateral", required=True, help="lateral X-ray, anterior on the left")
-    parser.add_argument("--base", required=True, help="stage-1 checkpoint")
-    parser.add_argument("--refinement", help="stage-2 checkpoint: the volume has 256^3 voxels instead of 64^3")
-    add_tile_argument(parser)
-    parser.add_argument("--output", required=True, help="NIfTI file to write (.nii.gz or .nii)")
+# ------------------------------------------------------------------------------------------------
+# Command line, shared with the cascade's
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every script that turns X-ray files into volumes."""
+    parser.add_argument("--pa", help="frontal X-ray: PNG, JPEG, TIFF, .npy or DICOM")
+    parser.add_argument("--lateral", help="lateral X-ray, anterior on the left")
+    parser.add_argument(
+        "--folder", help="instead: all pairs ID_pa.png, ID_lat.png (and the like) in or below this folder"
+    )
+    parser.add_argument(
+        "--output", required=True, help="file to write (.nii.gz, .nii, .nrrd, .mha; a folder for DICOM)"
+    )
+    parser.add_argument(
+        "--format", default="nifti", choices=FORMATS, help="with --folder: of the volumes (default %(default)s)"
+    )
+    parser.add_argument(
+        "--skip-existing", action="store_true", help="with --folder: leave out what has a volume already"
+    )
     parser.add_argument(
         "--xray-normalization",
+        "--xray_normalization",
         default="manifest",
         choices=NORMALIZATIONS,
-        help="manifest: the project's own X-rays; percentile: unknown scale (default %(default)s)",
+        help="manifest: the project's own X-rays; percentile: unknown linear scale; histogram: unknown increasing"
+        " scale, such as pictures without the logarithm taken (default %(default)s)",
+    )
+    parser.add_argument("--pixel-spacing-mm", type=float, help="of the detector; default: as a DICOM file says")
+    parser.add_argument("--sdd-mm", type=float, help="source to detector; default: as a DICOM file or the model says")
+    parser.add_argument(
+        "--sid-mm",
+        type=float,
+        help="source to the patient's middle; default: as far from the detector as the model has it",
     )
     parser.add_argument("--invert", action="store_true", help="bone is dark in the files")
     parser.add_argument("--no-check", action="store_true", help="do not look for swapped views")
-    parser.add_argument("--picture", help="also draw the X-rays and the volume (.png)")
+    parser.add_argument("--picture", help="also draw the X-rays and the volume (.png); a folder with --folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
     parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
+
+
+def check_common_arguments(args) -> None:
+    """Raise :class:`InputError`, before anything is loaded, for what cannot be read or written."""
+    Acquisition(args.pixel_spacing_mm, args.sdd_mm, args.sid_mm)
+    if args.folder:
+        if args.pa or args.lateral:
+            raise InputError("--folder stands for --pa and --lateral; expected one or the other")
+        for option in ("output", "picture"):
+            path = getattr(args, option)
+            if path and Path(path).exists() and not Path(path).is_dir():
+                raise InputError(f"--{option} {path}: is a file; expected a folder for the volumes of --folder")
+        return
+    if not args.pa:
+        raise InputError("--pa is missing; expected the two X-rays, or --folder")
+    check_output(args.output, "--output")
+    if args.picture and not args.picture.endswith(".png"):
+        raise InputError(f"--picture {args.picture}: expected a name ending in .png")
+    if args.picture and Path(args.picture).resolve() in {Path(p).resolve() for p in (args.pa, args.lateral) if p}:
+        raise InputError(f"--picture {args.picture} is one of the X-rays; expected another name")
+
+
+def find_pairs(folder) -> dict[str, tuple[Path | None, Path | None]]:
+    """``{id: (PA, lateral)}`` of the X-rays in a folder and the folders in it, sorted; None where one is missing.
+
+    Names are those of a data set: ``ID_pa``, ``ID_frontal`` or ``ID_pa_drr``; ``ID_lat``, ``ID_lateral`` or
+    ``ID_lat_drr``. Raises :class:`InputError` without any, or with two files for the same view of the same id.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"--folder {folder}: no such folder")
+    found: dict[str, list[Path | None]] = {}
+    for path in sorted([*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*")]):
+        stem, suffix = path.name.removesuffix(path.suffix), path.suffix.lower()
+        for view, endings in enumerate(VIEW_NAMES):
+            ending = next((end for end in endings if stem.lower().endswith(end)), None)
+            if ending is None or suffix not in XRAY_SUFFIXES:
+                continue
+            pair = found.setdefault(stem[: -len(ending)], [None, None])
+            if pair[view] is not None:
+                raise InputError(f"--folder {folder}: {pair[view]} and {path} are the same view of one patient")
+            pair[view] = path
+    if not found:
+        names = ", ".join(f"ID{name}" for views in VIEW_NAMES for name in views)
+        raise InputError(
+            f"--folder {folder}: no X-rays in it; expected files called {names} with {', '.join(XRAY_SUFFIXES)}"
+        )
+    return {patient: tuple(pair) for patient, pair in sorted(found.items())}
+
+
+def reconstruct_one(pipeline: Pipeline, pa, lateral, output, picture, args) -> tuple[np.ndarray, np.ndarray]:
+    """One pair of files -> the volume's file, and a picture when wanted; returns ``(HU, affine)``.
+
+    Notes about the X-rays go to standard error.
+    """
+    xrays = pipeline.read(
+        pa,
+        lateral,
+        args.xray_normalization,
+        args.invert,
+        check=not args.no_check,
+        acquisition=Acquisition(args.pixel_spacing_mm, args.sdd_mm, args.sid_mm),
+    )
+    for note in pipeline.notes:
+        tqdm.write(f"note: {note}", file=sys.stderr)
+    volume = pipeline.predict(xrays)
+    hu, affine = pipeline.to_hu(volume)
+    write_volume(output, hu, affine)
+    if picture:
+        shown = xrays if len(xrays) == 2 else torch.cat([xrays, torch.zeros_like(xrays)])
+        save_panel(picture, shown, volume, None, pipeline.hu_window)
+    return hu, affine
+
+
+def reconstruct_folder(pipeline: Pipeline, args, views: int = 2) -> int:
+    """Every pair of ``--folder``, with a progress bar; returns the exit status.
+
+    Memory does not grow with the number of pairs. Pairs that cannot be used are named at the end (status 1), the others
+    are done.
+    """
+    failed, done, skipped = [], 0, 0
+    pairs = find_pairs(args.folder)
+    for patient, pair in tqdm(pairs.items(), desc="Reconstructing", unit="pair", disable=None):
+        output = Path(args.output) / f"{patient}{FORMATS[args.format]}"
+        picture = Path(args.picture) / f"{patient}.png" if args.picture else None
+        if args.skip_existing and output.exists():
+            skipped += 1
+            continue
+        try:
+            if None in pair[:views]:
+                raise InputError(f"{patient}: the {'PA' if pair[0] is None else 'lateral'} X-ray is missing")
+            reconstruct_one(pipeline, pair[0], pair[1] if views == 2 else None, output, picture, args)
+            done += 1
+        except InputError as error:
+            failed.append(str(error))
+    there = f", {skipped} already there" if skipped else ""
+    print(f"{args.output}: {done} of {len(pairs)} volumes written{there}")
+    for message in failed:
+        print(f"failed: {message}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def describe_volume(pipeline: Pipeline, output, hu: np.ndarray) -> str:
+    """One line about a written volume."""
+    spacing = pipeline.system.geometry.fov_mm / hu.shape[0]
+    return f"{output}: {' x '.join(map(str, hu.shape))} voxels of {spacing:g} mm, {hu.min()} to {hu.max()} HU"
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="stage-1 checkpoint")
+    parser.add_argument("--refinement", help="stage-2 checkpoint: the volume has 256^3 voxels instead of 64^3")
+    add_tile_argument(parser)
+    add_common_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    if not args.output.endswith((".nii.gz", ".nii")):
-        raise InputError(f"--output {args.output}: expected a name ending in .nii.gz or .nii")
-    if args.picture and not args.picture.endswith(".png"):
-        raise InputError(f"--picture {args.picture}: expected a name ending in .png")
-    if args.picture and Path(args.picture).resolve() in (Path(args.pa).resolve(), Path(args.lateral).resolve()):
-        raise InputError(f"--picture {args.picture} is one of the X-rays; expected another name")
+    check_common_arguments(args)
+    if not args.folder and not args.lateral:
+        raise InputError("--lateral is missing; expected the two X-rays, or --folder")
     pipeline = load_pipeline(args.base, args.refinement, args.device, args.precision, args.tile)
-    xrays = pipeline.read(args.pa, args.lateral, args.xray_normalization, args.invert, check=not args.no_check)
-    for note in pipeline.notes:
-        print(f"note: {note}", file=sys.stderr)
-    volume = pipeline.predict(xrays)
-    hu, affine = pipeline.to_hu(volume)
-    write_cube(args.output, hu, affine)
-    if args.picture:
-        save_panel(args.picture, xrays, volume, None, pipeline.hu_window)
-    spacing = pipeline.system.geometry.fov_mm / hu.shape[0]
-    print(f"{args.output}: {' x '.join(map(str, hu.shape))} voxels of {spacing:g} mm, {hu.min()} to {hu.max()} HU")
+    if args.folder:
+        return reconstruct_folder(pipeline, args)
+    hu, _ = reconstruct_one(pipeline, args.pa, args.lateral, args.output, args.picture, args)
+    print(describe_volume(pipeline, args.output, hu))
     return 0
 
 

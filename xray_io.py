@@ -7,21 +7,34 @@ pa = read_xray("ID_pa_drr.png", size=512).pixels
 from __future__ import annotations
 
 import os
-import struct
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from files import InputError, atomic_path
+from files import InputError, atomic_path, read_npy, shown_name
+from xray_dicom import MAX_VALUE, Acquisition, DicomXray, decode_dicom, is_dicom
 
-NORMALIZATIONS = ("manifest", "percentile")
+if TYPE_CHECKING:
+    from projector import Geometry  # it imports torch, which reading pictures does not need
+
+NORMALIZATIONS = ("manifest", "percentile", "histogram")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 # 1st and 99th percentile of the project's own X-rays (PA, lateral): means over 25 public chest CTs rendered with
 # the default geometry and scale; an X-ray of unknown scale is stretched onto them.
 REFERENCE_PERCENTILES = ((0.01, 0.53), (0.0, 0.74))
+# The whole distribution, for pictures whose values are any increasing function of attenuation: percentiles, and
+# the values there (PA, lateral), means over the same X-rays.
+HISTOGRAM_PERCENTILES = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 100)
+REFERENCE_HISTOGRAMS = (
+    (0.005, 0.008, 0.029, 0.056, 0.138, 0.202, 0.248, 0.287, 0.321, 0.354, 0.394, 0.449, 0.486, 0.528, 0.562),
+    (0.0, 0.0, 0.0, 0.001, 0.012, 0.057, 0.130, 0.241, 0.358, 0.442, 0.506, 0.591, 0.648, 0.736, 0.806),
+)
 MIN_SIZE = 32
+MAX_EDGE = 8192  # pixels; the picture is padded to a square in memory
 # Body width in the lateral view over that in the PA view was 0.89 at most in those CTs; swapped, 1.12 at least.
 SWAPPED_WIDTH_RATIO = 1.05
 
@@ -55,6 +68,8 @@ def read_xray(
     size: int | None = None,
     view: int = 0,
     invert: bool = False,
+    geometry: Geometry | None = None,
+    acquisition: Acquisition | None = None,
 ) -> XrayImage:
     """Read one X-ray: PNG, JPEG, TIFF or BMP (8 or 16 bit), ``.npy``, or DICOM (with pydicom).
 
@@ -62,25 +77,36 @@ def read_xray(
         floats as they are, in [0, 1]); ``"percentile"`` assumes an unknown linear scale and maps the 1st
         and 99th percentile to :data:`REFERENCE_PERCENTILES` of ``view`` (0 PA, 1 lateral): right only for
         a picture that is linear in attenuation (logarithm taken) and frames a chest with some air beside
-        it. Local contrast enhancement and burnt-in text stay as they are.
+        it; ``"histogram"`` assumes an unknown increasing function of attenuation (logarithm not taken, gamma,
+        a display curve) and gives the picture the mean distribution of the project's X-rays of ``view``: right only
+        for a picture that frames the chest as they do. Local contrast enhancement and burnt-in text stay as they are.
     size: edge of the result; the picture is padded to a square with its border's value (never
         stretched), then averaged by area down or interpolated linearly up. None: as it comes.
     invert: dark bone in, bright bone out.
+    geometry: what the picture is for. Where the detector's pixel spacing is known, from ``acquisition`` or a DICOM
+        header, it is cut or padded to the part of the patient that this geometry's detector sees; otherwise the whole
+        picture is taken for that. acquisition: spacing and distances, in place of what the file says.
 
-    Raises :class:`InputError` naming the file: missing, truncated, of an unknown format, 1 bit, not one
-    2D picture, smaller than 32 pixels, all black or constant, NaN or infinity, bone dark instead of
-    bright (seen on 9 of 10 inverted chests, where the body leaves air at the sides).
+    Only pixels are taken from a file: no text of a header gets into the result or its notes.
+    Raises :class:`InputError` naming the file: missing, truncated, damaged, of an unknown format, 1 bit, not one
+    2D picture, the other view or none of a chest (by a DICOM header), smaller than 32 or (by its header, before memory
+    is taken) larger than 8192 pixels, all black or constant, NaN or infinity, bone dark instead of bright (seen on 9 of
+    10 inverted chests, where the body leaves air at the sides), a pixel spacing that cannot be.
     """
     path = Path(path)
     if normalization not in NORMALIZATIONS:
         raise InputError(f"X-ray normalization is {normalization!r}; expected one of {', '.join(NORMALIZATIONS)}")
     if not path.is_file():
         raise InputError(f"{path}: no such X-ray file")
-    raw, full_scale, notes = _decode(path)
+    decoded = _decode(path, view)
+    raw, full_scale, notes = decoded.pixels, decoded.full_scale, decoded.notes
     if raw.ndim != 2 or min(raw.shape) < MIN_SIZE:
         raise InputError(f"{path}: shape {raw.shape}; expected one grey picture of at least {MIN_SIZE} x {MIN_SIZE}")
+    _check_edges(path, raw.shape)
     if not np.isfinite(raw).all():
         raise InputError(f"{path}: holds NaN or infinite pixels")
+    if np.abs(raw).max() > MAX_VALUE:
+        raise InputError(f"{path}: values {raw.min():g} to {raw.max():g}; expected an X-ray")
     if raw.max() == raw.min():
         what = "all black" if raw.max() == 0 else f"constant ({raw.max():g})"
         raise InputError(f"{path}: the picture is {what}; expected an X-ray")
@@ -89,6 +115,9 @@ def read_xray(
         notes.append("inverted")
     pixels = _normalise(path, raw, full_scale, normalization, view)
     _check_polarity(path, pixels)
+    known = (acquisition or Acquisition()).over(decoded.acquisition)
+    if geometry is not None and known.pixel_spacing_mm is not None:
+        pixels = _fit_field(path, pixels, known, geometry, notes)
     if size is not None:
         pixels = _fit(pixels, size, notes)
     return XrayImage(np.ascontiguousarray(pixels, dtype=np.float32), notes)
@@ -98,30 +127,40 @@ def read_xray(
 # Decoding
 
 
-def _decode(path: Path):
-    """``(float64 array, full scale, notes)``; full scale is the value that means 1."""
+def _decode(path: Path, view: int) -> DicomXray:
+    """Pixels as they are stored, bone bright where a header says how; of other formats only what DICOM's share."""
     suffix = path.suffix.lower()
     if suffix in PICTURES:
-        return _decode_picture(path)
+        return DicomXray(*_decode_picture(path), Acquisition())
     if suffix == ".npy":
-        return _decode_array(path)
-    if suffix in (".dcm", ".dicom") or _is_dicom(path):
-        return _decode_dicom(path)
+        return DicomXray(*_decode_array(path), Acquisition())
+    if suffix in (".dcm", ".dicom") or is_dicom(path):
+        return decode_dicom(path, view, lambda shape: _check_edges(path, shape))
     raise InputError(f"{path}: unknown X-ray format; expected {', '.join(PICTURES)}, .npy or DICOM")
+
+
+def _check_edges(path, shape) -> None:
+    if max(shape, default=0) > MAX_EDGE:
+        raise InputError(f"{path}: {' x '.join(map(str, shape))} pixels; expected at most {MAX_EDGE} per edge")
 
 
 def _decode_picture(path):
     notes = []
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            mode = picture.mode
-            if mode in ("P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "PA"):
-                notes.append(f"converted from colour ({mode}) to grey")
-                picture = picture.convert("RGB").convert("L")
-            array = np.asarray(picture)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable picture, or truncated ({error})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about damaged metadata, which are not used
+            with Image.open(path) as picture:
+                _check_edges(path, picture.size)
+                picture.load()
+                mode = picture.mode
+                if mode in ("P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "PA"):
+                    notes.append(f"converted from colour ({mode}) to grey")
+                    picture = picture.convert("RGB").convert("L")
+                array = np.asarray(picture)
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's many formats raise whatever they stumble on in damaged bytes
+        raise InputError(f"{path}: not a readable picture, or truncated ({shown_name(str(error))})") from error
     if mode == "1":
         raise InputError(f"{path}: a 1-bit picture, black and white only; expected 8 or 16 bit grey")
     scales = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0, np.dtype(np.int32): 65535.0}
@@ -133,46 +172,12 @@ def _decode_picture(path):
 
 
 def _decode_array(path):
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy array ({error})") from None
+    array = read_npy(path)
     if array.dtype.kind not in "uif":
         raise InputError(f"{path}: array of {array.dtype}; expected numbers")
     array = np.squeeze(array) if array.ndim > 2 else array
     scale = {1: 255.0, 2: 65535.0}.get(array.dtype.itemsize, 1.0) if array.dtype.kind == "u" else 1.0
     return array.astype(np.float64), scale, []
-
-
-def _is_dicom(path) -> bool:
-    with open(path, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
-def _decode_dicom(path):
-    try:
-        import pydicom
-    except ImportError:
-        raise InputError(f"{path}: reading DICOM X-rays needs pydicom; run: pip install pydicom") from None
-    try:
-        data = pydicom.dcmread(path)
-        array = data.pixel_array.astype(np.float64)
-    except (
-        pydicom.errors.InvalidDicomError,
-        AttributeError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
-        raise InputError(f"{path}: not a readable DICOM picture ({error})") from None
-    full_scale = float(2 ** int(data.get("BitsStored", 16)) - 1)
-    notes = []
-    if data.get("PhotometricInterpretation") == "MONOCHROME1":
-        array = full_scale - array
-        notes.append("MONOCHROME1: inverted, so that bone is bright")
-    array = array * float(data.get("RescaleSlope", 1) or 1) + float(data.get("RescaleIntercept", 0) or 0)
-    return array, full_scale, notes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -186,6 +191,8 @@ def _normalise(path, raw, full_scale, normalization, view):
             raise InputError(f"{path}: 98 % of the pixels have the same value; expected an X-ray")
         to_low, to_high = REFERENCE_PERCENTILES[view]
         return ((raw - low) / (high - low) * (to_high - to_low) + to_low).clip(0.0, 1.0)
+    if normalization == "histogram":
+        return _match_histogram(path, raw, view)
     pixels = raw / full_scale
     if pixels.min() < -1e-6 or pixels.max() > 1 + 1e-6:
         raise InputError(
@@ -193,6 +200,17 @@ def _normalise(path, raw, full_scale, normalization, view):
             " (an X-ray of unknown scale needs the normalization 'percentile')"
         )
     return pixels.clip(0.0, 1.0)
+
+
+def _match_histogram(path, raw, view) -> np.ndarray:
+    """Piecewise linear between the percentiles of :data:`HISTOGRAM_PERCENTILES`: increasing, so order is kept."""
+    levels, where = np.unique(np.percentile(raw, HISTOGRAM_PERCENTILES), return_inverse=True)
+    if len(levels) < 4:
+        raise InputError(f"{path}: most pixels have the same value; expected an X-ray")
+    reference = np.asarray(REFERENCE_HISTOGRAMS[view])
+    # A value that many pixels share (air, a burnt-in frame) spans percentiles: it gets their mean.
+    targets = np.bincount(where, weights=reference) / np.bincount(where)
+    return np.interp(raw, levels, targets)
 
 
 def _check_polarity(path, pixels) -> None:
@@ -207,13 +225,55 @@ def _check_polarity(path, pixels) -> None:
         )
 
 
+def _fit_field(path, pixels, acquisition: Acquisition, geometry: Geometry, notes) -> np.ndarray:
+    """Cut or pad the picture to a square of what the geometry's detector sees at the isocentre.
+
+    The isocentre stands where it does in the geometry, before the detector, unless ``sid_mm`` is known. The rays'
+    other slant where the source stood nearer stays: only the scale is made right.
+    """
+    wanted, spacing = geometry.detector_mm, acquisition.pixel_spacing_mm
+    if geometry.kind == "cone":
+        wanted *= geometry.sid_mm / geometry.sdd_mm
+        behind = geometry.sdd_mm - geometry.sid_mm
+        sdd = acquisition.sdd_mm or geometry.sdd_mm
+        sid = acquisition.sid_mm or sdd - behind
+        if not 0 < sid <= sdd:
+            raise InputError(
+                f"{path}: source to detector is {sdd:g} mm; expected more than {behind:g}, or --sid-mm too"
+            )
+        spacing *= sid / sdd
+    edge = round(wanted / spacing)
+    if not max(pixels.shape) / 4 <= edge <= min(MAX_EDGE, 4 * max(pixels.shape)):
+        seen = " x ".join(f"{n * spacing:.0f}" for n in reversed(pixels.shape))
+        raise InputError(
+            f"{path}: shows {seen} mm of the patient by its pixel spacing of {acquisition.pixel_spacing_mm:g} mm;"
+            f" expected about {wanted:.0f} x {wanted:.0f} mm (--pixel-spacing-mm gives another)"
+        )
+    if pixels.shape != (edge, edge):
+        seen = " x ".join(f"{n * spacing:.0f}" for n in reversed(pixels.shape))
+        notes.append(f"cut or padded from {seen} mm to the {wanted:.0f} x {wanted:.0f} mm that the model sees")
+    return _to_edge(pixels, edge)
+
+
+def _to_edge(pixels, edge: int) -> np.ndarray:
+    """Cut or pad both axes about the middle to ``edge`` pixels; what is added has the border's value."""
+    for axis in range(2):
+        missing = edge - pixels.shape[axis]
+        if missing < 0:
+            start = -missing // 2
+            pixels = pixels[start : start + edge] if axis == 0 else pixels[:, start : start + edge]
+        elif missing:
+            padding = [(0, 0), (0, 0)]
+            padding[axis] = (missing // 2, missing - missing // 2)
+            pixels = np.pad(pixels, padding, mode="edge")
+    return pixels
+
+
 def _fit(pixels, size, notes):
     rows, columns = pixels.shape
     if rows != columns:
         notes.append(f"padded from {columns} x {rows} to a square, not stretched")
-        edge = max(rows, columns)
-        top, left = (edge - rows) // 2, (edge - columns) // 2
-        pixels = np.pad(pixels, ((top, edge - rows - top), (left, edge - columns - left)), mode="edge")
+        pixels = _to_edge(pixels, max(rows, columns))
     if pixels.shape[0] != size:
         notes.append(f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {size} x {size}")
         if pixels.shape[0] > size:

@@ -26,14 +26,17 @@ from tqdm import tqdm
 from hybrid_vit_cascade.cascade import DEFAULT_STEPS, Cascade
 
 # isort: split
-from ct_io import write_cube
-from figures import save_panel
 from files import InputError, run_cli
 from pipeline import pick_device
-from reconstruct import Pipeline
-from xray_io import NORMALIZATIONS
-
-NIFTI = (".nii.gz", ".nii")
+from reconstruct import (
+    Pipeline,
+    add_common_arguments,
+    check_common_arguments,
+    describe_volume,
+    reconstruct_folder,
+    reconstruct_one,
+)
+from volume_output import check_output, write_volume
 
 
 class CascadeSystem:
@@ -77,13 +80,13 @@ class CascadePipeline(Pipeline):
 
     system: CascadeSystem
 
-    def read(self, pa, lateral=None, normalization: str = "manifest", invert: bool = False, check: bool = True):
+    def read(self, pa, lateral=None, normalization="manifest", invert=False, check=True, acquisition=None):
         """X-ray files or arrays -> ``(num_views, S, S)``; as :meth:`Pipeline.read`, with PA alone for one view."""
         self.system.cascade.check_views(1 if lateral is None else 2)
         if lateral is not None:
-            return super().read(pa, lateral, normalization, invert, check)
+            return super().read(pa, lateral, normalization, invert, check, acquisition)
         stand_in = np.eye(self.system.xray_size, dtype=np.float32)  # any array passes for a second view; dropped
-        return super().read(pa, stand_in, normalization, invert, check=False)[:1]
+        return super().read(pa, stand_in, normalization, invert, False, acquisition)[:1]
 
     def __call__(self, pa, lateral=None, **options):
         """Two X-rays -> ``(HU int16 (D, H, W), affine)``; as :meth:`Pipeline.__call__`."""
@@ -114,41 +117,25 @@ def load_cascade_pipeline(
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pa", required=True, help="frontal X-ray: PNG, JPEG, TIFF, .npy or DICOM")
-    parser.add_argument("--lateral", help="lateral X-ray, anterior on the left (not for a cascade of one view)")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder of train_progressive.py")
-    parser.add_argument("--output", required=True, help="NIfTI file to write (.nii.gz or .nii)")
+    add_common_arguments(parser)
     parser.add_argument("--steps", type=int, help=f"network steps per stage and sample (default {DEFAULT_STEPS})")
     parser.add_argument("--samples", type=int, help="mean of K samples, 1: a single one (default: one-step mean)")
     parser.add_argument("--save_std", "--save-std", metavar="FILE", help="voxel-wise standard deviation in HU, NIfTI")
     parser.add_argument("--seed", type=int, default=0, help="of the samples' noise (default %(default)s)")
     parser.add_argument("--max_stages", "--max-stages", type=int, help="stop after this many stages")
-    parser.add_argument(
-        "--xray-normalization",
-        default="manifest",
-        choices=NORMALIZATIONS,
-        help="manifest: the project's own X-rays; percentile: unknown scale (default %(default)s)",
-    )
-    parser.add_argument("--invert", action="store_true", help="bone is dark in the files")
-    parser.add_argument("--no-check", action="store_true", help="do not look for swapped views")
-    parser.add_argument("--picture", help="also draw the X-rays and the volume (.png)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
-    parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
     return parser.parse_args(argv)
 
 
 def check_args(args) -> None:
     """Refuse, before anything is loaded, what cannot be written or would be ignored."""
-    for name in ("output", "save_std"):
-        path = getattr(args, name)
-        if path is not None and not path.endswith(NIFTI):
-            raise InputError(f"--{name} {path}: expected a name ending in .nii.gz or .nii")
-    if args.save_std and Path(args.save_std).resolve() == Path(args.output).resolve():
-        raise InputError(f"--save_std {args.save_std} is --output too; expected another name")
-    if args.picture and not args.picture.endswith(".png"):
-        raise InputError(f"--picture {args.picture}: expected a name ending in .png")
-    if args.picture and Path(args.picture).resolve() in {Path(p).resolve() for p in (args.pa, args.lateral) if p}:
-        raise InputError(f"--picture {args.picture} is one of the X-rays; expected another name")
+    check_common_arguments(args)
+    if args.save_std:
+        if args.folder:
+            raise InputError("--save_std is for one pair of X-rays; expected --pa and --lateral instead of --folder")
+        check_output(args.save_std, "--save_std", series=False)
+        if Path(args.save_std).resolve() == Path(args.output).resolve():
+            raise InputError(f"--save_std {args.save_std} is --output too; expected another name")
     if args.samples is not None and args.samples < 1:
         raise InputError(f"--samples {args.samples}: expected at least 1; without it the posterior mean is one step")
     if args.save_std and (args.samples or 0) < 2:
@@ -168,24 +155,14 @@ def main(argv=None) -> int:
         args.checkpoint, args.samples, steps, args.seed, args.max_stages, args.device, args.precision
     )
     pipeline.system.progress = partial(tqdm, desc="Sampling", unit="step", leave=False, disable=None)
-    xrays = pipeline.read(args.pa, args.lateral, args.xray_normalization, args.invert, check=not args.no_check)
-    for note in pipeline.notes:
-        print(f"note: {note}", file=sys.stderr)
-    volume = pipeline.predict(xrays)
-    hu, affine = pipeline.to_hu(volume)
-    write_cube(args.output, hu, affine)
+    if args.folder:
+        return reconstruct_folder(pipeline, args, views=pipeline.system.cascade.num_views)
+    hu, affine = reconstruct_one(pipeline, args.pa, args.lateral, args.output, args.picture, args)
+    print(f"{describe_volume(pipeline, args.output, hu)}; {pipeline.system}")
     if args.save_std:
-        write_cube(args.save_std, pipeline.std_hu(), affine)
-    if args.picture:
-        shown = xrays if len(xrays) == 2 else torch.cat([xrays, torch.zeros_like(xrays)])
-        save_panel(args.picture, shown, volume, None, pipeline.hu_window)
-    spacing = pipeline.system.geometry.fov_mm / hu.shape[0]
-    print(
-        f"{args.output}: {' x '.join(map(str, hu.shape))} voxels of {spacing:g} mm, {hu.min()} to {hu.max()} HU;"
-        f" {pipeline.system}"
-    )
-    if args.save_std:
-        print(f"{args.save_std}: standard deviation, {pipeline.std_hu().mean():.1f} HU on average")
+        std = pipeline.std_hu()
+        write_volume(args.save_std, std, affine)
+        print(f"{args.save_std}: standard deviation, {std.mean():.1f} HU on average")
     return 0
 
 

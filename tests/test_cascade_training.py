@@ -484,7 +484,8 @@ def test_out_of_gpu_memory_names_what_would_fit(words, monkeypatch):
 
     monkeypatch.setattr(train_progressive.StageTask, "loss", loss)
     with pytest.raises(
-        InputError, match=r"stage low: out of GPU memory.*2\.00 GiB.*stages\.0\.activation_checkpointing"
+        InputError,
+        match=r"stage low: epoch 1, step 1: out of GPU memory.*2\.00 GiB.*stages\.0\.activation_checkpointing",
     ):
         main(words())
 

@@ -3,6 +3,7 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from PIL import Image
 from tiny_data import make_checkpoint, make_dataset
@@ -151,8 +152,8 @@ def test_unusable_xrays_are_named_and_the_output_is_not_touched(root, base, tmp_
 
 
 def test_options_that_cannot_work_are_named(root, base, tmp_path):
-    with pytest.raises(InputError, match=r"out\.mha.*\.nii"):
-        reconstruct.main(command(*files(root), base, tmp_path / "out.mha"))
+    with pytest.raises(InputError, match=r"--output .*out\.jpg: unknown format.*\.nii"):
+        reconstruct.main(command(*files(root), base, tmp_path / "out.jpg"))
     with pytest.raises(InputError, match=r"pic\.jpg.*\.png"):
         reconstruct.main(command(*files(root), base, tmp_path / "out.nii", "--picture", "pic.jpg"))
     with pytest.raises(InputError, match=r"p4_pa_drr\.png is one of the X-rays"):
@@ -190,3 +191,69 @@ def test_the_notebook_snippet_works_verbatim(tmp_path, monkeypatch):
     assert model.geometry == Geometry("parallel")
     assert model.xray_size == 128
     assert torch.equal(volume, expected)
+
+
+# -- a folder of pairs -------------------------------------------------------------------------
+
+
+def folder_command(folder, base, output, *more):
+    return ["--folder", str(folder), "--base", str(base), "--output", str(output), *more]
+
+
+def test_a_folder_gives_what_its_pairs_give(root, base, tmp_path, capsys):
+    """Patient folders (the data set itself) and flat files, in another notation."""
+    assert reconstruct.main(folder_command(root, base, tmp_path / "all", "--picture", str(tmp_path / "pictures"))) == 0
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [f"p{i}.nii.gz" for i in range(6)]
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 6
+    assert "6 of 6 volumes written" in capsys.readouterr().out
+    reconstruct.main(command(*files(root), base, tmp_path / "alone.nii.gz"))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path, name in zip(files(root), ("case 1_Frontal.PNG", "case 1_Lateral.PNG")):
+        (flat / name).write_bytes(path.read_bytes())
+    assert reconstruct.main(folder_command(flat, base, tmp_path / "flat_out", "--format", "mha")) == 0
+    image = SimpleITK.ReadImage(str(tmp_path / "flat_out" / "case 1.mha"))
+    alone = np.asarray(nib.load(tmp_path / "alone.nii.gz").dataobj).transpose(2, 1, 0)
+    assert np.array_equal(SimpleITK.GetArrayFromImage(image)[::-1], alone)
+    assert np.array_equal(np.asarray(nib.load(tmp_path / "all" / "p4.nii.gz").dataobj).transpose(2, 1, 0), alone)
+
+
+def test_what_cannot_be_used_in_a_folder_is_named_and_the_rest_done(root, base, tmp_path, capsys):
+    folder, output = tmp_path / "xrays", tmp_path / "out"
+    folder.mkdir()
+    for patient in ("good", "bad", "half"):
+        for path, ending in zip(files(root), ("_pa.png", "_lat.png")):
+            (folder / f"{patient}{ending}").write_bytes(path.read_bytes())
+    (folder / "half_lat.png").unlink()
+    (folder / "bad_pa.png").write_text("no picture")
+    assert reconstruct.main(folder_command(folder, base, output)) == 1
+    printed = capsys.readouterr()
+    assert [p.name for p in output.iterdir()] == ["good.nii.gz"]
+    assert "1 of 3 volumes written" in printed.out
+    assert "half: the lateral X-ray is missing" in printed.err
+    assert "bad_pa.png: not a readable picture" in printed.err
+    (output / "good.nii.gz").write_bytes(b"precious")
+    assert reconstruct.main(folder_command(folder, base, output, "--skip-existing")) == 1
+    assert (output / "good.nii.gz").read_bytes() == b"precious"
+    assert "1 already there" in capsys.readouterr().out
+
+
+def test_folders_that_cannot_work_are_named(root, base, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--folder .*empty: no X-rays in it; expected files called ID_pa_drr"):
+        reconstruct.main(folder_command(tmp_path / "empty", base, tmp_path / "out"))
+    with pytest.raises(InputError, match=r"--folder .*nowhere: no such folder"):
+        reconstruct.main(folder_command(tmp_path / "nowhere", base, tmp_path / "out"))
+    with pytest.raises(InputError, match=r"--output .*file: is a file; expected a folder"):
+        reconstruct.main(folder_command(root, base, tmp_path / "file"))
+    with pytest.raises(InputError, match="--folder stands for --pa and --lateral"):
+        reconstruct.main(folder_command(root, base, tmp_path / "out", "--pa", "pa.png"))
+    with pytest.raises(InputError, match="--lateral is missing"):
+        reconstruct.main(["--pa", "pa.png", "--base", str(base), "--output", str(tmp_path / "out.nii")])
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in ("a_pa.png", "a_frontal.png"):
+        (twice / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"a_frontal\.png and .*a_pa\.png are the same view"):
+        reconstruct.main(folder_command(twice, base, tmp_path / "out"))

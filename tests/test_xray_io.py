@@ -11,6 +11,7 @@ from tiny_data import make_hu
 import xray_io
 from files import InputError
 from projector import Geometry, hu_to_unit, render_xrays
+from xray_dicom import Acquisition
 from xray_io import REFERENCE_PERCENTILES, body_width, check_views, read_xray, write_png16
 
 
@@ -202,6 +203,160 @@ def test_broken_dicoms_are_refused(tmp_path, monkeypatch):
     refused(frames, r"\(2, 40, 40\)")
     monkeypatch.setitem(sys.modules, "pydicom", None)
     refused(path, "pip install pydicom")
+
+
+def test_voi_lut_is_applied_and_said(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    stored = np.rint(picture(full=4000)).astype(np.uint16)
+    table = pydicom.Dataset()
+    curve = np.rint(1023 * (np.arange(4096) / 4095.0) ** 2).astype(np.uint16)
+    table.LUTDescriptor, table.LUTData = [4096, 0, 10], curve.tolist()
+    table["LUTDescriptor"].VR = "US"
+    table["LUTData"].VR = "US"
+    xray = read_xray(write_dicom(tmp_path / "x.dcm", stored, VOILUTSequence=[table]))
+    assert xray.pixels == pytest.approx(curve[stored] / 1023.0, abs=1e-6)
+    assert xray.notes == ["VOI LUT applied"]
+    window = {"WindowCenter": "1000", "WindowWidth": "500"}
+    linear = read_xray(write_dicom(tmp_path / "y.dcm", stored, **window))  # it would only clip
+    assert np.array_equal(linear.pixels, (stored / 4095).astype(np.float32))
+    curved = read_xray(write_dicom(tmp_path / "z.dcm", stored, VOILUTFunction="SIGMOID", **window)).pixels
+    assert curved == pytest.approx(1 / (1 + np.exp(-4 * (stored - 1000.0) / 500)), abs=1e-3)
+
+
+@pytest.mark.parametrize("view", [0, 1])
+@pytest.mark.parametrize("turn", ["none", "mirrored", "upside down", "turned", "transposed"])
+def test_patient_orientation_turns_the_picture(tmp_path, view, turn):
+    upright = np.rint(picture(full=4000)).astype(np.uint16)
+    columns = "LP"[view]
+    opposite = {"L": "R", "P": "A"}[columns]
+    stored, letters = {
+        "none": (upright, [columns, "F"]),
+        "mirrored": (upright[:, ::-1], [opposite, "F"]),
+        "upside down": (upright[::-1], [columns, "H"]),
+        "turned": (np.rot90(upright), ["F", opposite]),  # anticlockwise: columns run down the patient
+        "transposed": (upright.T, ["F", columns]),
+    }[turn]
+    xray = read_xray(write_dicom(tmp_path / "x.dcm", stored, PatientOrientation=letters), view=view)
+    assert np.array_equal(xray.pixels, (upright / 4095).astype(np.float32))
+    assert ["turned by Patient Orientation" in note for note in xray.notes] == ([] if turn == "none" else [True])
+
+
+def test_another_view_is_refused_by_its_header(tmp_path):
+    stored = np.rint(picture(full=4000)).astype(np.uint16)
+    path = write_dicom(tmp_path / "x.dcm", stored, PatientOrientation=["P", "F"])
+    refused(path, "runs to posterior and feet; that is no PA view")
+    assert read_xray(path, view=1).notes == []
+    path = write_dicom(tmp_path / "y.dcm", stored, ViewPosition="LL")
+    refused(path, "View Position is LL; expected the PA view .*swapped")
+    path = write_dicom(tmp_path / "z.dcm", stored, ViewPosition="AP")
+    assert "AP view" in read_xray(path).notes[0]
+    with pytest.raises(InputError, match="View Position is AP; expected the lateral view"):
+        read_xray(path, view=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Unknown increasing scales
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_histogram_undoes_any_increasing_curve(tmp_path, view):
+    """Gamma or a missing logarithm change nothing; percentiles become the reference's, the order stays."""
+    truth = picture() + 0.01 * np.random.default_rng(0).random((48, 48))  # no two pixels alike
+    curves = {"plain": truth, "gamma": truth**2.2, "intensity": 1 - np.exp(-2.5 * truth)}
+    results = []
+    for name, values in curves.items():
+        np.save(tmp_path / f"{name}.npy", 1000.0 * values + 50)
+        results.append(read_xray(tmp_path / f"{name}.npy", normalization="histogram", view=view).pixels)
+    for result in results:
+        assert np.abs(result - results[0]).max() < 0.1  # between the percentiles the curves' own bend is left
+        found = np.percentile(result, xray_io.HISTOGRAM_PERCENTILES)
+        assert found == pytest.approx(xray_io.REFERENCE_HISTOGRAMS[view], abs=0.01)
+        assert (np.diff(result.ravel()[np.argsort(truth.ravel())]) >= -1e-6).all()
+
+
+def test_values_that_many_pixels_share_stay_one_value(tmp_path):
+    pixels = picture()  # a fifth of it is air, exactly 0
+    np.save(tmp_path / "air.npy", pixels)
+    result = read_xray(tmp_path / "air.npy", normalization="histogram").pixels
+    assert len(np.unique(result[pixels == 0])) == 1
+    assert result[pixels == 0].max() <= result[pixels > 0].min()
+
+
+def test_a_picture_of_few_values_has_no_histogram(tmp_path):
+    pixels = np.zeros((64, 64))
+    pixels[:, 20:40] = 1
+    np.save(tmp_path / "two.npy", pixels)
+    with pytest.raises(InputError, match=r"two\.npy: most pixels have the same value"):
+        read_xray(tmp_path / "two.npy", normalization="histogram")
+
+
+# ------------------------------------------------------------------------------------------------
+# Scale of the patient
+
+
+GEOMETRY = Geometry()  # source to detector 1800 mm, to the isocentre 1600 mm; the detector sees 360 mm there
+
+
+def blob_width_mm(pixels, extent_mm=360.0):
+    """Width in mm at the isocentre of what is brighter than half, in a picture of the model's whole field."""
+    return (pixels[pixels.shape[0] // 2] > 0.5 * pixels.max()).sum() * extent_mm / pixels.shape[1]
+
+
+def box(width_mm, spacing_mm, shape):
+    """A picture with a bright box of a width, in millimetres on the detector."""
+    x = (np.arange(shape[1]) + 0.5 - shape[1] / 2) * spacing_mm
+    y = (np.arange(shape[0]) + 0.5 - shape[0] / 2) * spacing_mm
+    return np.where((np.abs(x) < width_mm / 2) & (np.abs(y[:, None]) < 150), 3000, 10).astype(np.uint16)
+
+
+@pytest.mark.parametrize("shape", [(500, 400), (300, 500)])
+def test_pixel_spacing_brings_the_patient_to_the_models_scale(tmp_path, shape):
+    """100 mm at the isocentre, whatever the detector's size and aspect: cut or padded, never stretched."""
+    stored = box(100 * 1800 / 1600, 1.0, shape)
+    path = write_dicom(tmp_path / "x.dcm", stored, ImagerPixelSpacing=[1.0, 1.0])
+    xray = read_xray(path, size=256, geometry=GEOMETRY)
+    assert blob_width_mm(xray.pixels) == pytest.approx(100, abs=3)
+    assert "mm that the model sees" in xray.notes[0]
+    plain = read_xray(path, size=256)  # without a geometry the whole picture is taken for the field
+    assert blob_width_mm(plain.pixels) != pytest.approx(100, abs=10)
+
+
+def test_distances_of_the_header_and_of_the_options_scale_too(tmp_path):
+    stored = box(100 * 1.25, 1.0, (500, 500))  # magnified by 1.25: detector at 1500 mm, patient at 1200
+    header = {"ImagerPixelSpacing": [1.0, 1.0], "DistanceSourceToDetector": "1500"}
+    header["EstimatedRadiographicMagnificationFactor"] = "1.25"
+    path = write_dicom(tmp_path / "x.dcm", stored, **header)
+    assert blob_width_mm(read_xray(path, size=256, geometry=GEOMETRY).pixels) == pytest.approx(100, abs=3)
+    np.save(tmp_path / "x.npy", stored / 4095.0)
+    given = Acquisition(1.0, 1500.0, 1200.0)
+    pixels = read_xray(tmp_path / "x.npy", size=256, geometry=GEOMETRY, acquisition=given).pixels
+    assert blob_width_mm(pixels) == pytest.approx(100, abs=3)
+    twice = read_xray(path, size=256, geometry=GEOMETRY, acquisition=Acquisition(pixel_spacing_mm=2.0)).pixels
+    assert blob_width_mm(twice) == pytest.approx(200, abs=3)  # options go before the header
+
+
+def test_the_projects_own_xrays_fill_the_field_exactly(tmp_path):
+    """A rendered X-ray with its true spacing is left as it is."""
+    stored = np.rint(picture(full=4000)).astype(np.uint16)
+    spacing = GEOMETRY.detector_mm / 64
+    square = np.pad(stored, ((0, 64 - stored.shape[0]), (0, 64 - stored.shape[1])))
+    path = write_dicom(tmp_path / "x.dcm", square, ImagerPixelSpacing=[spacing, spacing])
+    xray = read_xray(path, geometry=GEOMETRY)
+    assert np.array_equal(xray.pixels, (square / 4095).astype(np.float32))
+    assert xray.notes == []
+
+
+def test_impossible_spacings_and_distances_are_named(tmp_path):
+    stored = np.rint(picture(full=4000)).astype(np.uint16)
+    tiny = write_dicom(tmp_path / "x.dcm", stored, ImagerPixelSpacing=[0.01, 0.01])
+    with pytest.raises(InputError, match=r"x\.dcm: shows .* mm of the patient by its pixel spacing of 0\.01 mm"):
+        read_xray(tiny, geometry=GEOMETRY)
+    oblong = write_dicom(tmp_path / "y.dcm", stored, ImagerPixelSpacing=[0.2, 0.4])
+    refused(oblong, r"y\.dcm: its pixels are 0\.2 x 0\.4 mm; expected square ones")
+    with pytest.raises(InputError, match="--sid-mm is 1600, beyond the detector"):
+        Acquisition(1.0, 1500.0, 1600.0)
+    with pytest.raises(InputError, match="--pixel-spacing-mm is -1"):
+        Acquisition(-1.0)
 
 
 # ------------------------------------------------------------------------------------------------
