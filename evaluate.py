@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,16 +24,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoints import check_compatible
-from ct_io import body_mask
+from checkpoints import check_compatible, weights_fingerprint
+from config import config_hash
 from dataset import PatientDataset, mean_volume
-from engine import keep_freed_memory
 from figures import save_panel
-from files import InputError, atomic_path, run_cli, write_json
-from metrics import paired_interval, score_volume, summarise
+from files import InputError, atomic_path, read_json, run_cli, write_json
+from metrics import paired_interval, summarise
 from model_enhanced import RefinementNetwork, upsample
 from pipeline import DirectSystem, add_tile_argument, pick_device
-from projector import unit_to_hu
+from protocols import COLUMNS, PROTOCOLS, Case, format_score, scanned_body, score
+from report import ReportCollector, choose_cases
 from splits import SPLITS
 
 # A method turns a data set's item into a volume (D, H, W) in [0, 1].
@@ -40,15 +41,7 @@ Predictor = Callable[[dict], torch.Tensor]
 
 BASELINE = "mean_volume"
 TRILINEAR = "trilinear"
-PROTOCOLS = {
-    "psnr_strict": "dB; whole volume, peak = width of the HU window",
-    "psnr_strict_masked": "dB; inside the scan only, peak = width of the HU window",
-    "psnr_x2ct": "dB; X2CT-GAN: integer HU, slice-wise over three axes, peak 4095 (reads 4.3 dB and more above strict)",
-    "ssim_3d": "3D, Gaussian window of sigma 1.5, data range 1",
-    "ssim_slices": "2D 7 x 7 uniform window, mean over slices of three axes, data range 1",
-    "mae_hu": "HU; mean absolute error, whole volume",
-    "rmse_hu": "HU; root mean squared error, whole volume",
-}
+GAINS = ("psnr_strict", "ssim_3d", "mae_hu", "body_mae_hu", "psnr_x2ct", "projection_relative")  # printed by default
 
 
 def system_predictors(system: DirectSystem) -> dict[str, Predictor]:
@@ -80,19 +73,22 @@ def mean_predictor(data: PatientDataset) -> Predictor:
 
 
 def score_patients(data: PatientDataset, predictors: dict[str, Predictor], observe=None) -> list[dict]:
-    """Rows ``{"method", "id", <scores>, "seconds"}`` for every method and patient.
+    """Rows ``{"method", "id", <scores of protocols.COLUMNS>, "seconds"}`` for every method and patient.
 
-    observe: called with ``(method, item, prediction, its scores)`` for each of them.
+    A score that a patient cannot have (a tissue that is not there) is None. observe: called with ``(method, item,
+    prediction, its scores)`` for each of them; ``item["body"]`` is the scanned part of the true body, bool (D, H, W).
     """
     rows = []
+    common = {"geometry": data.geometry, "hu_window": data.hu_window, "xray_scale": data.xray_scale}
     for index in tqdm(range(len(data)), desc="Evaluating", unit="patient"):
         item = data[index]
         target, mask = item["ct_volume"][0], item["mask"][0]
+        item["body"] = scanned_body(target, mask, data.hu_window, data.geometry.fov_mm)
         for method, predict in predictors.items():
             start = time.perf_counter()
             volume = predict(item)
             seconds = time.perf_counter() - start
-            scores = score_volume(volume, target, mask, data.hu_window)
+            scores = score(Case(volume, target, mask, item["body"], item.get("xrays"), **common))
             rows.append({"method": method, "id": item["id"], **scores, "seconds": seconds})
             if observe is not None:
                 observe(method, item, volume, scores)
@@ -115,13 +111,19 @@ def summary_of(rows: list[dict]) -> dict:
 
 
 def differences(rows: list[dict], others: list[dict]) -> dict:
-    """Paired statistics of every score's difference between two methods on the same patients."""
-    return {metric: paired_interval([r[metric] for r in rows], [r[metric] for r in others]) for metric in PROTOCOLS}
+    """Paired statistics of every common score's difference between two methods on the same patients."""
+    common = [column for column in COLUMNS if column in rows[0] and column in others[0]]
+    return {column: paired_interval([r[column] for r in rows], [r[column] for r in others]) for column in common}
+
+
+# ------------------------------------------------------------------------------------------------
+# Another run
 
 
 def read_rows(path, method: str, patients: list[str]) -> list[dict]:
     """Another run's rows of one method, in the order of ``patients``, from its ``per_patient.csv``.
 
+    Columns that an earlier version did not write are said and left out; an empty cell is None.
     Raises :class:`InputError` naming the file when it is missing, of another kind, or lacks the method or a patient.
     """
     try:
@@ -129,19 +131,49 @@ def read_rows(path, method: str, patients: list[str]) -> list[dict]:
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--compare {path}: cannot be read ({error}); expected a per_patient.csv") from None
-    if not rows or not {"method", "id", *PROTOCOLS} <= rows[0].keys():
+    columns = [column for column in COLUMNS if rows and column in rows[0]]
+    if not columns or not {"method", "id"} <= rows[0].keys():
         raise InputError(f"--compare {path}: not a per_patient.csv of evaluate.py (method, id, scores)")
     found = {row["id"]: row for row in rows if row["method"] == method}
     if not found:
         names = ", ".join(dict.fromkeys(row["method"] for row in rows))
-        raise InputError(f"--compare {path}: has no method {method!r}, only {names}")
+        raise InputError(f"--compare {path}: has no method {method!r}, only {names} (choose by --compare-method)")
     if set(found) != set(patients):
         odd = sorted(set(found) ^ set(patients))
         raise InputError(f"--compare {path}: other patients than scored here ({', '.join(odd[:5])})")
+    if len(columns) < len(COLUMNS):
+        missing = ", ".join(column for column in COLUMNS if column not in columns)
+        print(f"note: {path} is of an earlier version; not compared, since it does not have them: {missing}")
+    return [{column: _cell(path, found[patient], column) for column in columns} for patient in patients]
+
+
+def _cell(path, row: dict, column: str) -> float | None:
+    """A score; None for an empty cell. A cell that a cut-off line lacks is an error."""
+    text = row[column]
+    if text == "":
+        return None
     try:
-        return [{metric: float(found[patient][metric]) for metric in PROTOCOLS} for patient in patients]
+        value = float(text)
     except (TypeError, ValueError):
-        raise InputError(f"--compare {path}: a score is not a number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"--compare {path}: {column} of {row['id']} is {text!r}, not a number")
+    return value
+
+
+def note_other_truth(path, summary: dict) -> None:
+    """Say where the other run's ``summary.json`` (beside its CSV, if there) scored against other volumes than this."""
+    beside = Path(path).with_name("summary.json")
+    if not beside.exists():
+        return
+    other = read_json(beside)
+    for key in ("volume_size", "hu_window", "geometry"):
+        if key in other and other[key] != summary[key]:
+            print(f"note: {path} was scored with {key} {other[key]}, this with {summary[key]}: not the same task")
+
+
+# ------------------------------------------------------------------------------------------------
+# Where the weights come from
 
 
 def check_patients(data: PatientDataset, checkpoint: dict, path, split: str, allow_seen: bool) -> list[str]:
@@ -175,34 +207,43 @@ def write_rows(path, rows: list[dict]) -> None:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def print_table(summary: dict) -> None:
-    """Mean and standard deviation per method, then the first method's paired gains with their intervals."""
+def print_table(summary: dict, full: bool = False) -> None:
+    """Mean +- sd per protocol and method, then the first method's paired gains with their intervals.
+
+    full: every column, not only each protocol's main ones. n is given where some patients lack a score.
+    """
     methods = summary["methods"]
     first = next(iter(methods))
-    print(f"{'':20}" + "".join(f"{name:>18}" for name in methods))
-    for metric in PROTOCOLS:
-        digits = _digits(metric)
-        cells = ""
-        for statistics in methods.values():
-            sd = statistics[metric]["sd"]
-            spread = f" +- {sd:.{digits}f}" if sd is not None else ""
-            cells += f"{statistics[metric]['mean']:.{digits}f}{spread}".rjust(18)
-        print(f"{metric:20}{cells}")
+    patients = methods[first]["psnr_strict"]["n"]
+    print(f"{'':36}" + "".join(f"{name:>18}" for name in methods))
+    for name, protocol in PROTOCOLS.items():
+        for index, column in enumerate(protocol.columns if full else protocol.main):
+            cells = "".join(_mean(column, s[column], patients).rjust(18) for s in methods.values())
+            print(f"{name if index == 0 else '':15}{column:21}{cells}")
     for key, gains in summary.items():
         if key.startswith("minus_") and first in gains:
             print(f"{first} minus {key.removeprefix('minus_')} (paired, 95 % bootstrap interval):")
-            for metric in ("psnr_strict", "ssim_3d", "mae_hu"):
-                print(f"  {metric:18}{_gain(gains[first][metric], _digits(metric))}")
+            for column in GAINS:
+                if column in gains[first]:
+                    print(f"  {column:19}{_gain(column, gains[first][column])}")
 
 
-def _digits(metric: str) -> int:
-    return 3 if metric.startswith("ssim") else 1 if metric.endswith("hu") else 2
+def _mean(column: str, statistics: dict, patients: int) -> str:
+    spread = f" +- {format_score(column, statistics['sd'])}" if statistics["sd"] is not None else ""
+    count = f" (n {statistics['n']})" if statistics["n"] != patients else ""
+    return format_score(column, statistics["mean"]) + spread + count
 
 
-def _gain(statistics: dict, digits: int) -> str:
-    interval = statistics["ci95"]
-    limits = f" ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})" if interval else ""
-    return f"{statistics['mean']:+.{digits}f}{limits}, n = {statistics['n']}"
+def _gain(column: str, statistics: dict) -> str:
+    mean, *interval = (
+        format_score(column, value, signed=True) for value in (statistics["mean"], *(statistics["ci95"] or ()))
+    )
+    limits = f" ({' to '.join(interval)})" if interval else ""
+    return f"{mean}{limits}, n = {statistics['n']}"
+
+
+# ------------------------------------------------------------------------------------------------
+# What is evaluated
 
 
 @dataclass
@@ -211,6 +252,7 @@ class Subject:
 
     predictors: dict[str, Predictor]
     checkpoints: dict[str, dict]  # path -> header
+    weights: dict[str, str | dict[str, str]]  # path -> fingerprint, or of each stage
     volume_size: tuple[int, int, int]
     xray_size: int
     xray_normalization: str
@@ -225,6 +267,7 @@ def load_direct_subject(args) -> Subject:
     """The direct system of ``--base`` and ``--refinement``."""
     system = DirectSystem(args.base, args.refinement, args.device, args.precision, args.tile)
     checkpoints = {args.base: system.checkpoint}
+    weights = {args.base: weights_fingerprint(system.checkpoint["model_state_dict"])}
     entries = {
         "checkpoint": Path(args.base).name,
         "epoch": system.checkpoint["epoch"],
@@ -232,6 +275,7 @@ def load_direct_subject(args) -> Subject:
     }
     if system.refinement is not None:
         checkpoints[args.refinement] = system.refinement_checkpoint
+        weights[args.refinement] = weights_fingerprint(system.refinement_checkpoint["refinement_state_dict"])
         entries |= {
             "refinement": Path(args.refinement).name,
             "refinement_epoch": system.refinement_checkpoint["epoch"],
@@ -241,6 +285,7 @@ def load_direct_subject(args) -> Subject:
     return Subject(
         system_predictors(system),
         checkpoints,
+        weights,
         system.volume_size,
         system.xray_size,
         system.checkpoint["config"]["data"]["xray_normalization"],
@@ -261,6 +306,7 @@ def load_cascade_subject(args) -> Subject:
     return Subject(
         module.predictors(cascade, args.steps, samples, args.seed),
         {args.cascade: header},
+        {args.cascade: {stage.name: weights_fingerprint(stage.model.state_dict()) for stage in cascade.stages}},
         cascade.volume_size,
         cascade.xray_size,
         header["cascade_config"].get("data", {}).get("xray_normalization", "percentile"),
@@ -279,23 +325,82 @@ def load_cascade_subject(args) -> Subject:
     )
 
 
-def body_coverage(item: dict, volume, std, data: PatientDataset) -> dict[str, float]:
+def provenance(subject: Subject) -> list[dict]:
+    """What the summary says of each checkpoint: file, hash of its training configuration, split, weights.
+
+    The configuration's hash is None where the checkpoint holds no configuration; a cascade has its last stage's.
+    """
+    entries = []
+    for path, header in subject.checkpoints.items():
+        settings = header.get("config")
+        entries.append(
+            {
+                "file": Path(path).resolve().name,
+                "kind": header.get("kind"),
+                "epoch": header["epoch"],
+                "config_hash": header.get("config_hash") or (config_hash(settings) if settings else None),
+                "split_hash": header["split_hash"],
+                "weights": subject.weights[path],
+            }
+        )
+    return entries
+
+
+# ------------------------------------------------------------------------------------------------
+# What is seen while scoring
+
+
+class Observer:
+    """Pictures of the first method's volumes, and coverage of methods with a standard deviation, as they are scored.
+
+    A report sees everything, too. It is the ``observe`` of :func:`score_patients`; ``coverages`` holds a row per method and patient.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        data: PatientDataset,
+        predictors: dict[str, Predictor],
+        pictures: int,
+        report: ReportCollector | None = None,
+    ):
+        self.output, self.data, self.predictors, self.report = output, data, predictors, report
+        self.first, self.drawn = next(iter(predictors)), set(data.ids[:pictures])
+        self.coverages: list[dict] = []
+
+    def __call__(self, method: str, item: dict, volume: torch.Tensor, scores: dict) -> None:
+        if method == self.first and item["id"] in self.drawn:
+            self._draw(item, volume, scores)
+        if self.report is not None:
+            self.report.observe(method, item, volume, scores)
+        std = getattr(self.predictors[method], "std", None)
+        if std is not None:
+            self.coverages.append({"method": method, "id": item["id"], **body_coverage(item, volume, std)})
+
+    def _draw(self, item, volume, scores):
+        title = f"{item['id']}    PSNR {scores['psnr_strict']:.1f} dB, SSIM {scores['ssim_3d']:.3f}"
+        path = self.output / "pictures" / f"{item['id']}.png"
+        save_panel(path, item["xrays"], volume, item["ct_volume"][0], self.data.hu_window, title)
+
+
+def body_coverage(item: dict, volume, std) -> dict[str, float]:
     """:func:`hybrid_vit_cascade.cascade.coverage` inside the scanned part of the true body.
 
     In the air around it every sample is right, which would flatter the standard deviation.
     """
     from hybrid_vit_cascade.cascade import coverage
 
-    target = item["ct_volume"][0]
-    hu = unit_to_hu(target, data.hu_window).numpy()
-    body = torch.from_numpy(body_mask(hu, data.geometry.fov_mm / len(target)))
-    return coverage(volume, std, target, body & (item["mask"][0] > 0))
+    return coverage(volume, std, item["ct_volume"][0], item["body"])
 
 
 def print_coverage(statistics: dict) -> None:
     """Share of the body's voxels whose error lies within 1 and 2 standard deviations of the samples."""
     for key, expected in statistics["expected"].items():
         print(f"{key:20}{statistics[key]['mean']:.3f} in the body; {expected:.3f} for a perfect model")
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -308,12 +413,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--refinement", help="stage-2 checkpoint: scores its 256^3 volumes beside plain upsampling")
     add_tile_argument(parser)
     parser.add_argument("--compare", metavar="CSV", help="another run's per_patient.csv: paired differences to it")
+    parser.add_argument("--compare-method", help="the other run's method to compare with (default: of the same name)")
     parser.add_argument("--output", required=True, help="folder for the results")
     parser.add_argument("--pictures", type=int, default=6, help="cases to draw (default %(default)s)")
+    parser.add_argument("--report", action="store_true", help="also write report.html: tables and a viewer of patients")
+    parser.add_argument(
+        "--report-cases", nargs="+", metavar="ID", help="patients in the report's viewer: ids, or how many (default 5)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--cache-dir", help="default: DATA/.cache")
-    parser.add_argument("--allow-seen", action="store_true", help="also score patients the checkpoint was trained on")
+    parser.add_argument(
+        "--allow-seen", "--allow_seen", action="store_true", help="also score patients the checkpoint was trained on"
+    )
+    parser.add_argument("--full-table", action="store_true", help="print every score; files always hold all of them")
     parser.add_argument("--steps", type=int, default=25, help="cascade: steps per stage and sample (%(default)s)")
     parser.add_argument("--samples", type=int, default=0, help="cascade: also one sample, and the mean of this many")
     parser.add_argument("--seed", type=int, default=0, help="cascade: of the samples' noise (default %(default)s)")
@@ -323,72 +436,87 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--refinement belongs to --base, not to --cascade")
     if args.samples < 0 or args.steps < 1:
         parser.error(f"--samples is {args.samples}, --steps {args.steps}; expected at least 0 and 1")
+    if args.compare_method and not args.compare:
+        parser.error("--compare-method belongs to --compare")
+    if args.report_cases and not args.report:
+        parser.error("--report-cases belongs to --report")
     return args
 
 
-def main(argv=None) -> int:
-    args = parse_args(argv)
-    subject = load_cascade_subject(args) if args.cascade else load_direct_subject(args)
-    if subject.device.type == "cpu":
-        keep_freed_memory()
-    for note in subject.notes:
-        print(f"note: {note}")
-    output, size = Path(args.output), subject.volume_size[0]
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file; expected a folder")
+def open_data(args, subject: Subject) -> tuple[PatientDataset, PatientDataset, list[str]]:
+    """The patients to score, those of the training split, and which of the first the checkpoints were trained on.
+
+    Raises :class:`InputError` when a checkpoint does not fit the data, or was trained on a patient to score.
+    """
     # X-rays of a data set without manifest are read as they were in training.
     common = {"cache_dir": args.cache_dir, "xray_normalization": subject.xray_normalization}
+    size = subject.volume_size[0]
     data = PatientDataset(args.data, args.split, size, subject.xray_size, **common)
-    expected = {"geometry": data.geometry.to_dict(), "hu_window": list(data.hu_window), "xray_scale": data.xray_scale}
     seen = set()
     for path, checkpoint in subject.checkpoints.items():
-        check_compatible(path, checkpoint, **expected)
+        check_compatible(path, checkpoint, **acquisition(data))
         seen |= set(check_patients(data, checkpoint, path, args.split, args.allow_seen))
-    training = PatientDataset(args.data, "train", size, None, **common)
-    predictors = {**subject.predictors, BASELINE: mean_predictor(training)}
-    first = next(iter(predictors))
-    others = read_rows(args.compare, first, data.ids) if args.compare else None
+    return data, PatientDataset(args.data, "train", size, None, **common), sorted(seen)
 
-    def draw(item, volume, scores):
-        if item["id"] in data.ids[: args.pictures]:
-            title = f"{item['id']}    PSNR {scores['psnr_strict']:.1f} dB, SSIM {scores['ssim_3d']:.3f}"
-            path = output / "pictures" / f"{item['id']}.png"
-            save_panel(path, item["xrays"], volume, item["ct_volume"][0], data.hu_window, title)
 
-    coverages = []
+def acquisition(data: PatientDataset) -> dict:
+    """How the data were made: what a checkpoint has to share, and the summary says."""
+    return {"geometry": data.geometry.to_dict(), "hu_window": list(data.hu_window), "xray_scale": data.xray_scale}
 
-    def observe(method, item, volume, scores):
-        if method == first:
-            draw(item, volume, scores)
-        std = getattr(predictors[method], "std", None)
-        if std is not None:
-            coverages.append({"method": method, "id": item["id"], **body_coverage(item, volume, std, data)})
 
-    rows = score_patients(data, predictors, observe)
-    summary = {
+def summarise_run(args, subject: Subject, data: PatientDataset, seen: list[str], rows: list[dict]) -> dict:
+    """Content of ``summary.json``: what was evaluated on what, and the statistics of its scores."""
+    return {
         **subject.entries,
+        "checkpoints": provenance(subject),
         "data": Path(args.data).resolve().name,
         "split": args.split,
         "split_hash": data.split_hash,
         "patients": data.ids,
-        "seen_in_training": sorted(seen),
+        "seen_in_training": seen,
         "volume_size": list(subject.volume_size),
-        **expected,
-        "protocols": PROTOCOLS,
+        **acquisition(data),
+        "protocols": COLUMNS,
+        "protocol_columns": {name: list(protocol.columns) for name, protocol in PROTOCOLS.items()},
         "device": subject.device.type,
         "precision": subject.precision,
         "torch": torch.__version__,
         **summary_of(rows),
     }
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    subject = load_cascade_subject(args) if args.cascade else load_direct_subject(args)
+    for note in subject.notes:
+        print(f"note: {note}")
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; expected a folder")
+    data, training, seen = open_data(args, subject)
+    first = next(iter(subject.predictors))
+    others = read_rows(args.compare, args.compare_method or first, data.ids) if args.compare else None
+    report = None
+    if args.report:
+        cases = choose_cases(args.report_cases or ["5"], data.ids)
+        report = ReportCollector(cases, first, data.geometry, data.hu_window, data.xray_scale)
+
+    predictors = {**subject.predictors, BASELINE: mean_predictor(training)}
+    observer = Observer(output, data, predictors, args.pictures, report)
+    rows = score_patients(data, predictors, observer)
+    summary = summarise_run(args, subject, data, seen, rows)
     if others:
         mine = [row for row in rows if row["method"] == first]
         summary[f"minus_{Path(args.compare).parent.name or 'other'}"] = {first: differences(mine, others)}
-    if coverages:
-        summary["coverage"] = {"in": "body", **summarise(coverages), "expected": subject.expected_coverage}
+        note_other_truth(args.compare, summary)
+    if observer.coverages:
+        summary["coverage"] = {"in": "body", **summarise(observer.coverages), "expected": subject.expected_coverage}
     write_rows(output / "per_patient.csv", rows)
     write_json(output / "summary.json", summary)
-    print_table(summary)
-    if coverages:
+    if report is not None:
+        report.write(output / "report.html", summary, rows, subject.notes)
+    print_table(summary, args.full_table)
+    if observer.coverages:
         print_coverage(summary["coverage"])
     print(f"{len(data)} patients of the {args.split} split; per_patient.csv, summary.json and pictures in {output}")
     return 0

@@ -1,13 +1,10 @@
-"""Scores of reconstructed volumes, each with formula, peak and source, and their statistics.
+"""Formulas of the scores and their statistics over patients; protocols.py says which of them is whose.
 
-    from metrics import score_volume, summarise
-    row = score_volume(prediction, target, mask, hu_window=(-1024, 1476))   # volumes (D, H, W) in [0, 1]
-    table = summarise([row, ...])                                           # mean, sd, n, 95 % interval
+    from metrics import psnr, ssim_3d, summarise
+    psnr(prediction, target), ssim_3d(prediction, target)   # volumes (D, H, W) in [0, 1]
+    table = summarise([row, ...])                           # mean, sd, n, 95 % interval
 
-"PSNR" means several things in this field, up to 20 dB apart for one and the same volume: a number
-without its protocol says nothing. Here ``psnr_strict`` is the plain definition (peak = window width)
-and ``psnr_x2ct`` the protocol of the X2CT-GAN literature, only for comparison with its tables.
-Volumes are single ``(D, H, W)`` torch tensors in [0, 1], computed in float64; NaN raises ``ValueError``.
+Volumes are single ``(D, H, W)`` torch tensors, computed in float64; NaN and unlike shapes raise ``ValueError``.
 """
 
 from __future__ import annotations
@@ -18,11 +15,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from losses import SSIM_TAPS, ssim_map
-from projector import HU_WINDOW
+from losses import SSIM_C1, SSIM_C2, SSIM_TAPS, ssim_map
 
 PSNR_CAP = 100.0  # dB; what identical volumes score (X2CT-GAN's convention), so that scores stay finite
-X2CT_PEAK = 4095.0  # peak of X2CT-GAN's PSNR, on data that span 2,500 HU
+UNIFORM_TAPS = 7  # edge of scikit-image's default SSIM window
 _SLAB = 16  # slices of SSIM computed at once: bounds the memory at 256^3
 
 
@@ -30,16 +26,20 @@ _SLAB = 16  # slices of SSIM computed at once: bounds the memory at 256^3
 # One volume
 
 
-def _pair(prediction, target):
+def check_pair(prediction: torch.Tensor, target: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless both are finite volumes ``(D, H, W)`` of the same shape: NaN never scores."""
     if prediction.ndim != 3 or prediction.shape != target.shape:
         raise ValueError(
             f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)};"
             " expected two volumes (D, H, W) of the same shape"
         )
-    prediction, target = prediction.double(), target.double()
     if not (prediction.isfinite().all() and target.isfinite().all()):
         raise ValueError("NaN or infinity in a volume: it cannot be scored")
-    return prediction, target
+
+
+def _pair(prediction, target):
+    check_pair(prediction, target)
+    return prediction.double(), target.double()
 
 
 def _selected(values, mask):
@@ -64,23 +64,21 @@ def psnr(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | No
     return min(PSNR_CAP, 20 * math.log10(peak) - 10 * math.log10(mse)) if mse > 0 else PSNR_CAP
 
 
-def psnr_x2ct(prediction: torch.Tensor, target: torch.Tensor, window_width_hu: float = 2500.0) -> float:
-    """PSNR in dB by the protocol of X2CT-GAN.
+def psnr_slices(prediction: torch.Tensor, target: torch.Tensor, scale: float, peak: float) -> float:
+    """PSNR in dB of integer slices, averaged over the slices of each axis and then over the three axes.
 
-    Source: Ying et al., CVPR 2019; github.com/kylekma/X2CT, 3DGAN/test.py and lib/utils/metrics_np.py.
-    Both volumes clipped to [0, 1], times 2,500, cut to integers; PSNR of each slice with peak 4095,
-    a slice without error scoring 100 dB; mean over the slices of each axis, then over the three axes.
-    Reads 20 log10(4095 / 2500) = 4.3 dB above the strict definition, and more by the mean over
-    slices. A window of another width keeps HU units: times ``window_width_hu``.
+    Both volumes times ``scale`` are cut to integers (towards zero); each slice scores 20 log10(peak / RMSE), a slice
+    without error 100 dB. As in X2CT-GAN's ``Peak_Signal_to_Noise_Rate`` (github.com/kylekma/X2CT,
+    3DGAN/lib/utils/metrics_np.py); nothing is clipped here.
     """
-    _pair(prediction, target)
+    check_pair(prediction, target)
     # In the volumes' own dtype, as there: float32 rounding decides some truncations.
-    integers = [(v.clamp(0, 1) * window_width_hu).to(torch.int32).double() for v in (prediction, target)]
+    integers = [(v * scale).to(torch.int32).double() for v in (prediction, target)]
     squared = (integers[0] - integers[1]).square()
     per_axis = []
     for axes in ((1, 2), (0, 2), (0, 1)):
         mse = squared.mean(dim=axes)
-        scores = 20 * math.log10(X2CT_PEAK) - 10 * mse.clamp_min(1e-10).log10()
+        scores = 20 * math.log10(peak) - 10 * mse.clamp_min(1e-10).log10()
         per_axis.append(torch.where(mse == 0, torch.full_like(scores, PSNR_CAP), scores).mean())
     return torch.stack(per_axis).mean().item()
 
@@ -101,53 +99,74 @@ def ssim_3d(prediction: torch.Tensor, target: torch.Tensor) -> float:
     return total / count
 
 
-def ssim_slices(prediction: torch.Tensor, target: torch.Tensor) -> float:
-    """Slice-wise SSIM of X2CT-GAN: 2D, 7 x 7 uniform window, sample covariance, data range 1.
+def ssim_uniform(
+    prediction: torch.Tensor, target: torch.Tensor, slices: float | None = None, volume: float | None = None
+) -> dict[str, float]:
+    """Mean SSIM with a uniform window of 7 voxels per axis and sample covariance: scikit-image's defaults.
 
-    Mean over positions where the window fits and over slices, then over the three axes
-    (3DGAN/lib/utils/metrics_np.py there: scikit-image's defaults). Volumes are clipped to [0, 1];
-    axes below 7 raise ``ValueError``.
+    slices: data range of the 2D one, 7 x 7 in each slice, averaged over the positions where the window fits, the slices
+    and then the three axes -> ``"slices"``. volume: data range of the 3D one, 7 x 7 x 7 -> ``"volume"``. None leaves
+    one out; together they share their window sums. Axes below 7 voxels raise ``ValueError``.
     """
-    prediction, target = _pair(prediction.clamp(0, 1), target.clamp(0, 1))
-    window = (1 / 7,) * 7
-    per_axis = []
-    for axis in range(3):
-        total, count = 0.0, 0
-        slabs = zip(prediction.movedim(axis, 0).split(_SLAB), target.movedim(axis, 0).split(_SLAB))
-        for x, y in slabs:
-            similarity = ssim_map(x, y, window, axes=(-2, -1), covariance_scale=49 / 48)
-            total, count = total + similarity.sum().item(), count + similarity.numel()
-        per_axis.append(total / count)
-    return sum(per_axis) / 3
-
-
-def mae_hu(prediction, target, hu_window=HU_WINDOW, mask=None) -> float:
-    """Mean absolute error in Hounsfield units: mean |prediction - target| x window width."""
     prediction, target = _pair(prediction, target)
-    return _selected((prediction - target).abs(), mask).mean().item() * (hu_window[1] - hu_window[0])
+    if min(target.shape) < UNIFORM_TAPS:
+        raise ValueError(f"volume of {tuple(target.shape)} voxels; expected at least {UNIFORM_TAPS} per axis for SSIM")
+    totals: dict[str, list[float]] = {}
+    for start in range(0, len(target), _SLAB):
+        stop = start + _SLAB + UNIFORM_TAPS - 1
+        for name, sums in _window_sums(prediction[start:stop], target[start:stop], slices, volume):
+            similarity = _similarity(sums, *((3, volume) if name == "volume" else (2, slices)))
+            total, count = totals.get(name, (0.0, 0))
+            totals[name] = (total + similarity.sum().item(), count + similarity.numel())
+    means = {name: total / count for name, (total, count) in totals.items()}
+    scores = {} if slices is None else {"slices": sum(means[axis] for axis in ("axial", "coronal", "sagittal")) / 3}
+    return scores if volume is None else {**scores, "volume": means["volume"]}
 
 
-def rmse_hu(prediction, target, hu_window=HU_WINDOW, mask=None) -> float:
-    """Root mean squared error in Hounsfield units: sqrt(mean (prediction - target)^2) x window width."""
-    prediction, target = _pair(prediction, target)
-    mse = _selected((prediction - target).square(), mask).mean().item()
-    return math.sqrt(mse) * (hu_window[1] - hu_window[0])
+def _window_sums(x, y, slices, volume):
+    """Pairs (name, sums of x, y, x^2 + y^2 and xy over the windows) of one slab, whose last 6 slices are the next's."""
+    moments = torch.stack([x, y, x * x + y * y, x * y])
+    along_w = _sliding_sum(moments, 3)
+    whole = moments.shape[1] >= UNIFORM_TAPS  # else too few slices are left for a window along D
+    if slices is not None:
+        yield "axial", _sliding_sum(along_w[:, :_SLAB], 2)
+        if whole:
+            yield "coronal", _sliding_sum(along_w, 1)
+            yield "sagittal", _sliding_sum(_sliding_sum(moments, 2), 1)
+    if volume is not None and whole:
+        yield "volume", _sliding_sum(_sliding_sum(along_w, 2), 1)
 
 
-def score_volume(prediction, target, mask=None, hu_window=HU_WINDOW) -> dict[str, float]:
-    """Every score of one volume.
+def _sliding_sum(x, axis):
+    """Sums of 7 neighbours along an axis, in four additions each."""
+    length = x.shape[axis] - UNIFORM_TAPS + 1
+    pairs = x.narrow(axis, 0, length + 5) + x.narrow(axis, 1, length + 5)
+    total = pairs.narrow(axis, 0, length) + pairs.narrow(axis, 2, length)
+    return total.add_(pairs.narrow(axis, 4, length)).add_(x.narrow(axis, 6, length))
 
-    prediction, target: ``(D, H, W)`` in [0, 1]. mask: same shape, 1 inside the scan; it only enters
-    ``psnr_strict_masked`` (without it equal to ``psnr_strict``). All values are finite.
+
+def _similarity(sums, dimensions, data_range):
+    """SSIM (formula: :func:`losses.ssim_map`) from window sums, with sample statistics."""
+    size = UNIFORM_TAPS**dimensions
+    mean_x, mean_y, mean_squares, mean_xy = sums / size
+    c1, c2, scale = SSIM_C1 * data_range**2, SSIM_C2 * data_range**2, size / (size - 1)
+    product, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
+    luminance = (2 * product + c1) / (squares + c1)
+    return luminance * (2 * scale * (mean_xy - product) + c2) / (scale * (mean_squares - squares) + c2)
+
+
+def error_statistics(error: torch.Tensor) -> dict[str, float | None]:
+    """``{"mae": mean |e|, "rmse": sqrt(mean e^2), "bias": mean e}`` of errors of any shape, in their unit.
+
+    All None for no errors at all: a tissue that a patient lacks has no score, neither 0 nor NaN.
     """
+    if not error.numel():
+        return dict.fromkeys(("mae", "rmse", "bias"))
+    error = error.double()
     return {
-        "psnr_strict": psnr(prediction, target),
-        "psnr_strict_masked": psnr(prediction, target, mask),
-        "psnr_x2ct": psnr_x2ct(prediction, target, hu_window[1] - hu_window[0]),
-        "ssim_3d": ssim_3d(prediction, target),
-        "ssim_slices": ssim_slices(prediction, target),
-        "mae_hu": mae_hu(prediction, target, hu_window),
-        "rmse_hu": rmse_hu(prediction, target, hu_window),
+        "mae": error.abs().mean().item(),
+        "rmse": math.sqrt(error.square().mean().item()),
+        "bias": error.mean().item(),
     }
 
 
@@ -174,33 +193,34 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _statistics(values: Sequence[float]) -> dict:
+def _statistics(values: Sequence[float | None]) -> dict:
+    values = [value for value in values if value is not None]
     interval = bootstrap_interval(values)
     return {
-        "mean": float(np.mean(values)),
+        "mean": float(np.mean(values)) if values else None,
         "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "n": len(values),
         "ci95": list(interval) if interval else None,
     }
 
 
-def paired_interval(a: Sequence[float], b: Sequence[float]) -> dict:
-    """Statistics of the patient-wise differences a - b, as in :func:`summarise`.
+def paired_interval(a: Sequence[float | None], b: Sequence[float | None]) -> dict:
+    """Statistics of the patient-wise differences a - b, as in :func:`summarise`, over patients who have both.
 
     Two methods on the same patients differ when the interval leaves out 0; their separate
     intervals, wide from patient to patient, say less. Different lengths raise ``ValueError``.
     """
     if len(a) != len(b) or not len(a):
         raise ValueError(f"{len(a)} values against {len(b)}; expected one of each per patient")
-    return _statistics([x - y for x, y in zip(a, b)])
+    return _statistics([None if x is None or y is None else x - y for x, y in zip(a, b)])
 
 
 def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
     """Per-patient rows -> ``{metric: {"mean", "sd", "n", "ci95": [low, high]}}``.
 
-    rows: as from :func:`score_volume`; keys whose value is text (ids) are left out. sd is the sample
-    standard deviation, ci95 a bootstrap interval of the mean; both None for one patient (JSON's null).
-    Rows with different keys raise ``ValueError``.
+    rows: scores by name; keys whose value is text (ids) are left out, and so are patients without a score (None): n
+    says how many have it. sd is the sample standard deviation, ci95 a bootstrap interval of the mean; both None for
+    one patient (JSON's null), and the mean for none. Rows with different keys raise ``ValueError``.
     """
     if not rows:
         raise ValueError("no rows to summarise")
@@ -208,4 +228,4 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
     for row in rows:
         if row.keys() != rows[0].keys():
             raise ValueError(f"rows differ in their columns: {sorted(row.keys() ^ rows[0].keys())}")
-    return {key: _statistics([float(row[key]) for row in rows]) for key in keys}
+    return {key: _statistics([row[key] for row in rows]) for key in keys}

@@ -214,7 +214,8 @@ def _weights(geometry, view, volume_shape, image_size, start, stop, device):
     key = (geometry, view, tuple(volume_shape), tuple(image_size), start, stop, device)
     entries = (stop - start) * (image_size[0] * volume_shape[0] + image_size[1] * max(volume_shape[1:]))
     # Training renders small images of the same geometry at each step: worth keeping. Large ones are not.
-    if entries <= 8_000_000 and start == 0 and not torch.is_inference_mode_enabled():
+    kept = entries <= 8_000_000 and start == 0 and not torch.is_inference_mode_enabled()
+    if kept and not torch.compiler.is_compiling():  # traced tensors belong to their trace
         return _cached_slice_weights(*key)
     return _slice_weights(*key)
 
@@ -232,6 +233,8 @@ def _slab_length(geometry, view, volume_shape, image_size, device):
 
 def _chunk_slices(volume_shape, image_size, batch):
     """Slices handled at once: bounds the temporaries to about 100 MB."""
+    if not isinstance(batch, int):  # a trace for any batch
+        batch = 1
     per_slice = image_size[0] * volume_shape[0] + image_size[1] * max(volume_shape[1:])
     per_slice += 2 * batch * max(image_size[0], volume_shape[0]) * max(volume_shape[1:])
     return max(1, 25_000_000 // per_slice)
@@ -359,6 +362,8 @@ def lift_features(
     """
     if features.ndim != 5 or features.shape[1] != 2:
         raise ValueError(f"features have shape {tuple(features.shape)}; expected (B, 2, C, h, w)")
+    if grid_mm is None and torch.compiler.is_compiling():  # no cache: traced tensors belong to their trace
+        grid_mm = tuple(geometry.voxel_centres_mm(n, device=features.device) for n in volume_size)
     if grid_mm is None:
         weights = [
             _lift_weights(geometry, v, tuple(volume_size), tuple(features.shape[-2:]), features.device) for v in (0, 1)

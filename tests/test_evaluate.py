@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 import os
 import pickle
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,16 @@ import torch
 from tiny_data import make_checkpoint, make_dataset, make_model
 
 import evaluate
+from checkpoints import load_checkpoint, weights_fingerprint
+from config import config_hash
 from dataset import PatientDataset, mean_volume
 from files import InputError, run_cli
 from model_enhanced import load_base_model
 from projector import Geometry
+from protocols import COLUMNS, PROTOCOLS
+
+ROOT = Path(__file__).parent.parent
+EARLIER = ("psnr_strict", "psnr_strict_masked", "psnr_x2ct", "ssim_3d", "ssim_slices", "mae_hu", "rmse_hu")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +93,165 @@ def test_the_summary_is_the_mean_of_the_rows(root, results):
     assert summary["patients"] == ["p4", "p5"]
     assert str(root.parent) not in (results / "summary.json").read_text()  # no path of this machine
     assert [p.name for p in (results / "pictures").iterdir()] == ["p4.png"]
+
+
+def test_every_protocol_is_a_column_of_each_row_and_a_line_of_the_summary(results):
+    rows, summary = read_rows(results), json.loads((results / "summary.json").read_text())
+    assert all(list(row) == ["method", "id", *COLUMNS, "seconds"] for row in rows)
+    assert all(math.isfinite(float(row[column])) for row in rows for column in COLUMNS)  # no tissue is missing here
+    assert summary["protocols"] == COLUMNS
+    assert summary["protocol_columns"]["pm1024"] == ["psnr_pm1024", "ssim_pm1024"]
+    for method in ("model", "mean_volume"):
+        assert set(summary["methods"][method]) == {*COLUMNS, "seconds"}
+    assert set(summary["minus_mean_volume"]["model"]) == set(COLUMNS)
+
+
+def test_body_and_projection_equal_an_independent_computation(root, base, results):
+    from ct_io import body_mask
+    from projector import render_xrays
+
+    row = next(r for r in read_rows(results) if (r["method"], r["id"]) == ("model", "p5"))
+    data = PatientDataset(root, "test", 16, 64)
+    item = data[data.ids.index("p5")]
+    with torch.no_grad():
+        prediction = load_base_model(base)[0](item["xrays"][None])[0]
+        rendered = render_xrays(prediction, data.geometry, (32, 32))
+    hu = item["ct_volume"][0].numpy() * 2500.0 - 1024
+    error = prediction[0, 0].numpy() * 2500.0 - 1024 - hu
+    inside = body_mask(hu, 360 / 16) & (item["mask"][0].numpy() > 0)
+    assert 0.1 < inside.mean() < 0.9
+    assert float(row["body_mae_hu"]) == pytest.approx(np.abs(error[inside]).mean(), rel=1e-4)
+    assert float(row["body_bias_hu"]) == pytest.approx(error[inside].mean(), rel=1e-4)
+    assert float(row["bone_rmse_hu"]) == pytest.approx(np.sqrt((error[inside & (hu >= 150)] ** 2).mean()), rel=1e-3)
+    halves = rendered[0].reshape(2, 16, 2, 16, 2).mean((2, 4)), item["xrays"].reshape(2, 16, 4, 16, 4).mean((2, 4))
+    expected = (halves[0] - halves[1]).abs().mean().item()
+    assert float(row["projection_mae"]) == pytest.approx(expected, rel=1e-4)
+    assert float(row["projection_relative"]) == pytest.approx(expected / item["xrays"].mean().item(), rel=1e-4)
+
+
+def test_the_summary_names_configuration_split_and_weights_of_the_checkpoint(root, base, results):
+    (entry,) = json.loads((results / "summary.json").read_text())["checkpoints"]
+    checkpoint = load_checkpoint(base)
+    assert entry == {
+        "file": "base.pt",
+        "kind": "enhanced_direct",
+        "epoch": 3,
+        "config_hash": config_hash(checkpoint["config"]),
+        "split_hash": PatientDataset(root, "test", 16, None).split_hash,
+        "weights": weights_fingerprint(checkpoint["model_state_dict"]),
+    }
+
+
+def subject_of(header):
+    weights = {"c.pt": "0" * 16}
+    return evaluate.Subject(
+        {}, {"c.pt": header}, weights, (16,) * 3, 64, "manifest", torch.device("cpu"), "float32", {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [({"config_hash": "abc", "config": {"a": 1}}, "abc"), ({"config": {"a": 1}}, config_hash({"a": 1})), ({}, None)],
+)
+def test_the_configuration_hash_is_the_stored_one_or_computed(more, expected):
+    (entry,) = evaluate.provenance(subject_of({"epoch": 1, "split_hash": "f", **more}))
+    assert entry["config_hash"] == expected
+    assert entry["file"] == "c.pt"
+
+
+def test_the_table_is_grouped_by_protocol_with_main_figures_by_default(results, capsys):
+    summary = json.loads((results / "summary.json").read_text())
+    evaluate.print_table(summary)
+    short = capsys.readouterr().out
+    shown = {column for column in COLUMNS if f" {column} " in short}
+    assert shown == {column for protocol in PROTOCOLS.values() for column in protocol.main}
+    assert max(len(line) for line in short.splitlines()) < 100
+    assert "model minus mean_volume" in short
+    evaluate.print_table(summary, full=True)
+    assert all(f" {column} " in text for text in [capsys.readouterr().out] for column in COLUMNS)
+
+
+def rows_with_gaps():
+    """Three patients, one without bone."""
+    rows = []
+    for index, patient in enumerate("abc"):
+        for method in ("model", "mean_volume"):
+            scores = dict.fromkeys(COLUMNS, 10.0 + index + (method == "model"))
+            scores["bone_mae_hu"] = None if patient == "b" else scores["bone_mae_hu"]
+            rows.append({"method": method, "id": patient, **scores, "seconds": 0.1})
+    return rows
+
+
+def test_a_missing_tissue_is_an_empty_cell_and_not_counted(tmp_path, capsys):
+    rows = rows_with_gaps()
+    evaluate.write_rows(tmp_path / "per_patient.csv", rows)
+    cells = {(r["method"], r["id"]): r["bone_mae_hu"] for r in read_rows(tmp_path)}
+    assert cells["model", "b"] == ""
+    assert cells["model", "a"] == "11"
+    summary = evaluate.summary_of(rows)
+    assert summary["methods"]["model"]["bone_mae_hu"]["n"] == 2
+    assert summary["methods"]["model"]["bone_mae_hu"]["mean"] == 12.0
+    assert summary["methods"]["model"]["body_mae_hu"]["n"] == 3
+    assert summary["minus_mean_volume"]["model"]["bone_mae_hu"]["n"] == 2
+    evaluate.print_table(summary, full=True)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "bone_mae_hu" in line)
+    assert "12.0 +- 1.4 (n 2)" in line
+    back = evaluate.read_rows(tmp_path / "per_patient.csv", "model", ["a", "b", "c"])
+    assert [row["bone_mae_hu"] for row in back] == [11.0, None, 13.0]
+    gains = evaluate.differences([r for r in rows if r["method"] == "mean_volume"], back)
+    assert (gains["bone_mae_hu"]["mean"], gains["bone_mae_hu"]["n"]) == (-1.0, 2)
+
+
+@pytest.mark.parametrize("cell", ["nan", "high", None])
+def test_a_cell_that_is_no_score_is_named(tmp_path, cell):
+    lines = ["method,id,psnr_strict,mae_hu", "model,a,20,30", "model,b,21" + ("" if cell is None else f",{cell}")]
+    (tmp_path / "per_patient.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"per_patient\.csv: mae_hu of b is .*, not a number"):
+        evaluate.read_rows(tmp_path / "per_patient.csv", "model", ["a", "b"])
+
+
+def test_results_of_earlier_versions_are_compared_on_what_they_have(capsys):
+    path = ROOT / "results" / "real_cpu" / "per_patient.csv"
+    with open(path, newline="") as stream:
+        patients = [row["id"] for row in csv.DictReader(stream) if row["method"] == "model"]
+    others = evaluate.read_rows(path, "model", patients)
+    assert [list(row) for row in others] == [[c for c in COLUMNS if c in EARLIER]] * 6
+    note = capsys.readouterr().out
+    assert all(column in note for column in COLUMNS if column not in EARLIER)
+    mine = [{**row, "psnr_strict": row["psnr_strict"] + 1, "psnr_pm1024": 20.0} for row in others]
+    gains = evaluate.differences(mine, others)
+    assert set(gains) == set(EARLIER)
+    assert gains["psnr_strict"]["mean"] == pytest.approx(1)
+
+
+def test_compared_with_another_method_of_an_older_run_at_another_size(root, base, results, tmp_path, capsys):
+    with open(tmp_path / "per_patient.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["method", "id", *EARLIER], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(read_rows(results))
+    (tmp_path / "summary.json").write_text(json.dumps({"volume_size": [64, 64, 64], "hu_window": [-1024.0, 1476.0]}))
+    options = ["--compare", str(tmp_path / "per_patient.csv"), "--compare-method", "mean_volume", "--pictures", "0"]
+    assert evaluate.main(command(root, base, tmp_path / "out", *options)) == 0
+    printed = capsys.readouterr().out
+    assert "was scored with volume_size [64, 64, 64], this with [16, 16, 16]: not the same task" in printed
+    assert "hu_window" not in printed
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    against = summary[f"minus_{tmp_path.name}"]["model"]
+    assert set(against) == set(EARLIER)
+    expected = summary["minus_mean_volume"]["model"]["mae_hu"]["mean"]
+    assert against["mae_hu"]["mean"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_options_of_the_comparison_belong_together(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["--data", "d", "--base", "b", "--output", "o", "--compare-method", "model"])
+    assert "--compare-method belongs to --compare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelling", ["--allow-seen", "--allow_seen"])
+def test_both_spellings_allow_seen_patients(spelling):
+    assert evaluate.parse_args(["--data", "d", "--base", "b", "--output", "o", spelling]).allow_seen
+    assert not evaluate.parse_args(["--data", "d", "--base", "b", "--output", "o"]).allow_seen
 
 
 def test_a_perfect_method_beats_the_mean_volume(root):

@@ -9,14 +9,12 @@ import torch
 
 from metrics import (
     bootstrap_interval,
-    mae_hu,
+    error_statistics,
     paired_interval,
     psnr,
-    psnr_x2ct,
-    rmse_hu,
-    score_volume,
+    psnr_slices,
     ssim_3d,
-    ssim_slices,
+    ssim_uniform,
     summarise,
 )
 
@@ -46,16 +44,15 @@ def test_constant_offset_has_the_closed_form_scores(offset):
     prediction = target + offset
     assert psnr(prediction, target) == pytest.approx(-20 * math.log10(offset))
     assert psnr(prediction, target, peak=2.0) == pytest.approx(-20 * math.log10(offset) + 6.0206, abs=1e-4)
-    assert mae_hu(prediction, target, (-1024, 1476)) == pytest.approx(2500 * offset)
-    assert rmse_hu(prediction, target, (-200, 200)) == pytest.approx(400 * offset)
+    statistics = error_statistics(prediction - target)
+    assert statistics == pytest.approx({"mae": offset, "rmse": offset, "bias": offset})
+    assert error_statistics(target - prediction)["bias"] == pytest.approx(-offset)
 
 
-def test_mae_and_rmse_in_hu_differ_as_their_definitions():
-    target = torch.zeros(2, 2, 2)
-    prediction = target.clone()
-    prediction[0, 0, 0] = 0.8
-    assert mae_hu(prediction, target) == pytest.approx(250)
-    assert rmse_hu(prediction, target) == pytest.approx(2500 * 0.8 / math.sqrt(8))
+def test_mae_rmse_and_bias_differ_as_their_definitions():
+    error = torch.tensor([[300.0, -100.0], [0.0, 0.0]])
+    assert error_statistics(error) == pytest.approx({"mae": 100.0, "rmse": math.sqrt(25000), "bias": 50.0})
+    assert error_statistics(error[:0]) == {"mae": None, "rmse": None, "bias": None}
 
 
 def test_mask_leaves_out_what_is_outside():
@@ -66,47 +63,45 @@ def test_mask_leaves_out_what_is_outside():
     expected = -10 * math.log10(((prediction - target)[inside].double() ** 2).mean())
     wild = torch.where(mask > 0, prediction, torch.full_like(prediction, 7.0))
     assert psnr(wild, target, mask) == pytest.approx(expected)
-    assert mae_hu(wild, target, mask=mask) == pytest.approx(
-        2500 * (prediction - target)[inside].abs().double().mean().item()
-    )
     with pytest.raises(ValueError, match="mask is empty"):
         psnr(prediction, target, torch.zeros_like(mask))
     with pytest.raises(ValueError, match="mask has shape"):
         psnr(prediction, target, mask[1:])
 
 
-def x2ct_by_loops(prediction, target):
-    """The protocol written out slice by slice."""
-    a, b = ((np.clip(v.numpy(), 0, 1) * 2500).astype(np.int32).astype(np.float64) for v in (prediction, target))
+def slices_by_loops(prediction, target, scale, peak):
+    """The definition written out slice by slice."""
+    a, b = ((v.numpy() * scale).astype(np.int32).astype(np.float64) for v in (prediction, target))
     axes = []
     for axis in range(3):
         scores = []
         for i in range(a.shape[axis]):
             mse = np.mean((a.take(i, axis) - b.take(i, axis)) ** 2)
-            scores.append(100.0 if mse == 0 else 20 * math.log10(4095 / math.sqrt(mse)))
+            scores.append(100.0 if mse == 0 else 20 * math.log10(peak / math.sqrt(mse)))
         axes.append(np.mean(scores))
     return np.mean(axes)
 
 
-def test_x2ct_protocol_equals_its_loops_with_identical_slices_at_100_db():
+def test_psnr_of_slices_equals_its_loops_with_identical_slices_at_100_db():
     prediction, target = volumes(noise=0.3)
-    assert prediction.min() < 0  # clipping matters
-    assert prediction.max() > 1
-    assert psnr_x2ct(prediction, target) == pytest.approx(x2ct_by_loops(prediction, target), abs=1e-9)
+    assert prediction.min() < 0  # truncation is towards zero
+    expected = slices_by_loops(prediction, target, 2500, 4095)
+    assert psnr_slices(prediction, target, 2500, 4095) == pytest.approx(expected, abs=1e-9)
+    assert psnr_slices(prediction, target, 2500, 2500) == pytest.approx(expected - 20 * math.log10(4095 / 2500))
     padded = prediction.clone()
     padded[:4] = target[:4]
-    assert psnr_x2ct(padded, target) == pytest.approx(x2ct_by_loops(padded, target), abs=1e-9)
-    assert psnr_x2ct(padded, target) > psnr_x2ct(prediction, target) + 4
-    assert psnr_x2ct(target, target) == 100.0
+    assert psnr_slices(padded, target, 500, 4095) == pytest.approx(slices_by_loops(padded, target, 500, 4095), abs=1e-9)
+    assert psnr_slices(padded, target, 2500, 4095) > expected + 4
+    assert psnr_slices(target, target, 2500, 4095) == 100.0
     # Less than one unit of 2,500: the truncation makes the volumes equal.
     whole = torch.full((7, 7, 7), 0.5)
-    assert psnr_x2ct(whole + 0.0003, whole) == 100.0
+    assert psnr_slices(whole + 0.0003, whole, 2500, 4095) == 100.0
 
 
-def test_x2ct_reads_4_3_db_above_the_strict_definition():
+def test_peak_4095_reads_4_3_db_above_the_strict_definition():
     target = torch.full((8, 8, 8), 0.2, dtype=torch.float64)
     prediction = target + 0.1
-    gain = psnr_x2ct(prediction, target) - psnr(prediction, target)
+    gain = psnr_slices(prediction, target, 2500, 4095) - psnr(prediction, target)
     assert gain == pytest.approx(20 * math.log10(4095 / 2500), abs=0.02)
 
 
@@ -122,44 +117,37 @@ def test_ssim_3d_equals_scikit_image():
         ssim_3d(prediction[:10], target[:10])
 
 
-def test_ssim_slices_equals_scikit_image_slice_by_slice():
+@pytest.mark.parametrize("shape", [(9, 40, 8), (33, 7, 12), (17, 9, 7), (22, 8, 8)])  # one slab, whole ones, remnants
+def test_uniform_ssim_equals_scikit_image_slice_by_slice_and_in_3d(shape):
     metrics = pytest.importorskip("skimage.metrics")
-    prediction, target = volumes((9, 40, 8))
-    prediction = prediction.clamp(0, 1)
+    prediction, target = volumes(shape)
     x, y = prediction.double().numpy(), target.double().numpy()
     axes = []
     for axis in range(3):
         pairs = [(x.take(i, axis), y.take(i, axis)) for i in range(x.shape[axis])]
-        axes.append(np.mean([metrics.structural_similarity(a, b, data_range=1.0) for a, b in pairs]))
-    assert ssim_slices(prediction, target) == pytest.approx(np.mean(axes), abs=1e-9)
-    assert ssim_slices(target, target) == pytest.approx(1.0)
-    assert ssim_slices(target.round() * 2 - 0.5, target.round()) == pytest.approx(1.0)  # clipped to [0, 1]
+        axes.append(np.mean([metrics.structural_similarity(a, b, data_range=1.5) for a, b in pairs]))
+    both = ssim_uniform(prediction, target, slices=1.5, volume=0.7)
+    assert both["slices"] == pytest.approx(np.mean(axes), abs=1e-9)
+    assert both["volume"] == pytest.approx(metrics.structural_similarity(x, y, data_range=0.7), abs=1e-9)
+    assert ssim_uniform(prediction, target, slices=1.5) == {"slices": both["slices"]}
+    assert ssim_uniform(prediction, target, volume=0.7) == {"volume": both["volume"]}
+    assert ssim_uniform(target, target, 1.0, 1.0) == pytest.approx({"slices": 1.0, "volume": 1.0})
 
 
-def test_scores_of_one_volume_are_complete_and_finite():
-    prediction, target = volumes((12, 12, 12))
-    mask = torch.ones_like(target)
-    mask[:, :, 6:] = 0
-    row = score_volume(prediction, target, mask, (-1024, 1476))
-    assert list(row) == [
-        "psnr_strict",
-        "psnr_strict_masked",
-        "psnr_x2ct",
-        "ssim_3d",
-        "ssim_slices",
-        "mae_hu",
-        "rmse_hu",
-    ]
-    assert row["psnr_strict"] == psnr(prediction, target)
-    assert row["psnr_strict_masked"] == psnr(prediction, target, mask)
-    assert row["psnr_strict_masked"] != row["psnr_strict"]
-    assert row["mae_hu"] < row["rmse_hu"]
-    perfect = score_volume(target, target)
-    assert perfect["psnr_strict"] == perfect["psnr_strict_masked"] == perfect["psnr_x2ct"] == 100.0
-    json.dumps([row, perfect], allow_nan=False)
+def test_uniform_ssim_needs_a_window():
+    with pytest.raises(ValueError, match="at least 7"):
+        ssim_uniform(torch.rand(9, 6, 9), torch.rand(9, 6, 9), slices=1.0)
 
 
-@pytest.mark.parametrize("score", [psnr, psnr_x2ct, ssim_3d, ssim_slices, mae_hu, rmse_hu])
+SCORES = {
+    "psnr": psnr,
+    "psnr_slices": lambda x, y: psnr_slices(x, y, 2500, 4095),
+    "ssim_3d": ssim_3d,
+    "ssim_uniform": lambda x, y: ssim_uniform(x, y, slices=1.0),
+}
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
 def test_what_cannot_be_scored_is_an_error(score):
     prediction, target = volumes((12, 12, 12))
     with pytest.raises(ValueError, match="expected two volumes"):
@@ -211,6 +199,17 @@ def test_paired_differences_see_what_separate_intervals_hide():
     assert separate[0][0] < separate[1][1]  # they overlap
     with pytest.raises(ValueError, match="12 values against 11"):
         paired_interval(better, patients[1:])
+
+
+def test_patients_without_a_score_are_left_out_and_counted():
+    rows = [{"id": "a", "bone": None}, {"id": "b", "bone": 2.0}, {"id": "c", "bone": 4.0}]
+    table = summarise(rows)["bone"]
+    assert (table["mean"], table["n"]) == (3.0, 2)
+    assert table["ci95"] == [2.0, 4.0]
+    assert summarise(rows[:1])["bone"] == {"mean": None, "sd": None, "n": 0, "ci95": None}
+    paired = paired_interval([None, 5.0, 6.0, 1.0], [1.0, 4.0, None, 4.0])
+    assert (paired["mean"], paired["n"]) == (-1.0, 2)
+    assert paired_interval([None], [1.0])["n"] == 0
 
 
 def test_summary_has_mean_sample_deviation_and_n():
