@@ -353,7 +353,8 @@ def provenance(subject: Subject) -> list[dict]:
 class Observer:
     """Pictures of the first method's volumes, and coverage of methods with a standard deviation, as they are scored.
 
-    A report sees everything, too. It is the ``observe`` of :func:`score_patients`; ``coverages`` holds a row per method and patient.
+    It is the ``observe`` of :func:`score_patients`; ``coverages`` holds a row per method and patient. A report
+    collects from it, too.
     """
 
     def __init__(

@@ -27,6 +27,7 @@ from engine import Precision, keep_freed_memory, to_channels_last
 from files import InputError, read_json
 from hybrid_vit_cascade.diffusion import PREDICTIONS, Schedule, draw_noise, sample
 from hybrid_vit_cascade.models import CascadeStage, Condition
+from model_enhanced import upsample
 from projector import Geometry
 
 KIND = "hybrid_vit_cascade"
@@ -418,8 +419,9 @@ def predictors(
     """Methods for ``evaluate.score_patients``: each turns a data set's item into a volume (D, H, W) in [0, 1].
 
     ``cascade_mean`` (one step) always, ``cascade_sample`` (one draw) with ``samples`` of 1 or more, and
-    ``cascade_mean_of_K`` (K = ``samples``, with ``std``) with 2 or more. A patient's noise follows from ``seed`` and
-    the patient's id, whatever the order of patients.
+    ``cascade_mean_of_K`` (K = ``samples``, with ``std``) with 2 or more; with several stages also ``trilinear``, the
+    one-step mean of the stage before the last, upsampled: what the last stage must beat. A patient's noise follows
+    from ``seed`` and the patient's id, whatever the order of patients.
     """
 
     def one_step(item):
@@ -428,11 +430,17 @@ def predictors(
     def draw(item):
         return cascade.sample(item_xrays(item, cascade), steps, item_generator(item, seed))[0, 0].cpu()
 
+    def without_last(item):
+        coarse = cascade.posterior_mean(item_xrays(item, cascade), stages=len(cascade.stages) - 1)
+        return upsample(coarse, cascade.volume_size[0] // coarse.shape[2])[0, 0].cpu()
+
     methods = {"cascade_mean": one_step}
     if samples is not None and samples > 1:
         methods[f"cascade_mean_of_{samples}"] = SamplesMean(cascade, samples, steps, seed)
     if samples:
         methods["cascade_sample"] = draw
+    if len(cascade.stages) > 1:
+        methods["trilinear"] = without_last
     return methods
 
 

@@ -8,17 +8,14 @@ Every key of the JSON files is explained here; keys that a file leaves out have 
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from augment import AugmentConfig
 from config import DataConfig, LoggingConfig, TrainingConfig, load_config
-from files import InputError
+from files import InputError, is_plain_name, shown
 from hybrid_vit_cascade import PACKAGE
 from hybrid_vit_cascade.diffusion import PREDICTIONS, resolution_shift
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # stage names are folder names, on every system
 
 
 @dataclass
@@ -187,9 +184,10 @@ def _check_limits(config, limits, origin, prefix=""):
 
 def _check_stage(stage: StageConfig, index: int, origin: str) -> None:
     prefix = f"stages.{index}."
-    if not NAME.fullmatch(stage.name):
+    if not is_plain_name(stage.name):  # stage names are folder names, on every system
         raise InputError(
-            f"{origin}: {prefix}name is {stage.name!r}; expected a folder name of letters, digits, '_', '-' and '.'"
+            f"{origin}: {prefix}name is {shown(stage.name)};"
+            " expected a folder name of letters, digits, '_', '-' and '.'"
         )
     if isinstance(stage.volume_size, list):
         if len(stage.volume_size) != 3 or len(set(stage.volume_size)) != 1:
@@ -207,7 +205,7 @@ def _check_stage(stage: StageConfig, index: int, origin: str) -> None:
 
 
 def _check_chain(stages: list[StageConfig], origin: str) -> None:
-    names = [stage.name for stage in stages]
+    names = [stage.name.lower() for stage in stages]  # folders of one name, on some systems
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{origin}: two stages are called {name!r}; expected a name of its own for each")

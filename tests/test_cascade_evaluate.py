@@ -36,13 +36,22 @@ def test_posterior_mean_sample_and_mean_of_samples_beside_the_baseline(root, fol
     assert run(root, folder, tmp_path, "--steps", "2", "--samples", "3") == 0
     with open(tmp_path / "per_patient.csv", newline="") as stream:
         rows = {(r["method"], r["id"]): r for r in csv.DictReader(stream)}
-    methods = ("cascade_mean", "cascade_mean_of_3", "cascade_sample", "mean_volume")
+    methods = ("cascade_mean", "cascade_mean_of_3", "cascade_sample", "trilinear", "mean_volume")
     assert set(rows) == {(m, i) for m in methods for i in ("p4", "p5")}
     item, cascade = PatientDataset(root, "test", 32, 32)[0], Cascade.load(folder)
     for method, predict in predictors(cascade, 2, 3).items():
         score = psnr(predict(item), item["ct_volume"][0])
         assert float(rows[method, "p4"]["psnr_strict"]) == pytest.approx(score, abs=1e-3), method
+    first_stage = cascade.posterior_mean(item["xrays"][None], stages=1)
+    upsampled = torch.nn.functional.interpolate(first_stage, size=(32, 32, 32), mode="trilinear")[0, 0]
+    trilinear = float(rows["trilinear", "p4"]["psnr_strict"])
+    assert trilinear == pytest.approx(psnr(upsampled, item["ct_volume"][0]), abs=1e-3)
     summary = json.loads((tmp_path / "summary.json").read_text())
+    gains = [
+        float(rows["cascade_mean", i]["psnr_strict"]) - float(rows["trilinear", i]["psnr_strict"]) for i in ("p4", "p5")
+    ]
+    found = summary["minus_trilinear"]["cascade_mean"]["psnr_strict"]["mean"]
+    assert found == pytest.approx(sum(gains) / 2, abs=1e-3)
     assert summary["stages"] == ["low", "high"]
     assert summary["volume_size"] == [32, 32, 32]
     assert summary["coverage"]["expected"]["coverage_1sd"] == pytest.approx(0.5, abs=0.1)

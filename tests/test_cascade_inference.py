@@ -410,7 +410,7 @@ def test_fewer_stages_make_a_coarser_volume(root, folder, tmp_path):
         (["--samples", "0"], "--samples 0: expected at least 1"),
         (["--samples", "1", "--save_std", "std.nii.gz"], "--save_std needs at least two samples"),
         (["--save_std", "std.nii.gz"], "--save_std needs at least two samples"),
-        (["--samples", "2", "--save_std", "std.png"], r"--save_std std.png: unknown format; expected a name ending in .nii.gz"),
+        (["--samples", "2", "--save_std", "std.png"], "--save_std std.png: unknown format; expected a name"),
         (["--samples", "2", "--save_std", "out.nii.gz"], "--save_std out.nii.gz is --output too"),
         (["--samples", "2", "--steps", "0"], "0 sampling steps; expected 1 to 1000"),
         (["--max_stages", "3"], "3 stages wanted"),

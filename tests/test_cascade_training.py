@@ -125,7 +125,7 @@ def raw_batch(task, count=2):
 
 
 def test_stages_leave_what_they_promise(trained, root):
-    assert {p.name for p in trained.iterdir()} == {"config.json", "low", "high"}
+    assert {p.name for p in trained.iterdir()} == {"config.json", "run.json", "low", "high"}
     for index, name in enumerate(("low", "high")):
         assert {"best.pt", "last.pt", "log.jsonl"} <= {p.name for p in (trained / name).iterdir()}
         data = load_checkpoint(trained / name / "best.pt", kind="hybrid_vit_cascade")
@@ -476,6 +476,30 @@ def test_a_nan_names_stage_epoch_and_step_and_keeps_the_last_good_checkpoint(wor
     assert kept["training_state"]["updates"] == 4
     assert all(torch.isfinite(v).all() for v in kept["model_state_dict"].values() if torch.is_tensor(v))
     assert (tmp_path / "run" / "high" / "best.pt").exists()
+
+
+def test_a_damaged_state_falls_back_to_the_one_before_and_the_run_is_recorded(words, tmp_path, capsys):
+    """The first run ends in the middle of stage 1; its last file is cut off; the second goes on all the same."""
+    command = words("training.num_epochs=2", "logging.checkpoint_minutes=0", options=["--max_stages", "1"])
+    with pytest.MonkeyPatch.context() as patch:
+        original = train_progressive.StageTask.loss
+        calls = iter(range(100))
+
+        def loss(*arguments):
+            if next(calls) == 4:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        patch.setattr(train_progressive.StageTask, "loss", loss)
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+    last = tmp_path / "run" / "low" / "last.pt"
+    last.write_bytes(last.read_bytes()[:5000])
+    assert main(command) == 0
+    assert "last.pt: truncated or not a checkpoint" in capsys.readouterr().out
+    runs = read_json(tmp_path / "run" / "run.json")["runs"]
+    assert [run["outcome"].split(":")[0] for run in runs] == ["KeyboardInterrupt", "finished"]
+    assert runs[0]["config_hash"] == runs[1]["config_hash"]
 
 
 def test_out_of_gpu_memory_names_what_would_fit(words, monkeypatch):

@@ -26,7 +26,7 @@ if not __package__:  # started by path: the package lies two folders up
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from augment import PairMaker
-from checkpoints import check_compatible, load_checkpoint, save_checkpoint, weights_fingerprint
+from checkpoints import check_compatible, find_state, load_checkpoint, save_checkpoint, weights_fingerprint
 from config import config_dict
 from dataset import PatientDataset
 from distributed import Processes, launch, process_group
@@ -47,7 +47,7 @@ from hybrid_vit_cascade.settings import (
 )
 from metrics import psnr
 from monitoring import Monitors, add_arguments, check_arguments, monitors_from
-from training_cli import describe_processes
+from training_cli import add_run_arguments, describe_processes, run_context
 
 SAMPLES = 2  # validation patients whose pictures go to the monitors
 VALIDATION_TIMES = 4  # noise levels at which the validation loss is measured
@@ -200,6 +200,10 @@ class StageTask:
 
     def loss(self, model, batch):
         return self.criterion(model, batch)
+
+    def precisions(self) -> list[Precision]:
+        """Those beside the trained network's: the frozen stages'."""
+        return [self.earlier.precision] if self.earlier is not None else []
 
     def memory_advice(self) -> str:
         """What to try when the stage runs out of GPU memory, by the names of its settings."""
@@ -362,11 +366,11 @@ class Chain:
 
     def is_frozen(self, index: int, run: StageRun) -> bool:
         """Whether a stage is trained to its end, or a later one already builds on it; notes what changed since."""
-        path = self.stage_folder(index) / "last.pt"
         started = any((self.stage_folder(i) / "last.pt").exists() for i in range(index + 1, len(self.config.stages)))
-        if not path.exists():
+        found = find_state(self.stage_folder(index), kind=KIND)
+        if found is None:
             return started
-        checkpoint = load_checkpoint(path, kind=KIND)
+        path, checkpoint, _ = found
         if not started and checkpoint["training_state"]["epoch"] <= checkpoint["config"]["training"]["num_epochs"]:
             return False
         check_stage_checkpoint(path, checkpoint, self.config, self.data)
@@ -459,6 +463,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--max_stages", type=int, help="train only the first so many stages")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print sizes, stop")
+    add_run_arguments(parser)
     add_arguments(parser, tensorboard=None)
     args = parser.parse_args(argv)
     args.checkpoint_dir = args.checkpoint_dir or str(Path("checkpoints") / Path(args.config).stem)
@@ -531,7 +536,10 @@ def train(args, config: CascadeConfig, root: Path, count: int, processes: Proces
     if resumed is not None and processes.is_main:
         place_resumed(args.resume_from, resumed, config, folder)
     processes.barrier()
-    with monitors_from(args, config_dict(config), folder, processes) as monitors:
+    with (
+        run_context(args, config, folder, processes, chain.data.split_hash),
+        monitors_from(args, config_dict(config), folder, processes) as monitors,
+    ):
         for index in range(count):
             run = stage_run(config, index, processes.world_size)
             if index < (resumed or 0) or chain.is_frozen(index, run):

@@ -1,0 +1,90 @@
+"""Curves of training runs: what is read from the log is what is drawn."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+import plot_run
+from files import InputError
+
+
+def write_log(folder, psnrs, extra=""):
+    folder.mkdir()
+    events = []
+    for epoch, psnr in enumerate(psnrs, 1):
+        events += [
+            {"event": "step", "epoch": epoch, "loss": 99.0},
+            {"event": "epoch", "epoch": epoch, "loss": 1 / epoch},
+            {"event": "validation", "epoch": epoch, "loss": 2 / epoch, "psnr": psnr},
+        ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events) + extra, encoding="utf-8")
+    return folder
+
+
+def test_curves_hold_the_logs_values(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [
+        plot_run.read_run(write_log(tmp_path / "a", [20.0, 23.5, 22.0])),
+        plot_run.read_run(tmp_path / "a/log.jsonl"),
+    ]
+    assert plot_run.names_of(runs) == ["a (1)", "a (2)"]
+    losses, psnrs = plot_run.draw(runs).axes
+    training, validation = losses.lines[:2]
+    assert list(training.get_xdata()) == [1, 2, 3]
+    assert list(training.get_ydata()) == [1, 1 / 2, 1 / 3]
+    assert list(validation.get_ydata()) == [2, 1, 2 / 3]
+    curve, best = psnrs.lines[:2]
+    assert list(curve.get_ydata()) == [20.0, 23.5, 22.0]
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([2], [23.5])
+    assert [text.get_text() for text in psnrs.get_legend().get_texts()] == ["a (1)", "a (2)"]
+
+
+def test_the_picture_is_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_log(tmp_path / "one", [20.0, 23.5])
+    write_log(tmp_path / "two", [])
+    (tmp_path / "two/log.jsonl").write_text('{"event": "epoch", "epoch": 1, "loss": 0.5}\n', encoding="utf-8")
+    output = tmp_path / "new folder" / "curves.png"
+    assert plot_run.main([str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(output)]) == 0
+    with Image.open(output) as picture:
+        picture.load()
+        assert picture.width > 1000
+    printed = capsys.readouterr().out
+    assert "one: 2 epochs, best PSNR 23.50 dB at epoch 2" in printed
+    assert "two: 1 epochs, no validation yet" in printed
+
+
+def test_epochs_done_again_and_a_cut_last_line(tmp_path):
+    again = json.dumps({"event": "epoch", "epoch": 2, "loss": 0.25}) + "\n"
+    run = plot_run.read_run(write_log(tmp_path / "a", [20.0, 21.0], again + '{"event": "epo'))
+    assert run.loss == {1: 1.0, 2: 0.25}
+    assert run.psnr == {1: 20.0, 2: 21.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"event"\n{"event": "epoch"}\n', "line 1 is not valid JSON"),
+        ('{"loss": 1}\n', "line 1 has no 'event'"),
+        ("[]\n", "line 1 has no 'event'"),
+        ('{"event": "step", "epoch": 1, "loss": 2}\n', "no finished epoch"),
+        ("", "no finished epoch"),
+    ],
+)
+def test_what_is_not_a_log_is_named(tmp_path, content, message):
+    (tmp_path / "log.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=message) as error:
+        plot_run.read_run(tmp_path)
+    assert "log.jsonl" in str(error.value)
+
+
+def test_bad_arguments_are_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="nowhere: cannot be read"):
+        plot_run.read_run(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"curves\.pdf: expected a name ending in \.png"):
+        plot_run.main([str(tmp_path), "--output", str(tmp_path / "curves.pdf")])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        plot_run.draw([plot_run.Run("a", {1: 1.0})])
