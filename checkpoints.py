@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -12,20 +14,70 @@ import torch
 from files import InputError, atomic_path
 
 FORMAT = 1  # raised when the meaning of a key changes
+LAST = "last.pt"  # the state a run goes on from
+PREVIOUS = "last_previous.pt"  # the one before it: what a run goes on from when LAST is damaged
 
 
-def save_checkpoint(path: str | os.PathLike, checkpoint: dict) -> None:
+# What zipfile and torch.load raise on damaged files, besides UnpicklingError.
+UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError, zipfile.BadZipFile)
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint file that is cut short, changed or not a checkpoint at all; its message names it."""
+
+
+class WriteError(InputError, OSError):
+    """A file of a run could not be written: full disk, quota, no permission. What was there before is kept."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(path: str | os.PathLike, checkpoint: dict, keep: str | os.PathLike | None = None) -> None:
     """Write a checkpoint under a temporary name and rename it; ``path`` is always whole.
 
     ``checkpoint`` holds tensors and plain Python types only, so that ``torch.load`` with
     ``weights_only=True`` reads it back; tensors are stored from the CPU. A format number is added.
-    A failing write (disk full) raises ``OSError`` and leaves an existing file as it was.
+    keep: another path at which the file that is replaced stays available.
+    A failing write (disk full) raises :class:`WriteError` and leaves an existing file as it was.
     """
+    path = Path(path)
     try:
         with atomic_path(path) as temporary:
             torch.save(_on_cpu({"format": FORMAT, **checkpoint}), temporary)
-    except RuntimeError as error:  # torch's zip writer reports a full disk as a RuntimeError
-        raise OSError(f"{path}: could not be written ({error}); an existing file was left as it was") from error
+            if keep is not None and path.exists():
+                _keep(path, Path(keep))
+    except (RuntimeError, OSError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        detail = str(error).splitlines()[0]
+        raise WriteError(
+            f"{path}: could not be written ({detail}); a file that was there before is kept as it was."
+            " With room on the disk the same command goes on from it"
+        ) from error
+
+
+def _keep(path: Path, keep: Path) -> None:
+    """Make ``keep`` a second name of the file ``path``, so that replacing ``path`` leaves it there."""
+    link = path.with_name(f".{keep.name}.link.tmp{keep.suffix}")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+        os.replace(link, keep)
+    except OSError:  # a file system without hard links: until the new file has its name only ``keep`` is there
+        os.replace(path, keep)
+    finally:
+        link.unlink(missing_ok=True)  # renaming between two names of one file does nothing, by POSIX
+
+
+def remove_leftovers(folder: str | os.PathLike) -> int:
+    """Delete the unfinished checkpoint files of processes that were killed while writing; returns how many.
+
+    Only for the process that writes into ``folder``, before it writes: nobody else may be writing there.
+    """
+    leftovers = [path for path in Path(folder).glob(".*.pt.*.tmp.pt") if path.is_file()]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
 
 
 def _on_cpu(value):
@@ -39,12 +91,17 @@ def _on_cpu(value):
     return value
 
 
+# ------------------------------------------------------------------------------------------------
+# Reading
+
+
 def load_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict:
     """Read a checkpoint onto the CPU.
 
     kind: the expected ``checkpoint["kind"]`` (``"enhanced_direct"``, ...), or None for any.
-    Raises :class:`InputError` naming the file when it is missing, truncated, of another format or
-    kind, or holds anything but tensors and plain types (a pickle could run code: refused).
+    Raises :class:`InputError` naming the file when it is missing, of another format or kind, or holds anything
+    but tensors and plain types (a pickle could run code: refused); :class:`DamagedCheckpoint` when it is cut short
+    or a bit of it changed (the archive's CRC-32 of every tensor is compared, which torch itself leaves out).
     """
     path = Path(path)
     if path.is_dir():
@@ -52,16 +109,21 @@ def load_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict:
     if not path.exists():
         raise InputError(f"{path}: no such checkpoint; train first, or check the path")
     try:
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+        if damaged is not None:
+            raise DamagedCheckpoint(f"{path}: damaged, {damaged} in it is not what was written (CRC-32)")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedCheckpoint:
+        raise
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise InputError(
                 f"{path}: refused, it holds Python objects that could run code; expected tensors and plain types"
             ) from None
-        raise InputError(f"{path}: not a checkpoint of this project, or damaged") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise DamagedCheckpoint(f"{path}: not a checkpoint of this project, or damaged") from None
+    except UNREADABLE as error:
         detail = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: truncated or not a checkpoint ({detail})") from None
+        raise DamagedCheckpoint(f"{path}: truncated or not a checkpoint ({detail})") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise InputError(f"{path}: not a checkpoint of this project (no format number)")
     if checkpoint["format"] != FORMAT:
@@ -69,6 +131,34 @@ def load_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict:
     if kind is not None and checkpoint.get("kind") != kind:
         raise InputError(f"{path}: is a checkpoint of {checkpoint.get('kind')!r}; expected {kind!r}")
     return checkpoint
+
+
+def find_state(folder: str | os.PathLike, kind: str | None = None) -> tuple[Path, dict, list[str]] | None:
+    """The checkpoint a run in ``folder`` goes on from, its path, and notes on files that were passed over.
+
+    That is ``last.pt``; where it is damaged or missing ``last_previous.pt``, then the newest ``epoch_N.pt`` that can
+    be read. None for a folder with neither of the first two: nothing was trained there. Changes nothing on disk.
+    Raises :class:`InputError` when none of them can be read, or one is of another format or ``kind``.
+    """
+    folder = Path(folder)
+    if not (folder / LAST).exists() and not (folder / PREVIOUS).exists():
+        return None
+    notes = []
+    for path in (folder / LAST, folder / PREVIOUS, *_epoch_files(folder)):
+        if not path.exists():
+            notes.append(f"{path}: is missing")
+            continue
+        try:
+            return path, load_checkpoint(path, kind), notes
+        except DamagedCheckpoint as error:
+            notes.append(str(error))
+    raise InputError(f"{'; '.join(notes)}. No earlier state of this run can be read; start anew in another folder")
+
+
+def _epoch_files(folder: Path) -> list[Path]:
+    """``epoch_N.pt`` of a run, the newest first."""
+    numbers = [re.fullmatch(r"epoch_(\d+)\.pt", path.name) for path in folder.glob("epoch_*.pt")]
+    return [folder / match[0] for match in sorted((m for m in numbers if m), key=lambda m: -int(m[1]))]
 
 
 def check_compatible(path, checkpoint: dict, **expected) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from augment import AugmentConfig
-from files import InputError, read_json
+from files import InputError, parse_json, read_json, shown, shown_name
 
 
 @dataclass
@@ -141,6 +141,17 @@ MINIMUM = {
     "training.ema_decay": 0.0,
     "loss.perceptual_slices": 1,
     "model.rrdb_blocks": 1,
+    "training.min_learning_rate_ratio": 0.0,
+    "training.seed": 0,
+    "loss.l1_weight": 0.0,
+    "loss.ssim_weight": 0.0,
+    "loss.perceptual_weight": 0.0,
+    "loss.edge_weight": 0.0,
+    "loss.multiscale_weight": 0.0,
+    "loss.mse_weight": 0.0,
+    "loss.projection_weight": 0.0,
+    "augment.mirror_probability": 0.0,
+    "logging.checkpoint_minutes": 0.0,
     "guidance_dropout": 0.0,
     "patch.size": 0,
     "patch.per_volume": 1,
@@ -153,6 +164,12 @@ MINIMUM = {
     "logging.val_interval": 1,
     "logging.save_checkpoint_interval": 0,
     "world_size": 1,
+}
+MAXIMUM = {
+    "training.min_learning_rate_ratio": 1.0,
+    "training.ema_decay": 1.0,
+    "augment.mirror_probability": 1.0,
+    "guidance_dropout": 1.0,
 }
 CHOICES = {
     "training.precision": ("auto", "float32", "bfloat16", "float16"),
@@ -175,11 +192,12 @@ def load_config(cls, path=None, overrides=()):
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator:
-            raise InputError(f"--set {text}: expected key=value, such as training.num_epochs=10")
-        nested = _parse(value)
+            raise InputError(f"--set {shown_name(text)}: expected key=value, such as training.num_epochs=10")
+        origin = f"--set {shown_name(text)}"
+        nested = _parse(value, origin)
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
-        _apply(config, nested, "", f"--set {text}")
+        _apply(config, nested, "", origin)
     check_config(config, str(path or "configuration"))
     return config
 
@@ -200,6 +218,10 @@ def check_config(config, origin: str) -> None:
         value = _get(config, key)
         if value is not None and value < minimum:
             raise InputError(f"{origin}: {key} is {value}; expected at least {minimum}")
+    for key, maximum in MAXIMUM.items():
+        value = _get(config, key)
+        if value is not None and value > maximum:
+            raise InputError(f"{origin}: {key} is {value}; expected at most {maximum:g}")
     for key, choices in CHOICES.items():
         value = _get(config, key)
         if value is not None and value not in choices:
@@ -212,20 +234,22 @@ def _get(config, dotted):
     return config
 
 
-def _parse(text: str):
+def _parse(text: str, origin: str):
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError:
         return text  # a bare word is a string: data.dataset_path=ROOT
+    except ValueError as error:
+        raise InputError(f"{origin}: {error}") from None
 
 
 def _apply(config, data: dict, prefix: str, origin: str) -> None:
     kinds = typing.get_type_hints(type(config))
     known = {f.name for f in fields(config)}
     for key, value in data.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{shown_name(key)}"
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(key[:80], known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
             raise InputError(f"{origin}: unknown key {name}; {hint}")
         current = getattr(config, key)
@@ -247,12 +271,13 @@ def _items(current: list, value, item, name: str, origin: str) -> list:
     """A list of dataclasses from a JSON list, or with an object ``{"0": {...}}`` changes of some of its entries."""
     if isinstance(value, dict):
         for index, settings in value.items():
-            if not index.isdigit() or int(index) >= len(current):
-                raise InputError(f"{origin}: {name}.{index} does not exist; expected 0 to {len(current) - 1}")
+            if index not in map(str, range(len(current))):
+                there = f"expected 0 to {len(current) - 1}" if current else "the list is empty"
+                raise InputError(f"{origin}: {name}.{shown_name(index)} does not exist; {there}")
             _apply_object(current[int(index)], settings, f"{name}.{index}", origin)
         return current
     if not isinstance(value, list):
-        raise InputError(f"{origin}: {name} is {value!r}; expected a list of objects with settings")
+        raise InputError(f"{origin}: {name} is {shown(value)}; expected a list of objects with settings")
     items = [item() for _ in value]
     for index, (entry, settings) in enumerate(zip(items, value)):
         _apply_object(entry, settings, f"{name}.{index}", origin)
@@ -261,7 +286,7 @@ def _items(current: list, value, item, name: str, origin: str) -> list:
 
 def _apply_object(config, value, name: str, origin: str) -> None:
     if not isinstance(value, dict):
-        raise InputError(f"{origin}: {name} is {value!r}; expected an object with settings")
+        raise InputError(f"{origin}: {name} is {shown(value)}; expected an object with settings")
     _apply(config, value, f"{name}.", origin)
 
 
@@ -276,15 +301,22 @@ def _convert(value, kind, name: str, origin: str):
     if typing.get_origin(kind) is list:
         item = typing.get_args(kind)[0]
         if not isinstance(value, list):
-            raise InputError(f"{origin}: {name} is {value!r}; expected a list of {item.__name__}")
+            raise InputError(f"{origin}: {name} is {shown(value)}; expected a list of {item.__name__}")
         return [_convert(v, item, f"{name}[{i}]", origin) for i, v in enumerate(value)]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise InputError(f"{origin}: {name} is {shown(value)}; expected a number of at most 63 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{origin}: {name} is {value!r}; expected {kind.__name__}")
-    if kind is float and value != value:
-        raise InputError(f"{origin}: {name} is NaN; expected a number")
+        raise InputError(f"{origin}: {name} is {shown(value)}; expected {kind.__name__}")
+    if kind is str and not _is_text(value):
+        raise InputError(f"{origin}: {name} is {shown(value)}; expected text without NUL and broken characters")
     return value
+
+
+def _is_text(value: str) -> bool:
+    """False for what no file name or log can hold: NUL and lone halves of surrogate pairs."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def resolve_config_path(path: str | None, default_name: str) -> Path | None:

@@ -1,25 +1,27 @@
 """Read CTs of any orientation, place the patient cube, resample, and write or read prepared cubes.
 
-Library module, used by ``prepare_data.py``, ``dataset.py`` and ``reconstruct.py``. NIfTI is read by
-nibabel; DICOM series, MetaImage and NRRD by SimpleITK (optional). World coordinates are nibabel's
+Library module, used by ``prepare_data.py``, ``dataset.py`` and ``reconstruct.py``. NIfTI headers are decoded by
+nibabel; DICOM series, MetaImage and NRRD are read by SimpleITK (optional). World coordinates are nibabel's
 RAS+ millimetres everywhere; cubes are arrays ``(D, H, W)`` in the patient axes of ``projector.py``.
+Only voxels and positions are taken from a file: no text of a header gets into anything that is written.
 """
 
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from files import InputError, atomic_path
+from files import InputError, atomic_path, read_npy, safe_name, shown, stays_inside
 from projector import FOV_MM
 
 AIR_HU = -1024  # also everything outside the scan
@@ -30,6 +32,10 @@ COARSE_MM = 4.0  # grid on which the body and the lungs are located
 MIN_SERIES_SLICES = 8  # DICOM series below this are localisers
 MIN_BODY_LITRES = 0.5  # an infant's chest has about 1; far less means a wrong unit of length
 MAX_SCAN_MM = 3000.0
+MAX_SCAN_LITRES = 4000.0  # a couch's length of the widest bore; what is located is sampled at COARSE_MM first
+MAX_ORIGIN_MM = 1e5  # beyond it float32 affines lose millimetres
+MAX_VOXELS = 2**31  # 1024 x 1024 x 2048
+MAX_INFLATION = 1032  # bytes that one byte of deflate can become at most (zlib's technical details)
 MIN_LUNG_MM3 = 100e3  # below this, air inside the body is bowel gas
 IN_PLANE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))])  # neighbours per slice
 SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".mhd": "image", ".mha": "image", ".nrrd": "image"}
@@ -60,8 +66,8 @@ class CtSource:
 def find_cts(folder) -> list[CtSource]:
     """List every CT below ``folder``: each NIfTI, MetaImage or NRRD file, each folder of DICOM files.
 
-    The patient id is the file name without its suffix (DICOM: the folder's name), with everything but
-    ``A-Z a-z 0-9 . _ -`` replaced by ``_``; never a name from a DICOM header. Where ids collide
+    The patient id is the file name without its suffix (DICOM: the folder's name), made a plain name by
+    :func:`files.safe_name`; never a name from a DICOM header. Where ids collide
     (ignoring case), the names of the parent folders are put in front. Sorted by id; hidden files and
     folders are left out. Raises InputError when the folder is missing or holds no CT, or ids still collide.
     """
@@ -88,9 +94,9 @@ def _with_ids(folder, found):
     for path, kind in found:
         names = list(path.relative_to(folder).parts) or [path.resolve().name]
         names[-1] = names[-1][: len(names[-1]) - len(_suffix(path))] if kind != "dicom" else names[-1]
-        parts.append([_sanitise(name) for name in names])
+        parts.append([safe_name(name) for name in names])
     short = Counter(names[-1].lower() for names in parts)
-    ids = [names[-1] if short[names[-1].lower()] == 1 else "_".join(names) for names in parts]
+    ids = [names[-1] if short[names[-1].lower()] == 1 else safe_name("_".join(names)) for names in parts]
     owners: dict[str, Path] = {}
     for patient_id, (path, _) in zip(ids, found):
         other = owners.setdefault(patient_id.lower(), path)
@@ -103,10 +109,6 @@ def _with_ids(folder, found):
 def _suffix(path) -> str:
     name = Path(path).name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
-
-
-def _sanitise(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "ct"
 
 
 def _is_dicom(path: Path) -> bool:
@@ -130,12 +132,15 @@ def read_ct(path, kind: str | None = None, assume_ras: bool = False) -> CtImage:
     :class:`CtSource` (by default from the name). A NIfTI that states no orientation (sform and qform
     code both 0) is refused, because left and right could be swapped unnoticed; ``assume_ras`` takes
     its axes as right, anterior, superior instead. ``data`` is int16/int32 or float32.
-    Raises InputError naming the file: missing, truncated or unreadable, not 3D (a last axis of length 1
-    is dropped), NaN or infinity, zero, negative or absurd spacing, singular affine, not in HU.
+    Raises InputError naming the file: missing, truncated, damaged or unreadable, larger by its header than it
+    can be (before memory is taken), not 3D (a last axis of length 1 is dropped), NaN or infinity, zero, negative
+    or absurd spacing, lengths not in mm, singular affine, data in another folder, not in HU.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")
+    if not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: neither a file nor a folder")
     kind = kind or ("dicom" if path.is_dir() else SUFFIXES.get(_suffix(path)))
     if kind == "nifti":
         data, affine = _read_nifti(path, assume_ras)
@@ -152,34 +157,142 @@ def read_ct(path, kind: str | None = None, assume_ras: bool = False) -> CtImage:
 
 
 def _read_nifti(path, assume_ras):
+    """``(data, affine)`` of a single-file NIfTI-1 or NIfTI-2.
+
+    nibabel's own loading repairs headers silently (an unknown orientation becomes a default one), takes memory
+    before it looks at the file's size and leaves the gzip checksum unread: hence the header's numbers are
+    checked as they are stored, and the stream is read to its end.
+    """
+    packed = _suffix(path) == ".nii.gz"
     try:
-        image = nib.load(path)
-        _check_shape(path, image.shape)
-        header = _raw_header(path, image)
-        _check_pixdim(path, header)
-        data = np.asanyarray(image.dataobj)
+        if packed and not _starts_with(path, b"\x1f\x8b"):
+            raise InputError(f"{path}: not a readable NIfTI file (its name says gzip, its content does not)")
+        # NaN of any kind is looked for below: no warnings about it
+        with np.errstate(invalid="ignore", over="ignore"), gzip.open(path) if packed else open(path, "rb") as stream:
+            header = _nifti_header(path, stream.read(540))
+            shape, kind, offset = _check_nifti(path, header)
+            affine = _nifti_affine(path, header, assume_ras)
+            count = math.prod(shape) * kind.itemsize
+            _check_claim(path, math.prod(shape), offset + count, path.stat().st_size, MAX_INFLATION if packed else 1)
+            stream.seek(offset)
+            block = bytearray(count)
+            if stream.readinto(block) != count:
+                raise EOFError("it ends before its last voxel")
+            if packed and len(stream.read(1 << 20)) == 1 << 20:  # the checksum comes after the last byte
+                raise InputError(f"{path}: holds more data than its header says")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: truncated or damaged gzip file ({error}); copy it again") from None
-    except InputError:
-        raise
-    except (OSError, ValueError, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+    except OSError as error:
         raise InputError(f"{path}: not a readable NIfTI file ({error})") from None
-    if int(header["sform_code"]) or int(header["qform_code"]):
-        return data, image.affine
+    data = np.frombuffer(block, dtype=kind).reshape(shape, order="F")
+    slope, inter = header.get_slope_inter()
+    return (data if slope is None else _rescaled(data, slope, inter)), affine
+
+
+def _starts_with(path, magic):
+    with open(path, "rb") as stream:
+        return stream.read(len(magic)) == magic
+
+
+def _rescaled(data, slope, inter):
+    if (slope, inter) == (1.0, 0.0):
+        return data
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is refused with the data
+        return data * slope + inter
+
+
+def _nifti_header(path, block):
+    """nibabel's header object of a file's first bytes, unchecked: numbers as they are stored."""
+    if block[344:348] == b"n+1\0" and len(block) >= 348:
+        return nib.Nifti1Header(block[:348], check=False)
+    if block[4:12] == b"n+2\0\r\n\x1a\n" and len(block) == 540:
+        return nib.Nifti2Header(block, check=False)
+    if block[344:348] == b"ni1\0" or block[4:8] == b"ni2\0":
+        raise InputError(
+            f"{path}: not a readable NIfTI file (one half of a pair .hdr and .img; expected a single file)"
+        )
+    raise InputError(f"{path}: not a readable NIfTI file (there is no NIfTI header)")
+
+
+def _check_nifti(path, header):
+    """``(shape, dtype, offset of the data)``; refuses what the header cannot mean."""
+    if not 1 <= int(header["dim"][0]) <= 7:
+        raise InputError(f"{path}: not a readable NIfTI file ({int(header['dim'][0])} dimensions; expected 3)")
+    shape = tuple(int(n) for n in header["dim"][1 : 1 + int(header["dim"][0])])
+    _check_shape(path, shape)
+    try:
+        kind = header.get_data_dtype()
+        header.get_slope_inter()
+    except KeyError:
+        raise InputError(f"{path}: not a readable NIfTI file (there is no datatype {header['datatype']})") from None
+    except nib.spatialimages.HeaderDataError as error:
+        raise InputError(f"{path}: not a readable NIfTI file ({error})") from None
+    if kind.kind not in "iuf":
+        raise InputError(f"{path}: voxel type is {kind}; expected one number (HU) per voxel")
+    if int(header["bitpix"]) not in (0, 8 * kind.itemsize):
+        raise InputError(
+            f"{path}: not a readable NIfTI file (bitpix is {int(header['bitpix'])}, but voxels are {kind})"
+        )
+    if np.isinf(header["scl_slope"]):
+        raise InputError(f"{path}: not a readable NIfTI file (scl_slope is infinite)")
+    offset, least = float(header["vox_offset"]), header.single_vox_offset
+    if not (np.isfinite(offset) and offset == int(offset) and offset >= least):  # 0 is read as 0, 348 and 352 by others
+        raise InputError(
+            f"{path}: not a readable NIfTI file (vox_offset is {offset:g}; expected {least} or more bytes)"
+        )
+    return shape, kind, int(offset)
+
+
+def _check_claim(path, voxels, claimed, stored, inflation):
+    """Before memory is taken: can a file of ``stored`` bytes hold ``claimed`` ones, and can that be a CT?"""
+    if voxels > MAX_VOXELS:
+        raise InputError(
+            f"{path}: {voxels:.3g} voxels by its header; expected at most {MAX_VOXELS:.3g} (is it damaged?)"
+        )
+    if claimed > stored * inflation:
+        raise InputError(
+            f"{path}: not a readable NIfTI file, or truncated (the header speaks of {claimed} bytes,"
+            f" a file of {stored} cannot hold them)"
+        )
+
+
+def _nifti_affine(path, header, assume_ras):
+    _check_pixdim(path, header)
+    unit = {1: "metres", 3: "micrometres"}.get(int(header["xyzt_units"]) & 7)
+    if unit:
+        raise InputError(f"{path}: states its lengths in {unit}; expected mm")
+    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    for name, code in (("sform_code", sform), ("qform_code", qform)):
+        if not 0 <= code <= 5:
+            raise InputError(f"{path}: {name} is {code}; expected 0 to 5 (is the header damaged?)")
+    if sform:
+        return header.get_sform()
+    if qform:
+        return _qform_affine(path, header)
     if not assume_ras:
         raise InputError(
             f"{path}: states no orientation (sform and qform code are both 0), so left and right are unknown;"
             " set the right affine, or take the axes as right-anterior-superior with --assume-ras"
         )
-    return data, np.diag([*np.asarray(header["pixdim"][1:4], dtype=float), 1.0])
+    return np.diag([*np.asarray(header["pixdim"][1:4], dtype=float), 1.0])
 
 
-def _raw_header(path, image):
-    """The header as stored: nibabel's own loading replaces zero and negative pixdims silently."""
-    if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one
-        raise InputError(f"{path}: not a NIfTI file ({type(image).__name__})")
-    with nib.openers.ImageOpener(path, "rb") as stream:
-        return type(image).header_class.from_fileobj(stream, check=False)
+def _qform_affine(path, header):
+    """Affine of a header's quaternion; pixdim[0] is its handedness: -1, or 1 (0 counts as 1)."""
+    handedness = float(header["pixdim"][0])
+    quaternion = np.array([float(header[f"quatern_{letter}"]) for letter in "bcd"])
+    if handedness not in (-1, 0, 1) or not quaternion @ quaternion <= 1 + 1e-5:
+        raise InputError(
+            f"{path}: the qform (pixdim[0] {handedness:g}, quaternion {[round(float(v), 4) for v in quaternion]})"
+            " is no rotation; expected -1 or 1 and parts of a unit quaternion"
+        )
+    rest = 1.0 - quaternion @ quaternion  # a^2; nibabel's own function takes small ones for 0
+    rotation = nib.quaternions.quat2mat([math.sqrt(max(0.0, rest)), *quaternion])
+    spacing = np.asarray(header["pixdim"][1:4], dtype=float) * (1, 1, -1 if handedness < 0 else 1)
+    affine = np.eye(4)
+    affine[:3, :3] = rotation * spacing
+    affine[:3, 3] = [float(header[f"qoffset_{letter}"]) for letter in "xyz"]
+    return affine
 
 
 def _check_pixdim(path, header):
@@ -199,11 +312,78 @@ def _import_sitk(path):
 
 def _read_image(path):
     sitk = _import_sitk(path)
+    stored = _stored_bytes(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.SetImageIO("NrrdImageIO" if _suffix(path) == ".nrrd" else "MetaImageIO")  # none that its content asks for
     try:
-        image = sitk.ReadImage(str(path))
+        reader.ReadImageInformation()
+        voxels = math.prod(reader.GetSize())
+        _check_claim(path, voxels, voxels, stored, MAX_INFLATION)
+        image = reader.Execute()
     except RuntimeError as error:
         raise InputError(f"{path}: SimpleITK cannot read it ({_last_line(error)})") from None
     return _from_sitk(path, sitk, image)
+
+
+DATA_FILE = re.compile(rb"^[ \t]*(?:ElementDataFile[ \t]*[=:]|data ?file[ \t]*:)[ \t]*([^\r\n]*)", re.I | re.M)
+HEADER_BYTES = 1 << 20  # of a MetaImage or NRRD file, at most
+# Numbers that MetaImage keys take: the power of the number of dimensions.
+META_NUMBERS = {"ElementSpacing": 1, "ElementSize": 1, "Offset": 1, "Position": 1, "Origin": 1, "CenterOfRotation": 1}
+META_NUMBERS |= {"TransformMatrix": 2, "Rotation": 2, "Orientation": 2}
+
+
+def _stored_bytes(path) -> int:
+    """Bytes of a MetaImage or NRRD file and of the data files that its header names, which must lie beside it."""
+    with open(path, "rb") as stream:
+        block = stream.read(HEADER_BYTES)
+    found = list(DATA_FILE.finditer(block))
+    names = [match[1].strip().decode("utf-8", "replace") for match in found]
+    if _suffix(path) != ".nrrd":
+        _check_metaimage(path, block[: found[0].start()].decode("utf-8", "replace") if found else "")
+    elif len(block) == HEADER_BYTES and not re.search(rb"\n\r?\n", block):
+        raise InputError(f"{path}: SimpleITK cannot read it (a header of more than {HEADER_BYTES} bytes)")
+    listed = any(name.startswith("LIST") for name in names)
+    if listed:  # one file name a line follows
+        names += block.decode("utf-8", "replace").splitlines() if len(block) < HEADER_BYTES else ["/"]
+    total = path.stat().st_size
+    for name in names:
+        leaves = ".." in PureWindowsPath(name).parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive
+        if leaves or "\0" in name or not stays_inside(path.parent / name, path.parent):
+            raise InputError(f"{path}: its data lie in {shown(name)}, in another folder; expected them beside it")
+        if listed or "%" in name:  # a numbered or listed series
+            total += sum(other.stat().st_size for other in path.parent.iterdir() if other.is_file())
+        elif os.path.isfile(path.parent / name):  # unlike Path.is_file, False also for names that cannot be
+            total += (path.parent / name).stat().st_size
+    return total
+
+
+def _check_metaimage(path, header):
+    """Check the lines before ElementDataFile: ITK's reader ends the process on some that make no sense."""
+    pairs = [re.split("[=:]", line, maxsplit=1) for line in header.splitlines() if re.search("[=:]", line)]
+    fields = {key.strip(): value.split() for key, value in pairs}
+    count = int(fields.get("NDims") in (["2"], ["3"], ["4"]) and fields["NDims"][0])
+    size, kind = fields.get("DimSize", []), fields.get("ElementType", [""])
+    problems = {
+        "a key is given twice": len(fields) < len(pairs),
+        "NDims": count == 0,
+        "DimSize": len(size) != count or not all(re.fullmatch("[1-9][0-9]{0,8}", n) for n in size),
+        "ElementType": not (len(kind) == 1 and kind[0].startswith("MET_")),
+        "HeaderSize": re.fullmatch("-1|[0-9]{1,9}", " ".join(fields.get("HeaderSize", ["0"]))) is None,
+    }
+    for key, power in META_NUMBERS.items():
+        numbers = fields.get(key, ["0"] * count**power)
+        problems[key] = len(numbers) != count**power or not all(_is_number(number) for number in numbers)
+    wrong = [key for key, bad in problems.items() if bad]
+    if wrong:
+        raise InputError(f"{path}: SimpleITK cannot read it (not a MetaImage header, or damaged: {', '.join(wrong)})")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _last_line(error) -> str:
@@ -240,6 +420,7 @@ def _read_dicom(path):
         )
     names = series[0]
     try:
+        _check_dicom_size(path, sitk, names)
         if len(names) == 1:  # enhanced multi-frame CT (a plain single slice fails the 3D check)
             return _from_sitk(path, sitk, sitk.ReadImage(names[0]))
         slices = sorted((_slice_position(path, sitk, name) for name in names), key=lambda s: s[0])
@@ -253,6 +434,14 @@ def _read_dicom(path):
     return data, affine
 
 
+def _check_dicom_size(path, sitk, names):
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(names[0])
+    reader.ReadImageInformation()
+    voxels = math.prod(reader.GetSize()) * len(names)
+    _check_claim(path, voxels, voxels, voxels, 1)  # what compresses DICOM pixels has no such bound as deflate
+
+
 def _slice_position(path, sitk, name):
     """(position along the normal, origin, the two in-plane directions, file name), LPS mm, of one DICOM slice."""
     reader = sitk.ImageFileReader()
@@ -263,8 +452,11 @@ def _slice_position(path, sitk, name):
         raise InputError(f"{path}: DICOM modality is {modality}; expected CT")
     if not reader.HasMetaDataKey("0020|0032") or not reader.HasMetaDataKey("0020|0037"):
         raise InputError(f"{name}: no ImagePositionPatient or ImageOrientationPatient; cannot place the slice")
-    origin = np.array([float(v) for v in reader.GetMetaData("0020|0032").split("\\")])
-    axes = np.array([float(v) for v in reader.GetMetaData("0020|0037").split("\\")]).reshape(2, 3)
+    try:
+        origin = np.array([float(v) for v in reader.GetMetaData("0020|0032").split("\\")]).reshape(3)
+        axes = np.array([float(v) for v in reader.GetMetaData("0020|0037").split("\\")]).reshape(2, 3)
+    except ValueError:
+        raise InputError(f"{name}: ImagePositionPatient or ImageOrientationPatient are not 3 and 6 numbers") from None
     return float(np.cross(*axes) @ origin), origin, axes, name
 
 
@@ -300,9 +492,11 @@ def _check_data(path, data):
         data = data[..., 0]
     _check_shape(path, data.shape)
     if data.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # beyond float32 is infinity
+            data = data.astype(np.float32, copy=False)
         if not np.isfinite(data).all():
             raise InputError(f"{path}: holds NaN or infinite values; expected finite Hounsfield units")
-        return data.astype(np.float32, copy=False)
+        return data
     if data.dtype.kind not in "iu":
         raise InputError(f"{path}: voxel type is {data.dtype}; expected one number (HU) per voxel")
     return data
@@ -311,6 +505,8 @@ def _check_data(path, data):
 def _check_affine(path, affine, shape):
     if not np.isfinite(affine).all():
         raise InputError(f"{path}: the affine holds NaN or infinite values")
+    if np.abs(affine).max() > MAX_ORIGIN_MM:
+        raise InputError(f"{path}: the affine holds {np.abs(affine).max():.3g}; expected at most {MAX_ORIGIN_MM:g} mm")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     low, high = SPACING_RANGE_MM
     if not all(low <= value <= high for value in spacing):
@@ -321,6 +517,12 @@ def _check_affine(path, affine, shape):
         raise InputError(
             f"{path}: {shape} voxels of {[round(float(v), 4) for v in spacing]} mm are more than {MAX_SCAN_MM:g} mm;"
             " is the spacing in mm?"
+        )
+    litres = np.prod(spacing * shape) / 1e6
+    if litres > MAX_SCAN_LITRES:
+        raise InputError(
+            f"{path}: {shape} voxels of {[round(float(v), 4) for v in spacing]} mm are {litres:.0f} litres; expected at"
+            f" most {MAX_SCAN_LITRES:g}: is the spacing in mm?"
         )
     if abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.1:
         raise InputError(f"{path}: the affine is singular (two voxel axes point the same way)")
@@ -616,11 +818,7 @@ def read_array_cube(path, fov_mm: float = FOV_MM, size: int = 256):
     ``fov_mm`` with equal edges; it is centred at the origin. Raises InputError for anything else.
     """
     path = Path(path)
-    try:
-        data = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy array ({error})") from None
-    data = _check_data(path, data)
+    data = _check_data(path, read_npy(path))
     if len(set(data.shape)) != 1:
         raise InputError(f"{path}: shape is {data.shape}; expected a cube (N, N, N), axes (D, H, W), in HU")
     _check_hu(path, data)
@@ -634,6 +832,7 @@ def _read_mask(path, ct):
     if not path.exists():
         return CtImage(np.ones(ct.data.shape, np.uint8), ct.affine, str(path))
     data, affine = _read_nifti(path, assume_ras=False)
+    data = _check_data(path, data)
     if data.shape != ct.data.shape or not np.allclose(affine, ct.affine, atol=1e-2):
         raise InputError(f"{path}: the scan mask does not lie on the grid of {ct.name}")
     return CtImage(data, ct.affine, str(path))

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ct_io import cube_affine, read_array_cube, read_cube
-from files import InputError, atomic_path, read_json, run_cli
+from files import InputError, atomic_path, check_patient_id, read_json, run_cli, shown, stays_inside
 from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 from splits import SPLITS, check_split, split_by_hash, split_hash
 from xray_io import check_views, read_xray
@@ -33,7 +34,13 @@ VOLUME_SUFFIXES = (".nii.gz", ".nii", ".npy")
 XRAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".dcm")
 VIEW_NAMES = (("_pa_drr", "_pa", "_frontal"), ("_lat_drr", "_lat", "_lateral"))
 CUBE_SIZE = 256  # resolution at which a CT without a manifest is sampled
+MAX_CUBE_SIZE = 1024  # 4 GiB as float32
 CACHE_VERSION = 1  # raised when the cached arrays' meaning changes
+CHECKSUM_BYTES = 4
+CHUNK = 1 << 20  # bytes read at a time for a checksum
+# What readers of images and arrays raise on damaged files, besides InputError.
+UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, zlib.error)
+_verified: set[tuple] = set()  # cached files whose checksum this process has compared
 
 
 # ------------------------------------------------------------------------------------------------
@@ -62,12 +69,13 @@ class PatientFolder:
 def find_patients(root: Path) -> dict[str, PatientFolder]:
     """All folders of ``root`` that hold a volume named after them, by id.
 
-    Raises :class:`InputError` when ``root`` is missing or holds no such folder.
+    Raises :class:`InputError` when ``root`` is missing or holds no such folder, and for a folder's name that
+    :func:`files.check_patient_id` does not take.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a data set (see prepare_data.py)")
     folders = [PatientFolder(p) for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    patients = {p.id: p for p in folders if p.volume is not None}
+    patients = {check_patient_id(p.id, p.folder): p for p in folders if p.volume is not None}
     if not patients:
         raise InputError(
             f"{root}: no patient folder found; expected {root}/ID/ID.nii.gz (or .nii, .npy)."
@@ -77,7 +85,12 @@ def find_patients(root: Path) -> dict[str, PatientFolder]:
 
 
 class Manifest:
-    """How a data set was made: read from ``dataset.json``, or stated defaults where there is none."""
+    """How a data set was made: read from ``dataset.json``, or stated defaults where there is none.
+
+    Raises :class:`InputError` naming file and key for anything missing or impossible, for patient ids and file
+    names that leave their folder, and for patients whose folder or files are links out of the data set: with a
+    manifest, everything it speaks of lies below ``root``. Folders without manifest may hold links.
+    """
 
     def __init__(self, root: Path, patients: dict[str, PatientFolder]):
         path = root / MANIFEST
@@ -95,31 +108,72 @@ class Manifest:
 
     def _read(self, path, patients):
         data = read_json(path)
+        if not isinstance(data, dict):
+            raise InputError(f"{path}: expected a JSON object, as prepare_data.py writes it")
         version = data.get("format_version")
         if version != MANIFEST_VERSION:
-            raise InputError(f"{path}: format_version {version}; this version reads {MANIFEST_VERSION}")
+            raise InputError(f"{path}: format_version {shown(version)}; this version reads {MANIFEST_VERSION}")
         try:
             self.geometry = Geometry.from_dict(data["geometry"])
-            self.hu_window = tuple(float(v) for v in data["hu_window"])
-            self.xray_scale = float(data["xray_scale"])
-            self.cube_size = int(data["cube_size"])
-            mu_water, listed = data["mu_water"], set(data["patients"])
+            self.hu_window = _numbers(data["hu_window"])
+            (self.xray_scale,) = _numbers([data["xray_scale"]])
+            self.cube_size = data["cube_size"]
+            mu_water, listed, split = data["mu_water"], _listed(data["patients"]), data["split"]
         except KeyError as error:
             raise InputError(f"{path}: key {error} is missing; prepare the data again") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: {error}") from None
+        if len(self.hu_window) != 2 or not self.hu_window[0] < self.hu_window[1]:
+            raise InputError(f"{path}: hu_window is {shown(data['hu_window'])}; expected two HU, the lower first")
+        if not self.xray_scale > 0:
+            raise InputError(f"{path}: xray_scale is {self.xray_scale}; expected a number above 0")
+        if type(self.cube_size) is not int or not 1 <= self.cube_size <= MAX_CUBE_SIZE:
+            raise InputError(
+                f"{path}: cube_size is {shown(data['cube_size'])}; expected a whole number up to {MAX_CUBE_SIZE}"
+            )
         if mu_water != MU_WATER:
-            raise InputError(f"{path}: mu_water {mu_water}; this version renders with {MU_WATER}")
+            raise InputError(f"{path}: mu_water {shown(mu_water)}; this version renders with {MU_WATER}")
         if listed - set(patients):
             raise InputError(f"{path}: no volume for patient {sorted(listed - set(patients))[0]}")
-        for patient in listed:
+        for patient in sorted(listed):
+            _check_links(path.parent, patients[patient])
             for view, xray in zip(VIEW_NAMES, patients[patient].xrays):
                 if xray is None:
                     raise InputError(f"{path.parent / patient / (patient + view[0] + '.png')}: this view is missing")
         for extra in set(patients) - listed:
             warnings.warn(f"{path.parent / extra} is not in {MANIFEST}: left out", stacklevel=3)
             del patients[extra]
-        self.split = check_split(data["split"], listed, f"{path} (split)")
+        self.split = check_split(split, listed, f"{path} (split)")
+
+
+def _numbers(values) -> tuple[float, ...]:
+    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        raise ValueError(f"{shown(values)}; expected numbers")
+    return tuple(float(value) for value in values)
+
+
+def _listed(entries) -> set[str]:
+    """Ids of the manifest's patients; ``ValueError`` for an id or a file name that leaves its folder."""
+    if not isinstance(entries, dict):
+        raise ValueError(f"patients is {shown(entries)}; expected an object of patients")
+    for patient, entry in entries.items():
+        check_patient_id(patient, "patients")
+        files = entry.get("files", {}) if isinstance(entry, dict) else None
+        if not isinstance(files, dict):
+            raise ValueError(f"the entry of patient {patient} is {shown(entry)}; expected an object with its files")
+        for name in files:
+            if not set(name).isdisjoint("/\\:\0") or name in ("", ".", ".."):
+                raise ValueError(f"patients: {patient} names the file {shown(name)}, which leaves its folder")
+    return set(entries)
+
+
+def _check_links(root: Path, patient: PatientFolder) -> None:
+    for path in (patient.folder, patient.volume, patient.mask, *patient.xrays):
+        if path is not None and path.is_symlink() and not stays_inside(path, root):
+            raise InputError(
+                f"{path}: is a link that leaves the data set {root}; expected the files themselves"
+                " (cp -al makes a copy that takes no space)"
+            )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,7 +276,7 @@ class PatientDataset(Dataset):
     # -- cached arrays ---------------------------------------------------------------------------
 
     def _cached(self, patient: PatientFolder, name: str, shape, dtype, sources, make):
-        """Memory-map an array of the cache; make it when it is absent, stale or damaged.
+        """Memory-map an array of the cache; make it when it is absent, stale or damaged (which is said).
 
         The key covers the source files' size and time, so that a changed source is read anew. Two
         ranks that build the same entry write the same bytes, each under its own temporary name.
@@ -238,16 +292,22 @@ class PatientDataset(Dataset):
         ]
         key = hashlib.sha256(json.dumps([settings, stamps], sort_keys=True).encode()).hexdigest()[:16]
         path = self.cache / patient.id / f"{name}-{key}.npy"
-        try:
-            array = np.load(path, mmap_mode="r")
-            if array.shape == tuple(shape) and array.dtype == dtype:
-                return array
-        except (OSError, ValueError, EOFError):
-            pass  # absent, or cut short by a crash of the machine: made again below
-        array = np.ascontiguousarray(make(), dtype=dtype)
-        with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-            np.save(stream, array)
+        array = _open_cached(path, tuple(shape), dtype)
+        if array is None:
+            array = np.ascontiguousarray(self._made(patient, sources, make), dtype=dtype)
+            _write_cached(path, array)
         return array
+
+    def _made(self, patient: PatientFolder, sources, make):
+        """What ``make`` reads; whatever goes wrong in it names the patient and the files."""
+        try:
+            return make()
+        except InputError as error:
+            raise InputError(f"patient {patient.id}: {error}") from None
+        except UNREADABLE as error:
+            files = ", ".join(str(path) for path in sources)
+            what = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise InputError(f"patient {patient.id}: {files}: could not be read ({what})") from error
 
     def _volume(self, patient):
         size = self.volume_size
@@ -311,6 +371,57 @@ class PatientDataset(Dataset):
         names = [str(path or f"{patient.id} (rendered)") for path in patient.xrays]
         check_views(images[0], images[1], names)
         return np.round(np.stack(images) * 65535.0).astype(np.uint16)
+
+
+def _open_cached(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray | None:
+    """Memory-map a cached array; None when it has to be made: absent, or its checksum is wrong (which is said).
+
+    The file is a ``.npy`` followed by the CRC-32 of all before it, compared once per process: that does little more
+    than bring the file into memory, where it is needed next.
+    """
+    try:
+        status = path.stat()
+        stamp = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+        if stamp in _verified or _checksum_holds(path, status.st_size - CHECKSUM_BYTES):
+            array = np.load(path, mmap_mode="r")
+            if array.shape == shape and array.dtype == dtype:
+                _verified.add(stamp)
+                return array
+    except FileNotFoundError:
+        return None
+    except UNREADABLE:
+        pass
+    warnings.warn(f"{path}: damaged, or of an earlier version without checksum: made again", stacklevel=4)
+    return None
+
+
+def _checksum(stream, end: int) -> bytes:
+    """CRC-32 of the first ``end`` bytes of a stream, which is left there."""
+    code = 0
+    for start in range(0, end, CHUNK):
+        code = zlib.crc32(stream.read(min(CHUNK, end - start)), code)
+    return code.to_bytes(CHECKSUM_BYTES, "little")
+
+
+def _checksum_holds(path: Path, end: int) -> bool:
+    with open(path, "rb") as stream:
+        return end > 0 and _checksum(stream, end) == stream.read()
+
+
+def _write_cached(path: Path, array: np.ndarray) -> None:
+    """Write an array as :func:`_open_cached` reads it."""
+    try:
+        with atomic_path(path) as temporary, open(temporary, "w+b") as stream:
+            np.save(stream, array)
+            end = stream.tell()
+            stream.seek(0)
+            code = _checksum(stream, end)
+            stream.seek(end)  # between reading and writing
+            stream.write(code)
+    except OSError as error:
+        raise InputError(
+            f"{path}: the cache could not be written ({error}); free space, or give another folder (data.cache_dir)"
+        ) from error
 
 
 def mean_volume(dataset: PatientDataset) -> torch.Tensor:

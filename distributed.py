@@ -16,6 +16,8 @@ import torch.multiprocessing as mp
 
 from files import InputError, run_cli
 
+GRACE_SECONDS = 10.0  # see spawn()
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -56,6 +58,13 @@ class Processes:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
         return tensor / self.world_size
+
+
+def lost_peer(error: BaseException, processes: Processes) -> bool:
+    """True when an error means that another process has died or does not answer: Gloo's and NCCL's, by their words."""
+    words = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "socket")
+    text = str(error).lower()
+    return processes.world_size > 1 and (isinstance(error, dist.DistError) or any(word in text for word in words))
 
 
 @contextlib.contextmanager
@@ -102,7 +111,8 @@ def spawn(worker, count: int, *args) -> int:
     """Run ``worker(*args)`` in ``count`` processes of this machine; returns the first status that is not 0.
 
     SIGTERM and SIGINT are passed on, so that the workers can finish their step and save. When one
-    worker fails the others are ended.
+    worker fails or dies the others get ``GRACE_SECONDS`` to end by themselves, as many again after a SIGTERM, then
+    SIGKILL: nothing is left waiting for a process that is gone.
     """
     with socket.socket() as probe:  # a free port, so that two runs on one machine do not collide
         probe.bind(("127.0.0.1", 0))
@@ -116,7 +126,7 @@ def spawn(worker, count: int, *args) -> int:
 
     old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        while not context.join():
+        while not context.join(grace_period=GRACE_SECONDS):
             pass
     except mp.ProcessExitedException as error:
         return error.exit_code if error.exit_code > 0 else 128 - error.exit_code

@@ -25,9 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoints import load_checkpoint, save_checkpoint
+from checkpoints import LAST, PREVIOUS, WriteError, find_state, remove_leftovers, save_checkpoint
 from config import config_dict, config_hash
-from distributed import Processes
+from distributed import Processes, lost_peer
+from environment import reduced_precision_defects
 from files import InputError
 from monitoring import Monitors
 
@@ -42,6 +43,9 @@ LABELS = {
     "diffusion": "Diffusion",
     "physics": "Physics",
 }
+LOG = "log.jsonl"
+CHECKED_DEVICES = ("cuda", "cpu")  # where reduced precision is compared with float32 before training
+NUMERIC_ADVICE = "Try a lower training.learning_rate, or training.precision=float32"
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the scaler may skip while it finds its scale
 # Settings that may change between a run and its continuation: they do not change the result.
 FREE_ON_RESUME = (
@@ -85,7 +89,8 @@ class Task(Protocol):
         """Rows of this rank's share of the validation patients: ``{"id", "loss", "psnr", ...}``."""
 
     # Optional: ``comment(metrics) -> str``, a line on a validation's means; ``memory_advice() -> str``, settings
-    # that need less GPU memory, asked for once when it runs out.
+    # that need less GPU memory, asked for once when it runs out; ``precisions() -> list[Precision]``, those that frozen
+    # networks run in, which fall back to float32 together with the trained one.
 
 
 # ------------------------------------------------------------------------------------------------
@@ -103,6 +108,11 @@ class Precision:
         self.name, self.device = name, device
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
+
+    def use_float32(self) -> None:
+        """Fall back to float32, for everybody who holds this object."""
+        self.name, self.dtype = "float32", torch.float32
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
 
     def autocast(self):
         """Context in which the model's forward pass runs."""
@@ -291,7 +301,7 @@ class Trainer:
         )
         self.epoch, self.step_in_epoch, self.updates, self.best_psnr = 1, 0, 0, None
         self.sums: dict[str, float] = {}
-        self.skipped = 0
+        self.skipped, self.fell_back = 0, False
         self.last_save = time.monotonic()
         self.runner = torch.compile(self.model) if training.compile else self.model
         if processes.world_size > 1:
@@ -301,31 +311,56 @@ class Trainer:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def resume(self) -> bool:
-        """Load ``last.pt`` of the output folder when there is one; True when it did."""
-        path = self.output / "last.pt"
-        if not path.exists():
+        """Load the newest readable state of the output folder when there is one; True when it did.
+
+        A damaged ``last.pt`` is set aside as ``last.pt.damaged`` and said; see :func:`checkpoints.find_state`.
+        """
+        header = self.task.header()
+        found = find_state(self.output, kind=header["kind"])
+        if found is None:
             return False
-        data = load_checkpoint(path, kind=self.task.header()["kind"])
+        path, data, notes = found
+        self._check_same_run(path, data, header)
+        state = data["training_state"]
+        self.model.load_state_dict(state["model"] if state["model"] else data[self.task.weights_key])
+        if self.average:
+            self.average.model.load_state_dict(data[self.task.weights_key])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("fell_back"):
+            self._use_float32()
+            notes = [*notes, "training in float32, as before: reduced precision was wrong"]
+        self.precision.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+        self.updates, self.best_psnr, self.sums = state["updates"], state["best_psnr"], state["sums"]
+        self._agree_on(path)
+        if self.processes.is_main:
+            for note in notes:
+                print(f"note: {note}", flush=True)
+            print(f"Resumed {path} at epoch {self.epoch}, step {self.step_in_epoch}", flush=True)
+            if path.name != LAST and (self.output / LAST).exists():
+                # Or the next save would put it in the place of the one that can be read.
+                os.replace(self.output / LAST, self.output / f"{LAST}.damaged")
+        return True
+
+    def _check_same_run(self, path: Path, data: dict, header: dict) -> None:
+        """Refuse to go on with other settings, data or earlier stages."""
         changed = changed_settings(data["config"], config_dict(self.config))
         if changed:
             raise InputError(
                 f"{path} was trained with other settings ({'; '.join(changed)});"
                 " choose another --output, or restore these settings to go on"
             )
-        header = self.task.header()
         if data["split_hash"] != header["split_hash"]:
             raise InputError(f"{path} was trained on another split of the data; choose another --output")
         if data.get("base_fingerprint") != header.get("base_fingerprint"):
             raise InputError(f"{path} was trained on a stage 1 with other weights; choose another --output")
-        state = data["training_state"]
-        self.model.load_state_dict(state["model"] if state["model"] else data[self.task.weights_key])
-        if self.average:
-            self.average.model.load_state_dict(data[self.task.weights_key])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
-        self.updates, self.best_psnr, self.sums = state["updates"], state["best_psnr"], state["sums"]
-        return True
+
+    def _agree_on(self, path: Path) -> None:
+        """Refuse to go on when the processes do not read the same state: a folder that is not shared between nodes."""
+        states = self.processes.gather_objects((path.name, self.updates))
+        if len(set(states)) > 1:
+            found = ", ".join(f"rank {rank}: {name} at step {step}" for rank, (name, step) in enumerate(states))
+            raise InputError(f"{self.output}: the processes read different states ({found}); is the folder shared?")
 
     def checkpoint(self, metrics: dict | None = None) -> dict:
         """Weights for inference (the moving average when there is one) with what describes them."""
@@ -340,8 +375,8 @@ class Trainer:
             "metrics": metrics or {},
         }
 
-    def save_last(self, name: str = "last.pt") -> None:
-        """Everything needed to go on bit for bit. Rank 0 writes; all ranks wait."""
+    def save_last(self, name: str = LAST) -> None:
+        """Everything needed to go on bit for bit. Rank 0 writes; all ranks wait. The last but one stays, too."""
         if self.processes.is_main:
             state = {
                 "model": self.model.state_dict() if self.average else None,
@@ -352,8 +387,10 @@ class Trainer:
                 "updates": self.updates,
                 "best_psnr": self.best_psnr,
                 "sums": self.sums,
+                "fell_back": self.fell_back,
             }
-            save_checkpoint(self.output / name, {**self.checkpoint(), "training_state": state})
+            keep = self.output / PREVIOUS if name == LAST else None
+            save_checkpoint(self.output / name, {**self.checkpoint(), "training_state": state}, keep)
         self.last_save = time.monotonic()
         self.processes.barrier()
 
@@ -374,17 +411,17 @@ class Trainer:
             leave=False,
         )
         iterator = iter(loader)
-        while self.step_in_epoch < plan.steps:
-            losses = self._step(iterator)
-            self.step_in_epoch += 1
-            for name, value in losses.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-            bar.update()
-            if self.step_in_epoch % self.config.logging.log_interval == 0:
-                done = (self.step_in_epoch - first) * plan.global_batch
-                self._log_step(losses, done / (time.monotonic() - started))
-            self._maybe_stop(catcher)
-        bar.close()
+        with bar:  # closed by an error, too: its message gets a line of its own
+            while self.step_in_epoch < plan.steps:
+                losses = self._step(iterator)
+                self.step_in_epoch += 1
+                for name, value in losses.items():
+                    self.sums[name] = self.sums.get(name, 0.0) + value
+                bar.update()
+                if self.step_in_epoch % self.config.logging.log_interval == 0:
+                    done = (self.step_in_epoch - first) * plan.global_batch
+                    self._log_step(losses, done / (time.monotonic() - started))
+                self._maybe_stop(catcher)
         samples = (plan.steps - first) * plan.global_batch
         means = {name: value / plan.steps for name, value in self.sums.items()}
         rate = learning_rate_at(
@@ -396,8 +433,9 @@ class Trainer:
             "learning_rate": rate,
         }
 
-    def _loader(self, order, batches):
-        workers = self.config.data.num_workers if self.processes.device.type == "cuda" else 0
+    def _loader(self, order, batches, workers: int | None = None):
+        if workers is None:
+            workers = self.config.data.num_workers if self.processes.device.type == "cuda" else 0
         return DataLoader(
             _Positions(self.task.train_data, order),
             batch_sampler=batches,
@@ -423,7 +461,7 @@ class Trainer:
         torch.manual_seed(sample_seed(training.seed, self.epoch, -1 - self.step_in_epoch))
         sums: dict[str, torch.Tensor] = {}
         for micro in range(self.plan.accumulation):
-            raw = next(iterator)
+            raw = self._read(iterator)
             seeds = [sample_seed(training.seed, self.epoch, int(p)) for p in raw["position"]]
             batch = task.make_batch(raw, seeds, self.processes.device)
             last = micro == self.plan.accumulation - 1
@@ -440,6 +478,18 @@ class Trainer:
         values = self.processes.mean(torch.stack([sums[name] for name in names]))
         return dict(zip(names, values.tolist()))
 
+    def _read(self, iterator) -> dict:
+        """The next micro-batch; what goes wrong in a data worker becomes one sentence naming patient and file."""
+        try:
+            return next(iterator)
+        except InputError as error:  # from a worker it holds a traceback, with the message at its end
+            reason = str(error).rsplit("InputError: ", 1)[-1].strip()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = f"a data worker ended ({str(error).splitlines()[0]}); try data.num_workers=0"
+        raise TrainingError(self._where(reason))
+
     def _optimise(self, ids) -> None:
         scaler, training = self.precision.scaler, self.config.training
         scaler.unscale_(self.optimizer)
@@ -447,10 +497,11 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         if not torch.isfinite(norm):
             if not scaler.is_enabled():
-                raise TrainingError(self._where(f"the gradient norm is {norm.item()}", ids))
+                raise TrainingError(self._where(f"the gradient norm is {norm.item()}", ids, NUMERIC_ADVICE))
             self.skipped += 1
             if self.skipped > MAX_SKIPPED_STEPS:
-                raise TrainingError(self._where(f"{self.skipped} float16 steps in a row overflowed", ids))
+                what = f"{self.skipped} float16 steps in a row overflowed"
+                raise TrainingError(self._where(what, ids, NUMERIC_ADVICE))
         else:
             self.skipped = 0
         scaler.step(self.optimizer)
@@ -463,15 +514,14 @@ class Trainer:
         if torch.isfinite(total):
             return
         values = ", ".join(f"{LABELS.get(k, k)} {v.item():.4g}" for k, v in parts.items())
-        raise TrainingError(self._where(f"the loss is {total.item()} ({values})", ids))
+        raise TrainingError(self._where(f"the loss is {total.item()} ({values})", ids, NUMERIC_ADVICE))
 
-    def _where(self, what: str, ids) -> str:
-        kept = self.output / "last.pt"
-        return (
-            f"epoch {self.epoch}, step {self.step_in_epoch + 1}, patients {', '.join(ids)}: {what}."
-            f" Stopped; {kept if kept.exists() else 'no checkpoint'} is the last good state."
-            " Try a lower training.learning_rate, or training.precision=float32"
-        )
+    def _where(self, what: str, ids=(), advice: str = "The same command goes on") -> str:
+        kept = self.output / LAST
+        patients = f", patients {', '.join(ids)}" if ids else ""
+        place = f"epoch {self.epoch}, step {self.step_in_epoch + 1}{patients}"
+        state = f"{kept} is the last good state" if kept.exists() else "nothing had been saved yet"
+        return f"{place}: {what}. Stopped; {state}. {advice}"
 
     def _maybe_stop(self, catcher: SignalCatcher) -> None:
         stop = self.processes.any(catcher.received is not None)
@@ -481,6 +531,47 @@ class Trainer:
             self.save_last()
         if stop:
             raise Interrupted(catcher.received or signal.SIGTERM)
+
+    def check_precision(self) -> None:
+        """Fall back to float32 where this machine computes the model's 3D convolutions wrongly in less.
+
+        The first micro-batch is run once, forward only, to see which convolutions there are; every process falls
+        back when one has to, and the run stays in float32 when it goes on. Found on the actual shapes, because the
+        known defects depend on them: cuDNN's of large inputs, oneDNN's of volumes smaller than the kernel.
+        """
+        device, done = self.processes.device, self.epoch > self.config.training.num_epochs
+        if done or device.type not in CHECKED_DEVICES or self.precision.name == "float32":
+            return
+        positions = self.plan.batches(0)[0]
+        raw = next(iter(self._loader(self.plan.order(1), [positions], workers=0)))
+
+        def one_step():
+            seeds = [sample_seed(self.config.training.seed, 1, p) for p in positions]
+            with torch.no_grad(), self.precision.autocast():
+                self.task.loss(self.model, self.task.make_batch(raw, seeds, device))
+
+        defects = reduced_precision_defects(one_step, self.precision.dtype, device)
+        if not self.processes.any(bool(defects)):
+            return
+        name = self.precision.name
+        self._use_float32()
+        if self.processes.is_main:
+            found = defects[0] if defects else "on another process"
+            print(f"warning: {name} convolutions are wrong here ({found}); training in float32", flush=True)
+        self.log("precision", fallback="float32", wanted=name, defects=defects)
+
+    def _use_float32(self) -> None:
+        self.fell_back = True
+        for precision in (self.precision, *getattr(self.task, "precisions", list)()):
+            precision.use_float32()
+
+    def mend_log(self) -> None:
+        """Drop a last line of the log that was cut off by a full disk or a power cut: all others stay readable."""
+        path = self.output / LOG
+        if self.processes.is_main and path.exists():
+            whole = path.read_bytes()
+            if whole and not whole.endswith(b"\n"):
+                os.truncate(path, whole.rfind(b"\n") + 1)
 
     def release(self) -> None:
         """Give the GPU's memory back: nothing of this trainer is used afterwards."""
@@ -504,8 +595,12 @@ class Trainer:
         """Append one line to ``log.jsonl`` and to the monitors' curves (rank 0)."""
         if self.processes.is_main:
             line = json.dumps({"event": event, "time": round(time.time(), 3), "epoch": self.epoch, **values})
-            with open(self.output / "log.jsonl", "a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+            path = self.output / LOG
+            try:
+                with open(path, "a", encoding="utf-8") as stream:
+                    stream.write(line + "\n")
+            except OSError as error:
+                raise WriteError(self._where(f"{path}: could not be written ({error})")) from error
             self.monitors.log(event, self.updates, {"epoch": self.epoch, **values})
 
     def validate(self) -> dict[str, float]:
@@ -589,27 +684,36 @@ def fit(model: nn.Module, task: Task, config, output, processes: Processes, moni
     monitors: :class:`monitoring.Monitors` that draw the curves of ``log.jsonl``, and pictures of ``task.samples`` (a
     list of validation cases that the task's ``validate`` leaves; optional).
 
-    Writes ``best`` (by validation PSNR), ``epoch_X.pt``, ``last.pt`` and ``log.jsonl`` into ``output``.
-    Raises :class:`TrainingError` on a non-finite loss and :class:`Interrupted` after a signal.
+    Writes ``best`` (by validation PSNR), ``epoch_X.pt``, ``last.pt``, ``last_previous.pt`` (the one before) and
+    ``log.jsonl`` into ``output``. Raises :class:`TrainingError` on a non-finite loss, on unreadable data and when
+    another process is gone, :class:`checkpoints.WriteError` on a full disk and :class:`Interrupted` after a signal.
     """
     output = Path(output)
     if processes.is_main:
         output.mkdir(parents=True, exist_ok=True)
     processes.barrier()
     trainer = Trainer(model, task, config, output, processes, monitors)
-    if trainer.resume() and processes.is_main:
-        print(f"Resumed {output / 'last.pt'} at epoch {trainer.epoch}, step {trainer.step_in_epoch}", flush=True)
+    if processes.is_main and remove_leftovers(output):
+        print(f"Removed unfinished checkpoint files of an interrupted run from {output}", flush=True)
+    trainer.mend_log()
+    trainer.resume()
     if processes.is_main and trainer.epoch > config.training.num_epochs:
         print(f"Nothing to do: {output / 'last.pt'} has all {config.training.num_epochs} epochs")
     trainer.monitors.start(trainer.updates)
     out_of_memory = None
     with SignalCatcher() as catcher:
         try:
+            trainer.check_precision()
             while trainer.epoch <= config.training.num_epochs:
                 trainer.finish_epoch(trainer.train_epoch(catcher))
                 trainer._maybe_stop(catcher)
         except torch.OutOfMemoryError as error:
             out_of_memory = str(error).splitlines()[0]
+        except RuntimeError as error:
+            if not lost_peer(error, processes):
+                raise
+            what = f"another process does not answer any more ({str(error).splitlines()[0]})"
+            raise TrainingError(trainer._where(what)) from error
     if out_of_memory:  # outside the handler: the failed step's tensors are free now
         _raise_out_of_memory(trainer, out_of_memory)
 

@@ -1,14 +1,25 @@
-"""Errors meant for users, crash-safe file writing and the exit path every command shares."""
+"""Errors meant for users, crash-safe file writing, careful reading and the exit path every command shares."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
+import reprlib
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import numpy as np
+
+# A name that is one folder or file name on every system, and harmless in a table, a page or a command line.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._ -]*[A-Za-z0-9_-])?")
+RESERVED_NAMES = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)  # devices of Windows
+MAX_NAME = 200  # characters: file systems take 255, of which suffixes and temporary names need up to 33
 
 
 class InputError(ValueError):
@@ -51,14 +62,116 @@ def write_json(path: str | os.PathLike, data) -> None:
 
 
 def read_json(path: str | os.PathLike):
-    """Read a JSON file; a missing or malformed one raises :class:`InputError` naming file and line."""
+    """Read a JSON file; a missing or malformed one raises :class:`InputError` naming file and line.
+
+    Stricter than Python's reader, see :func:`parse_json`.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def parse_json(text: str):
+    """JSON text -> plain Python values.
+
+    Raises ``json.JSONDecodeError`` for what is not JSON, and ``ValueError`` for what Python's reader would take
+    or crash on: a key given twice in one object, NaN and infinity (also as 1e999), numbers of thousands of
+    digits, thousands of nested lists.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_float=_finite_float, parse_constant=_finite_float)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique_keys(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {shown(next(key for key in keys if keys.count(key) > 1))} is given twice")
+    return result
+
+
+def _finite_float(text):
+    value = float(text)
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 3
+
+
+def shown(value) -> str:
+    """``repr(value)`` for an error message: on one line and short, however long or nested the value is."""
+    return _SHORT.repr(value)
+
+
+def shown_name(name: str) -> str:
+    """A key or name for an error message: as it is, or by :func:`shown` when it is long or not printable."""
+    return name if name.isprintable() and len(name) <= 80 else shown(name)
+
+
+def read_npy(path: str | os.PathLike) -> np.ndarray:
+    """Read the array of a ``.npy`` file.
+
+    Raises :class:`InputError` naming the file: missing, truncated, damaged, claiming more values than it holds
+    (before memory is taken for them), an archive of arrays, or Python objects (a pickle, which could run code).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # files written by Python 2 are fine
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapping compares the size with the header's
+    except Exception as error:  # damaged headers make the parser raise whatever it stumbles on
+        raise InputError(f"{path}: not a readable .npy array ({shown_name(str(error))})") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise InputError(f"{path}: not a readable .npy array (an archive of arrays, .npz); expected one array")
+    return np.array(array)
+
+
+def is_plain_name(name) -> bool:
+    """True for a folder name that every system takes: :data:`PLAIN_NAME`, not too long, no device of Windows."""
+    fits = isinstance(name, str) and len(name) <= MAX_NAME and PLAIN_NAME.fullmatch(name) is not None
+    return fits and not RESERVED_NAMES.fullmatch(name)
+
+
+def check_patient_id(patient, origin) -> str:
+    """Return ``patient``, or raise :class:`InputError` naming ``origin`` when it cannot be a folder's name.
+
+    Ids become folder, file and cache names and stand in tables and reports, so that only plain ASCII names are
+    taken: nothing that leaves its folder, no markup, no control characters, no letters that look alike.
+    """
+    if not is_plain_name(patient):
+        raise InputError(
+            f"{origin}: patient id {shown(patient)}; expected a folder name of at most {MAX_NAME} letters (a-z, A-Z),"
+            " digits, '.', '_', '-' and spaces that begins with a letter, a digit or '_': rename it"
+        )
+    return patient
+
+
+def safe_name(text: str, default: str = "ct") -> str:
+    """Make any text a plain name: other characters become ``_``, long ones end in a hash of the whole."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-") or default
+    if RESERVED_NAMES.fullmatch(name):
+        name = f"{default}_{name}"
+    if len(name) > MAX_NAME:
+        digest = hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
+        name = f"{name[: MAX_NAME - 17]}_{digest}"
+    return name
+
+
+def stays_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """True when ``path``, with every link in it followed, lies below ``folder``."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

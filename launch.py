@@ -38,17 +38,24 @@ USAGE = """usage: launch_4gpu.sh [demo | test | smoke | stage1 | stage2] [option
 # Environment
 
 
+def requirement_files(path: Path) -> list[Path]:
+    """The files that the lines ``-r FILE`` of ``path`` name, and those that they name; ``path`` itself last."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    named = [path.parent / line[2:].strip() for line in lines if line.startswith("-r")]
+    return [*(file for name in named for file in requirement_files(name)), path]
+
+
 def read_requirements(path: Path) -> list[tuple[str, str]]:
-    """``(name, least version)`` of every line ``name>=version``; ``-r`` is followed."""
+    """``(name, least version)`` of every line ``name>=version`` of :func:`requirement_files`."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        line = line.partition("#")[0].strip()
-        if line.startswith("-r"):
-            found += read_requirements(path.parent / line[2:].strip())
-        elif line:
+    for file in requirement_files(path):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            line = line.partition("#")[0].strip()
+            if not line or line.startswith("-r"):
+                continue
             match = re.fullmatch(r"([\w.-]+)\s*>=\s*([\d.]+)", line)
             if match is None:
-                raise ValueError(f"{path}: {line!r}; expected name>=version")
+                raise ValueError(f"{file}: {line!r}; expected name>=version")
             found.append((match[1], match[2]))
     return found
 
@@ -94,7 +101,7 @@ def make_environment(venv: Path, requirements: Path, constraints: Path) -> Path:
     installation lacks it or has another one, and is done again. Exits on failure.
     """
     python = venv_python(venv)
-    sources = [requirements.with_name("requirements.txt"), requirements, constraints]
+    sources = [*requirement_files(requirements), constraints]
     wanted = "".join(path.read_text(encoding="utf-8") for path in sources)
     stamp = venv / f"installed-{requirements.name}"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted and python.exists():

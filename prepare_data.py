@@ -7,7 +7,8 @@ CTS may hold NIfTI files and, with SimpleITK installed, folders of DICOM files, 
 patient folder gets ``ID.nii.gz`` (int16 HU), ``ID_mask.nii.gz``, ``ID_pa_drr.png``, ``ID_lat_drr.png`` and, last,
 ``prepared.json`` (settings and checksums): the same command run again skips what is done and goes on where it
 was stopped. ``dataset.json`` is written at the end. A CT that cannot be used is reported by name at the end,
-the others are done, and the exit status is 1.
+the others are done, and the exit status is 1. Nothing that names a person is read from DICOM or NIfTI headers;
+the names of the input's files and folders become ids and are noted in the manifest (``source``).
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ import torch
 from tqdm import tqdm
 
 from ct_io import CtSource, cube_affine, find_cts, locate_cube, read_ct, remove_couch, resample_cube, write_cube
-from files import InputError, read_json, run_cli, write_json
+from files import InputError, check_patient_id, read_json, run_cli, shown, write_json
 from projector import FOV_MM, HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 from splits import SPLITS, check_split, split_by_hash, split_hash
-from xray_io import write_png16
+from xray_io import MAX_EDGE, write_png16
 
 FORMAT_VERSION = 1
 RECORD = "prepared.json"
@@ -49,7 +50,7 @@ def prepare_patient(source: CtSource, folder, settings: dict) -> tuple[dict, lis
     Each file is replaced atomically, and the record that makes the patient count as done comes last.
     """
     folder = Path(folder)
-    patient = source.patient_id
+    patient = check_patient_id(source.patient_id, source.path)
     geometry = Geometry.from_dict(settings["geometry"])
     fov_mm, size = geometry.fov_mm, settings["cube_size"]
     ct = read_ct(source.path, source.kind, assume_ras=settings["assume_ras"])
@@ -132,19 +133,28 @@ def check_output(output: Path, sources, settings, overwrite: bool) -> None:
             _check_settings(manifest, {k: found.get(k) for k in settings}, settings)
     for source in sources:
         folder = output / source.patient_id
+        if folder.is_symlink():
+            raise InputError(f"{folder}: is a link; expected a folder, or files would be written where it leads")
         if (folder / RECORD).exists():
             if not overwrite:
-                _check_settings(folder / RECORD, read_json(folder / RECORD).get("settings"), settings)
+                _check_settings(folder / RECORD, _read_record(folder).get("settings"), settings)
         elif any((folder / name).exists() for name in patient_files(source.patient_id)):
             raise InputError(
                 f"{folder}: holds files that this command did not write (no {RECORD}); choose another --output"
             )
 
 
+def _read_record(folder) -> dict:
+    record = read_json(folder / RECORD)
+    if not isinstance(record, dict):
+        raise InputError(f"{folder / RECORD}: not a record of prepare_data.py; remove it, or choose another --output")
+    return record
+
+
 def _check_settings(path, found, settings):
-    found = found or {}
+    found = found if isinstance(found, dict) else {}
     wanted = json.loads(json.dumps(settings))
-    different = [f"{k} ({found.get(k)} there, {wanted[k]} now)" for k in wanted if found.get(k) != wanted[k]]
+    different = [f"{k} ({shown(found.get(k))} there, {wanted[k]} now)" for k in wanted if found.get(k) != wanted[k]]
     if different:
         raise InputError(
             f"{path}: prepared with other settings: {'; '.join(different)}."
@@ -156,13 +166,17 @@ def finished_entry(source: CtSource, folder: Path) -> dict | None:
     """The manifest entry of a patient that is done: source unchanged, all files there with their checksums."""
     if not (folder / RECORD).exists():
         return None
-    record = read_json(folder / RECORD)
-    if not record.get("complete") or record["signature"] != _signature(source.path):
+    record = _read_record(folder)
+    if not record.get("complete") or record.get("signature") != _signature(source.path):
         return None
-    for name, checksum in record["patient"]["files"].items():
+    entry = record.get("patient")
+    files = entry.get("files") if isinstance(entry, dict) else None
+    if not isinstance(files, dict) or set(files) != set(patient_files(source.patient_id)):
+        return None
+    for name, checksum in files.items():
         if not (folder / name).exists() or sha256(folder / name) != checksum:
             return None
-    return record["patient"]
+    return entry
 
 
 def prepare_all(sources, output: Path, settings: dict, workers: int, overwrite: bool = False):
@@ -251,7 +265,7 @@ def write_manifest(output: Path, settings: dict, split: dict, method: str, entri
     """Write ``dataset.json``; says which patients changed sides or are gone against an existing one."""
     path = output / MANIFEST
     if path.exists():
-        before = {p: name for name, patients in read_json(path).get("split", {}).items() for p in patients}
+        before = _split_of(read_json(path))
         for name in SPLITS:
             moved = [p for p in split[name] if before.get(p, name) != name]
             if moved:
@@ -263,6 +277,13 @@ def write_manifest(output: Path, settings: dict, split: dict, method: str, entri
     manifest["split_hash"] = split_hash(split)
     manifest["patients"] = {patient: entries[patient] for patient in sorted(entries)}
     write_json(path, manifest)
+
+
+def _split_of(manifest) -> dict[str, str]:
+    """``{id: split}`` of an earlier manifest; empty when it is something else."""
+    split = manifest.get("split") if isinstance(manifest, dict) else None
+    lists = {name: split.get(name) for name in SPLITS} if isinstance(split, dict) else {}
+    return {p: name for name, ids in lists.items() if isinstance(ids, list) for p in ids if isinstance(p, str)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -291,9 +312,12 @@ def parse_args(argv=None):
 
 
 def _check_args(args):
-    for name, low in (("size", 16), ("xray_size", 32), ("workers", 1)):
-        if getattr(args, name) < low:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least {low}")
+    for name, low, high in (("size", 16, 1024), ("xray_size", 32, MAX_EDGE), ("workers", 1, 1024)):
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value < low:
+            raise InputError(f"{option} is {value}; expected at least {low}")
+        if value > high:
+            raise InputError(f"{option} is {value}; expected at most {high}")
     for name in ("val_fraction", "test_fraction"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 0 up to below 1")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 
-from files import InputError
+from files import InputError, check_patient_id
 
 SPLITS = ("train", "val", "test")
 
@@ -39,17 +40,17 @@ def _hash_number(patient, seed):
 def check_split(split, ids, origin) -> dict[str, list[str]]:
     """Check ``{"train": [...], "val": [...], "test": [...]}`` against the patients there are.
 
-    Raises :class:`InputError` naming ``origin`` and the patients: listed twice, listed but not there,
-    there but not listed. Returns the split with sorted ids.
+    Raises :class:`InputError` naming ``origin`` and the patients: ids that are no folder names, listed twice,
+    listed but not there, there but not listed. Returns the split with sorted ids.
     """
     if not isinstance(split, dict) or set(split) != set(SPLITS):
         raise InputError(f"{origin}: expected an object with exactly the keys train, val and test")
     for name in SPLITS:
         if not isinstance(split[name], list) or not all(isinstance(patient, str) for patient in split[name]):
             raise InputError(f"{origin}: {name} must be a list of patient ids")
-    listed = [patient for name in SPLITS for patient in split[name]]
+    listed = Counter(check_patient_id(patient, f"{origin}: {name}") for name in SPLITS for patient in split[name])
     problems = {
-        "listed more than once": {patient for patient in listed if listed.count(patient) > 1},
+        "listed more than once": {patient for patient, count in listed.items() if count > 1},
         "listed but not found": set(listed) - set(ids),
         "found but not listed": set(ids) - set(listed),
     }

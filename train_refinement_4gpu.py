@@ -180,6 +180,10 @@ class RefinementTask:
         xrays = batch["xrays"] if whole else None
         return self.criterion(volume, batch["ct_volume"], mask=mask, xrays=xrays)
 
+    def precisions(self) -> list[Precision]:
+        """Those beside the trained network's: the frozen stage 1's."""
+        return [self.precision]
+
     # -- memory ----------------------------------------------------------------------------------
 
     def memory_advice(self) -> str:

@@ -3,26 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
-from config import config_dict
+from config import config_dict, config_hash
 from distributed import Processes, process_group
 from engine import Interrupted, accumulation_steps, fit
+from environment import deterministic, recorded_run
 from files import InputError, write_json
 from monitoring import add_arguments, check_arguments, monitors_from
 
 
 def training_parser(description: str, config_name: str, output: str) -> argparse.ArgumentParser:
-    """Options that both scripts have: --config, --data, --output, --set, --dry-run and the monitors'."""
+    """Options that both scripts have: --config, --data, --output, --set, --dry-run, --deterministic, the monitors'."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help=f"JSON settings (default: {config_name} beside this script)")
     parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
     parser.add_argument("--output", default=output, help="folder for checkpoints and log.jsonl (default %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes, stop")
+    add_run_arguments(parser)
     add_arguments(parser)
     return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--deterministic``, for every training script."""
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU, use deterministic algorithms (slower) and name operations that have none; CPU runs always are",
+    )
+
+
+@contextlib.contextmanager
+def run_context(args: argparse.Namespace, config, output, processes: Processes, split_hash: str):
+    """What surrounds the training of every script: ``--deterministic``, and ``output/run.json`` (by rank 0).
+
+    config: the settings' dataclass. split_hash: of the data set, see :func:`splits.split_hash`.
+    """
+    facts = {
+        "processes": processes.world_size,
+        "device": str(processes.device),
+        "deterministic": args.deterministic,
+        "config_hash": config_hash(config_dict(config)),
+        "split_hash": split_hash,
+    }
+    with deterministic(args.deterministic), recorded_run(output, facts, processes.is_main):
+        yield
 
 
 def check_before_launch(args: argparse.Namespace, config) -> None:
@@ -57,11 +86,12 @@ def run_training(args: argparse.Namespace, config, make_task, describe) -> int:
             describe(task, model, processes)
         if args.dry_run:
             return 0
-        if processes.is_main:
-            write_json(Path(args.output) / "config.json", config_dict(config))
         try:
-            with monitors_from(args, config_dict(config), args.output, processes) as monitors:
-                fit(model, task, config, args.output, processes, monitors)
+            with run_context(args, config, args.output, processes, task.header()["split_hash"]):
+                if processes.is_main:
+                    write_json(Path(args.output) / "config.json", config_dict(config))
+                with monitors_from(args, config_dict(config), args.output, processes) as monitors:
+                    fit(model, task, config, args.output, processes, monitors)
         except Interrupted as interruption:
             if processes.is_main:
                 last = Path(args.output) / "last.pt"

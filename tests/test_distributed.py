@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed import Processes, process_group, spawn
+from distributed import Processes, lost_peer, process_group, spawn
 from files import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -83,3 +83,16 @@ def test_a_single_process_needs_no_group():
     assert alone.any(True)
     assert not alone.any(False)
     assert torch.equal(alone.mean(torch.ones(2)), torch.ones(2))
+
+
+def test_errors_of_a_lost_process_are_told_from_others():
+    two = Processes(0, 2)
+    lost = [
+        "[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer",
+        "NCCL watchdog",
+        "Timed out waiting",
+    ]
+    assert all(lost_peer(RuntimeError(text), two) for text in lost)
+    assert lost_peer(torch.distributed.DistBackendError("anything"), two)
+    assert not lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), two)
+    assert not lost_peer(RuntimeError(lost[0]), Processes())

@@ -155,6 +155,7 @@ def test_a_run_learns_and_leaves_what_it_promises(root, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {
         "best_model.pt",
         "last.pt",
+        "last_previous.pt",
         "epoch_5.pt",
         "epoch_10.pt",
         "log.jsonl",

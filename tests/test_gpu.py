@@ -1,16 +1,20 @@
 """What only a GPU can show: the same numbers as the CPU, float16 training, NCCL training by plain python."""
 
+import functools
 import json
 
 import pytest
 import torch
 from test_engine import build
+from test_reproducibility import PLAIN, spoiled
 from tiny_data import TINY_REFINEMENT, make_dataset, make_model
 
 import train_enhanced_4gpu
 from augment import AugmentConfig, PairMaker
+from checkpoints import load_checkpoint
 from distributed import Processes
 from engine import fit
+from environment import convolution_defect, deterministic
 from losses import EnhancedLoss
 from memory import available_memory
 from model_enhanced import RefinementNetwork
@@ -81,6 +85,33 @@ def test_a_run_learns_in_mixed_precision(root, tmp_path, precision):
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [e["l1"] for e in events if e["event"] == "epoch"]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_convolutions_in_reduced_precision_are_right_or_the_run_falls_back(root, tmp_path, capsys):
+    """The shapes of a tiny run; ``python environment.py`` does those of the default configurations."""
+    config, task, model = build(root, "training.precision=bfloat16", "training.num_epochs=1")
+    fit(model, task, config, tmp_path, Processes(device=torch.device("cuda", 0)))
+    events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert ("precision" in events) == ("convolutions are wrong here" in capsys.readouterr().out)
+
+
+def test_a_wrong_convolution_is_noticed_on_the_gpu():
+    wrong = functools.partial(spoiled, "output")
+    assert "output" in convolution_defect(PLAIN, torch.bfloat16, "cuda", wrong)
+    assert convolution_defect(PLAIN, torch.bfloat16, "cuda", functools.partial(spoiled, None)) is None
+
+
+def test_a_deterministic_run_repeats_bit_for_bit_unless_it_names_operations(root, tmp_path):
+    def run(output):
+        config, task, model = build(root, "training.num_epochs=2", "training.precision=float32")
+        with deterministic() as unsafe:
+            fit(model, task, config, output, Processes(device=torch.device("cuda", 0)))
+        return load_checkpoint(output / "last.pt")["training_state"]["model"], unsafe
+
+    (one, unsafe), (other, _) = run(tmp_path / "one"), run(tmp_path / "other")
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not differing or unsafe
+    assert all(torch.allclose(one[name], other[name], atol=1e-2) for name in one)
 
 
 def test_plain_python_uses_the_gpus_there_are(root, tmp_path, capfd):

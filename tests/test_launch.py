@@ -54,6 +54,13 @@ def test_a_line_that_cannot_be_checked_is_an_error(tmp_path):
         launch.missing_requirements(path)
 
 
+def test_every_file_that_requirements_name_counts(tmp_path):
+    for name, text in (("a.txt", "numpy>=1\n"), ("b.txt", "-r a.txt\n"), ("c.txt", "-r b.txt\npytest>=1\n")):
+        write_requirements(tmp_path, text, name)
+    assert [path.name for path in launch.requirement_files(tmp_path / "c.txt")] == ["a.txt", "b.txt", "c.txt"]
+    assert launch.read_requirements(tmp_path / "c.txt") == [("numpy", "1"), ("pytest", "1")]
+
+
 def test_the_project_s_own_requirements_are_read():
     names = [name for name, _ in launch.read_requirements(ROOT / "requirements-dev.txt")]
     assert {"torch", "torchvision", "numpy", "nibabel", "pytest", "ruff"} <= set(names)

@@ -1,0 +1,22 @@
+"""Two X-ray PNGs of this project -> CT as NIfTI, without PyTorch: pip install numpy pillow onnxruntime nibabel
+
+python onnx_inference.py model.onnx PA.png LATERAL.png ct.nii.gz
+"""
+
+import json
+import sys
+
+import nibabel as nib
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+path, pa, lateral, output = sys.argv[1:]
+session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
+pixels = [np.asarray(Image.open(name)) for name in (pa, lateral)]  # 16 or 8 bit grey, square, bone bright
+images = [Image.fromarray((p / np.iinfo(p.dtype).max).astype(np.float32)) for p in pixels]
+xrays = np.stack([image.resize((about["xray_size"],) * 2, Image.Resampling.BOX) for image in images])[None]
+low, high = about["hu_window"]
+hu = session.run(["volume"], {"xrays": xrays})[0][0, 0] * (high - low) + low  # (D, H, W)
+nib.save(nib.Nifti1Image(np.rint(hu).astype(np.int16).transpose(2, 1, 0), np.array(about["affine"])), output)

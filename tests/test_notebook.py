@@ -1,0 +1,81 @@
+"""The notebook runs to its end, says and writes what reconstruct.py does, and is committed clean."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
+
+import demo
+from dataset import PatientDataset
+from projector import unit_to_hu
+from reconstruct import load_pipeline
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "notebooks" / "inference.ipynb"
+
+
+def cells() -> list[dict]:
+    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+
+
+def paths_cell() -> dict:
+    (cell,) = (cell for cell in cells() if cell["metadata"].get("tags") == ["parameters"])
+    return cell
+
+
+def test_it_is_committed_without_outputs_or_traces_of_a_machine():
+    book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert set(book["metadata"]) == {"kernelspec", "language_info"}
+    assert book["metadata"]["language_info"] == {"name": "python"}
+    for cell in book["cells"]:
+        assert set(cell["metadata"]) <= {"tags"}
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+    assert "pip install matplotlib" in "".join(next(c for c in book["cells"] if c["cell_type"] == "code")["source"])
+
+
+def test_its_paths_are_those_of_the_demo():
+    names = {"ROOT": Path("here")}
+    exec("".join(paths_cell()["source"]), names)
+    made = demo.Demo(SimpleNamespace(output=Path("here") / demo.parse_args([]).output, patients=24))
+    assert (names["BASE"], names["REFINEMENT"], names["DATA"]) == (made.checkpoint, made.refinement, made.data)
+
+
+def test_it_runs_and_shows_and_writes_what_the_pipeline_gives(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    for package in ("ipykernel", "matplotlib"):
+        pytest.importorskip(package)
+    root = make_dataset(tmp_path / "data")
+    base = make_checkpoint(tmp_path / "base.pt", root)
+    refinement = make_refinement_checkpoint(tmp_path / "refinement.pt", root, base)
+    output = tmp_path / "out.nii.gz"
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    (paths,) = (cell for cell in book.cells if cell.metadata.get("tags") == ["parameters"])
+    values = {"BASE": base, "REFINEMENT": refinement, "DATA": root, "PATIENT": "p5", "OUTPUT": output}
+    paths.source = "\n".join(f"{name} = {str(value)!r}" for name, value in values.items())
+    client = nbclient.NotebookClient(
+        book, timeout=None, startup_timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+    )
+    client.execute()
+
+    outputs = [part for cell in book.cells if cell.cell_type == "code" for part in cell.outputs]
+    assert sum("image/png" in part.get("data", {}) for part in outputs) == 2
+    assert not [part.text for part in outputs if part.get("name") == "stderr"]
+    xrays = [root / "p5" / f"p5_{view}_drr.png" for view in ("pa", "lat")]
+    hu, affine = load_pipeline(base, refinement, device="cpu")(*xrays)
+    image = nib.load(output)
+    assert image.shape == (64, 64, 64)
+    assert np.abs(np.asarray(image.dataobj).transpose(2, 1, 0) - hu).max() <= 1
+    assert np.allclose(image.affine, affine)
+    data = PatientDataset(root, "test", 64, None)
+    truth = unit_to_hu(data[data.ids.index("p5")]["ct_volume"][0].numpy(), data.hu_window)
+    said = "".join(part.get("text", "") for part in outputs)
+    assert f"mean absolute error {np.abs(hu - truth).mean():.1f} HU" in said
+    rms = np.sqrt(np.square((hu - truth) / 2500).mean())
+    assert float(said.split("PSNR (strict) ")[1].split()[0]) == pytest.approx(-20 * np.log10(rms), abs=0.02)
