@@ -164,7 +164,7 @@ class MeanVolume(Baseline):
 
     def forward(self, xrays):
         """xrays ``(B, 2, H, W)`` -> ``(volume (B, 1, D, H, W), {})``."""
-        return self.volume.repeat(len(xrays), 1, 1, 1, 1), {}
+        return self.volume.repeat(xrays.shape[0], 1, 1, 1, 1), {}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Draw loss and PSNR of one or more training runs, from their ``log.jsonl``, into one PNG.
 
-    python plot_run.py checkpoints_enhanced
-    python plot_run.py run_a run_b/log.jsonl --output curves.png
+python plot_run.py checkpoints_enhanced
+python plot_run.py run_a run_b/log.jsonl --output curves.png
 """
 
 from __future__ import annotations

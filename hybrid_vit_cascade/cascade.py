@@ -24,7 +24,7 @@ from scipy.special import stdtr
 
 from checkpoints import check_compatible, load_checkpoint, weights_fingerprint
 from engine import Precision, keep_freed_memory, to_channels_last
-from files import InputError, read_json
+from files import InputError, is_plain_name, read_json
 from hybrid_vit_cascade.diffusion import PREDICTIONS, Schedule, draw_noise, sample
 from hybrid_vit_cascade.models import CascadeStage, Condition
 from model_enhanced import upsample
@@ -346,9 +346,13 @@ def _read_config(folder: Path) -> dict:
         raise InputError(f"{folder}: no {CONFIG_NAME}; expected the checkpoint folder of a cascade{hint}")
     config = read_json(path)
     stages = config.get("stages") if isinstance(config, dict) else None
-    named = isinstance(stages, list) and stages and all(isinstance(s, dict) and s.get("name") for s in stages)
+    named = (
+        isinstance(stages, list)
+        and stages
+        and all(isinstance(s, dict) and is_plain_name(s.get("name")) for s in stages)
+    )
     if not named:
-        raise InputError(f"{path}: no list of named stages; expected the configuration of a cascade")
+        raise InputError(f"{path}: no list of stages with plain names; expected the configuration of a cascade")
     return config
 
 

@@ -261,7 +261,7 @@ def test_folders_that_are_no_cascade_are_named(folder, tmp_path):
         Cascade.load(folder / "low")
     (tmp_path / "other").mkdir()
     write_json(tmp_path / "other" / "config.json", {"model": {}})
-    with pytest.raises(InputError, match="no list of named stages"):
+    with pytest.raises(InputError, match="no list of stages with plain names"):
         Cascade.load(tmp_path / "other")
     for count in (0, 3):
         with pytest.raises(InputError, match=rf"{count} stages wanted; expected 1 to 2 \(low, high\)"):

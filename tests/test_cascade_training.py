@@ -609,10 +609,7 @@ def test_stages_of_another_split_or_geometry_are_refused(words, root, trained, t
     manifest = read_json(root / "dataset.json")
     manifest["geometry"]["sdd_mm"] = 1500.0
     manifest["geometry"]["sid_mm"] = 1400.0
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for patient in manifest["patients"]:
-        (moved / patient).symlink_to(root / patient)
+    moved = shutil.copytree(root, tmp_path / "moved")
     write_json(moved / "dataset.json", manifest)
     with pytest.raises(InputError, match=r"low.last\.pt: the checkpoint's geometry is not the data's.*1800"):
         main([*words(folder=trained), "--data", str(moved)])

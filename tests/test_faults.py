@@ -185,7 +185,7 @@ def forks():
             patch.setenv(name, "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        server.set_forkserver_preload(["test_faults"])
+        server.set_forkserver_preload(["test_faults", "torch._dynamo"])  # the latter is imported by any optimizer
         yield
 
 

@@ -72,3 +72,12 @@ def test_settings_named_in_the_troubleshooting_exist():
     for setting in re.findall(r"--set ([\w.]+=[\w.\-]+)", text):
         if not setting.endswith("=PATH") and setting != "key=value":
             assert any(accepts(kind, setting) for kind in (EnhancedConfig, RefinementConfig)), setting
+
+
+def test_the_onnx_script_shown_is_the_one_that_is_tested():
+    script = (ROOT / "docs" / "onnx_inference.py").read_text(encoding="utf-8")
+    shown = next(
+        b for b in re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL) if "onnx" in b
+    )
+    assert script.endswith(shown)
+    assert len([line for line in shown.splitlines() if line.strip()]) <= 20

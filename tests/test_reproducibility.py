@@ -315,6 +315,20 @@ def test_the_convolutions_of_any_network_are_found_with_their_shapes():
     assert len(reduced_precision_defects(run, torch.bfloat16, "cpu", functools.partial(spoiled, "output"))) == 2
 
 
+def test_on_a_cpu_large_volumes_are_cut_and_small_ones_are_not():
+    seen = []
+
+    def convolve(x, *args):
+        seen.append(tuple(x.shape[2:]))
+        return F.conv3d(x, *args)
+
+    def run():
+        nn.Conv3d(2, 3, 3)(torch.rand(1, 2, 20, 5, 17))
+
+    assert reduced_precision_defects(run, torch.bfloat16, "cpu", convolve) == []
+    assert set(seen) == {(16, 5, 16)}
+
+
 def test_a_case_too_large_for_the_memory_is_tried_smaller_or_said(capsys):
     def hungry(limit, x, *args):
         if len(x) > limit:

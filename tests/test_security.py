@@ -497,7 +497,7 @@ def test_no_name_of_a_dicom_or_nifti_header_reaches_any_output(tmp_path, capfd):
         assert picture.text == {}
 
 
-def test_no_name_of_a_dicom_xray_reaches_any_output(tmp_path, capfd, monkeypatch):
+def test_no_name_of_a_dicom_xray_reaches_any_output(tmp_path, capfd, caplog, monkeypatch):
     monkeypatch.setattr("dataset.CUBE_SIZE", 32)  # quick
     folder = tmp_path / "data" / "p7"
     hu = make_hu(0, 32)
@@ -513,6 +513,8 @@ def test_no_name_of_a_dicom_xray_reaches_any_output(tmp_path, capfd, monkeypatch
             HighBit=11,
             PixelRepresentation=0,
         )
+    raw = (folder / "p7_pa.dcm").read_bytes()  # a wrong UID, which pydicom quotes in a warning and in its log
+    (folder / "p7_pa.dcm").write_bytes(raw.replace(b"1.2.840.10", MARKER.encode(), 1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = PatientDataset(tmp_path / "data", "all", 16, 32, cache_dir=tmp_path / "cache")
@@ -525,7 +527,10 @@ def test_no_name_of_a_dicom_xray_reaches_any_output(tmp_path, capfd, monkeypatch
     with pytest.raises(InputError, match=r"p7_pa\.dcm") as error:
         read_xray(broken)
     printed = capfd.readouterr()
-    texts = {**everything_below(tmp_path / "cache"), "said": " ".join([*said, str(error.value), *printed]).encode()}
+    texts = {
+        **everything_below(tmp_path / "cache"),
+        "said": " ".join([*said, str(error.value), *printed, caplog.text]).encode(),
+    }
     assert len(texts) >= 5
     for name, content in texts.items():
         assert MARKER.encode() not in content, name

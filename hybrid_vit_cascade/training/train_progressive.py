@@ -31,7 +31,7 @@ from config import config_dict
 from dataset import PatientDataset
 from distributed import Processes, launch, process_group
 from engine import Interrupted, Precision, TrainingError, changed_settings, fit
-from files import InputError, atomic_path, read_json, run_cli, write_json
+from files import InputError, atomic_path, is_plain_name, read_json, run_cli, write_json
 from hybrid_vit_cascade import PACKAGE
 from hybrid_vit_cascade.cascade import KIND, Cascade, Stage, to_signed, to_unit
 from hybrid_vit_cascade.diffusion import Schedule, augment_previous, draw_noise
@@ -337,7 +337,7 @@ def recorded_config(folder) -> dict | None:
         return None
     data = read_json(path)
     stages = data.get("stages") if isinstance(data, dict) else None
-    if not isinstance(stages, list) or not all(isinstance(s, dict) and "name" in s for s in stages):
+    if not isinstance(stages, list) or not all(isinstance(s, dict) and is_plain_name(s.get("name")) for s in stages):
         raise InputError(f"{path}: not the configuration of a cascade; choose another --checkpoint_dir")
     return data
 
