@@ -573,6 +573,15 @@ class Trainer:
             if whole and not whole.endswith(b"\n"):
                 os.truncate(path, whole.rfind(b"\n") + 1)
 
+    def _gpu_memory(self) -> dict[str, float]:
+        """Most memory that this rank's tensors took since the last call, in GiB; nothing on a CPU."""
+        device = self.processes.device
+        if device.type != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
+        return {"gpu_memory_gib": round(peak, 3)}
+
     def release(self) -> None:
         """Give the GPU's memory back: nothing of this trainer is used afterwards."""
         self.runner = self.model = self.average = self.optimizer = None
@@ -626,7 +635,7 @@ class Trainer:
                 f"  {summary['samples_per_second']:.2f} samples/s, learning rate {summary['learning_rate']:.2e}",
                 flush=True,
             )
-        self.log("epoch", **summary)
+        self.log("epoch", **summary, **self._gpu_memory())
         if self.epoch % config.logging.val_interval == 0 or self.epoch == config.training.num_epochs:
             metrics = self.validate()
             self.log("validation", **metrics)

@@ -30,16 +30,17 @@ NAMES = {
     "psnr": "PSNR",
     "learning_rate": "Learning Rate",
     "samples_per_second": "Samples per Second",
+    "gpu_memory_gib": "GPU Memory (GiB)",
 }
-VALIDATION_NAMES = {"loss": "Val Loss", "psnr": "PSNR"}
+VALIDATION_NAMES = {"loss": "Val Loss", "psnr": "PSNR", "ssim_3d": "SSIM"}
 NOT_CURVES = ("epoch", "step", "step_in_epoch", "patients")
 
 
 def curves(event: str, values: dict) -> dict[str, float]:
     """The curves one line of ``log.jsonl`` adds to: ``{"Diffusion Loss": 0.12, ...}``.
 
-    Epoch means have the plain names, single steps end in "(step)", validation values begin with "Val" (but for PSNR,
-    which only validation has). Events of other kinds have none.
+    Epoch means have the plain names, single steps end in "(step)", validation values begin with "Val" (but for PSNR
+    and SSIM, which only validation has). Events of other kinds have none.
     """
     numbers = {k: v for k, v in values.items() if k not in NOT_CURVES and isinstance(v, int | float)}
     if event == "epoch":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ from volume_output import FORMATS, check_output, write_volume
 from xray_dicom import Acquisition
 from xray_io import NORMALIZATIONS, REFERENCE_PERCENTILES, check_views, read_xray
 
+XraySource = str | PathLike | np.ndarray | torch.Tensor  # a file, or an array (H, H) in [0, 1]
+
 
 class Pipeline:
     """A loaded system that turns two X-rays into a volume; see :func:`load_pipeline`.
@@ -46,8 +49,8 @@ class Pipeline:
 
     def read(
         self,
-        pa,
-        lateral,
+        pa: XraySource,
+        lateral: XraySource,
         normalization: str = "manifest",
         invert: bool = False,
         check: bool = True,
@@ -90,7 +93,7 @@ class Pipeline:
         hu = np.rint(unit_to_hu(volume.numpy(), self.hu_window)).astype(np.int16)
         return hu, cube_affine((0.0, 0.0, 0.0), self.system.geometry.fov_mm, hu.shape[0])
 
-    def __call__(self, pa, lateral, **options) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, pa: XraySource, lateral: XraySource, **options) -> tuple[np.ndarray, np.ndarray]:
         """Two X-rays -> ``(HU int16 (D, H, W), affine)``; options as in :meth:`read`.
 
         ``volume_output.write_volume("ct.nii.gz", hu, affine)`` writes them.
@@ -99,12 +102,17 @@ class Pipeline:
 
 
 def load_pipeline(
-    base, refinement=None, device: str = "auto", precision: str = "float32", tile: int | str = "auto"
+    base: str | PathLike,
+    refinement: str | PathLike | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    tile: int | str = "auto",
 ) -> Pipeline:
-    """Load a stage-1 checkpoint, and a stage-2 one for 256^3, for reconstruction.
+    """Load a stage-1 checkpoint, and a stage-2 one for 256^3: ``hu, affine = pipeline(pa, lateral)``.
 
-    device: auto, cpu, cuda, ... precision: float32, bfloat16 or auto. tile: see :class:`DirectSystem`. Raises
-    :class:`InputError` naming the file when a checkpoint is missing, damaged, of another kind or unfit for the other.
+    base: also a baseline's. device: auto, cpu, cuda, ... precision: float32, bfloat16, float16 or auto. tile: see
+    :class:`DirectSystem`. Raises :class:`InputError` naming the file when a checkpoint is missing, damaged, of another
+    kind or unfit for the other.
     """
     return Pipeline(DirectSystem(base, refinement, device, precision, tile))
 

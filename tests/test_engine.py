@@ -263,3 +263,15 @@ def test_training_on_the_xrays_of_the_files_works_without_augmentation(root, tmp
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [e["l1"] for e in events if e["event"] == "epoch"]
     assert losses[-1] < losses[0]
+
+
+def test_each_epoch_logs_the_gpu_memory_of_its_own(root, tmp_path, monkeypatch):
+    config, task, model = build(root)
+    trainer = engine.Trainer(model, task, config, tmp_path, Processes())
+    assert trainer._gpu_memory() == {}
+    resets = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    trainer.processes = Processes(device=torch.device("cuda", 0))
+    assert trainer._gpu_memory() == {"gpu_memory_gib": 1.5}
+    assert resets == [torch.device("cuda", 0)]

@@ -83,6 +83,7 @@ def test_a_run_learns_in_mixed_precision(root, tmp_path, precision):
     config, task, model = build(root, f"training.precision={precision}", "training.num_epochs=6", "data.repeats=2")
     fit(model, task, config, tmp_path, Processes(device=torch.device("cuda", 0)))
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(event["gpu_memory_gib"] > 0 for event in events if event["event"] == "epoch")
     losses = [e["l1"] for e in events if e["event"] == "epoch"]
     assert losses[-1] < 0.8 * losses[0]
 

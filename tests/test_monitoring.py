@@ -51,13 +51,14 @@ SAMPLE = {
 
 def test_curves_have_the_promised_names():
     losses = {"epoch": 1, "diffusion": 0.5, "physics": 0.2, "loss": 0.7}
-    epoch = curves("epoch", {**losses, "samples_per_second": 3.0, "learning_rate": 1e-4})
+    epoch = curves("epoch", {**losses, "samples_per_second": 3.0, "learning_rate": 1e-4, "gpu_memory_gib": 1.5})
     assert epoch == {
         "Loss": 0.7,
         "Diffusion Loss": 0.5,
         "Physics Loss": 0.2,
         "Samples per Second": 3.0,
         "Learning Rate": 1e-4,
+        "GPU Memory (GiB)": 1.5,
     }
     assert curves("step", {**losses, "step": 7, "step_in_epoch": 2}) == {
         "Loss (step)": 0.7,
@@ -65,7 +66,7 @@ def test_curves_have_the_promised_names():
         "Physics Loss (step)": 0.2,
     }
     validation = curves("validation", {"loss": 0.6, "psnr": 24.0, "physics": 0.1, "ssim_3d": 0.7, "patients": 2})
-    assert validation == {"Val Loss": 0.6, "PSNR": 24.0, "Val Physics Loss": 0.1, "Val ssim_3d": 0.7}
+    assert validation == {"Val Loss": 0.6, "PSNR": 24.0, "Val Physics Loss": 0.1, "SSIM": 0.7}
     assert curves("interrupted", losses) == {}
 
 
