@@ -10,7 +10,9 @@ from config import EnhancedConfig, RefinementConfig, load_config
 from files import InputError
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+PAGES = [
+    ROOT / name for name in ("README.md", "benchmarks/README.md", "docs/results.md", "docs/files.md", "docs/clusters.md")
+]
 
 
 SHARED_OPTIONS = ("training_cli", "pipeline", "monitoring")  # modules that add options to several scripts
