@@ -10,9 +10,8 @@ from config import EnhancedConfig, RefinementConfig, load_config
 from files import InputError
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    ROOT / name for name in ("README.md", "benchmarks/README.md", "docs/results.md", "docs/files.md", "docs/clusters.md")
-]
+NAMES = ("README.md", "benchmarks/README.md", "docs/results.md", "docs/files.md", "docs/clusters.md")
+PAGES = [ROOT / name for name in NAMES]
 
 
 SHARED_OPTIONS = ("training_cli", "pipeline", "monitoring")  # modules that add options to several scripts
