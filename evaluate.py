@@ -519,8 +519,7 @@ def main(argv=None) -> int:
     print_table(summary, args.full_table)
     if observer.coverages:
         print_coverage(summary["coverage"])
-    report = "report.html, " if args.report else ""
-    files = f"{report}per_patient.csv, summary.json and pictures"
+    files = f"{'report.html, ' if args.report else ''}per_patient.csv, summary.json and pictures"
     print(f"{len(data)} patients of the {args.split} split; {files} in {output}")
     return 0
 
