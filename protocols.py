@@ -263,7 +263,7 @@ PROTOCOLS = {
         pm1024,
         {
             "psnr_pm1024": "dB; window [-1024, 1024] HU mapped to [0, 1], whole volume, peak 1",
-            "ssim_pm1024": "the same window, 3D 7 x 7 x 7 uniform window, data range 1",
+            "ssim_pm1024": "window [-1024, 1024] HU, 3D 7 x 7 x 7 uniform window, data range 1",
         },
         ("psnr_pm1024", "ssim_pm1024"),
     ),
@@ -271,7 +271,7 @@ PROTOCOLS = {
         projection,
         {
             "projection_mae": "X-ray units; mean absolute difference of rendered and input X-rays",
-            "projection_relative": "the same divided by the input's mean",
+            "projection_relative": "mean absolute difference of rendered and input X-rays, divided by the input's mean",
         },
         ("projection_relative",),
     ),
