@@ -25,7 +25,7 @@ from dataset import mean_volume
 from distributed import launch, process_group
 from engine import Trainer
 from files import InputError, run_cli, write_json
-from model_enhanced import Recomputing, ResidualBlock, XrayEncoder, checked_sizes, group_norm, prepare_xrays
+from model_enhanced import CoarseModel, ResidualBlock, XrayEncoder, checked_sizes, group_norm, prepare_xrays
 from monitoring import monitors_from
 from projector import Geometry
 from training_cli import check_before_launch, run_context, run_training, training_parser
@@ -41,24 +41,6 @@ LOSS = (
 
 # ------------------------------------------------------------------------------------------------
 # Networks
-
-
-class Baseline(Recomputing):
-    """What loading and stage 2 want of a stage-1 network: sizes, and the geometry of its data in the ``state_dict``.
-
-    The geometry says what the weights were trained on; a baseline does not compute with it.
-    """
-
-    def __init__(self, volume_size, geometry: Geometry | None, xray_size: int | None):
-        super().__init__()
-        self.volume_size = tuple(int(n) for n in volume_size)
-        self.geometry, self.xray_size = geometry or Geometry(), xray_size
-
-    def get_extra_state(self) -> dict:
-        return {"geometry": self.geometry.to_dict(), "xray_size": self.xray_size}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.geometry, self.xray_size = Geometry.from_dict(state["geometry"]), state["xray_size"]
 
 
 def replicate(pa: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
@@ -101,7 +83,7 @@ class DecoderScale(nn.Module):
         return self.blocks(x)
 
 
-class LiftingUNet(Baseline):
+class LiftingUNet(CoarseModel):
     """The shape that published two-view methods share (X2CT-GAN's generator and what followed), and nothing more.
 
     One 2D encoder per view, features repeated along the rays and averaged at each scale (:func:`replicate`), a 3D
@@ -155,7 +137,7 @@ class LiftingUNet(Baseline):
         return (volume if self.training else volume.clamp(0.0, 1.0)), {}
 
 
-class MeanVolume(Baseline):
+class MeanVolume(CoarseModel):
     """The same volume whatever the X-rays show; its parameters are the voxels, in [0, 1]."""
 
     def __init__(self, volume_size=(64, 64, 64), geometry: Geometry | None = None, xray_size: int | None = None):
@@ -175,14 +157,14 @@ class BaselineTask(train_enhanced.EnhancedTask):
     """:class:`EnhancedTask` (data, augmentation, loss, validation) with another network."""
 
     kind: str  # of the checkpoints; model_enhanced.BASE_MODELS names the network
-    network: type[Baseline]
+    network: type[CoarseModel]
     settings: tuple[str, ...]  # of the configuration's ``model`` that the network has
 
     def model_config(self) -> dict:
         """The network's settings, as its checkpoints hold them."""
         return {name: getattr(self.config.model, name) for name in self.settings}
 
-    def build_model(self) -> Baseline:
+    def build_model(self) -> CoarseModel:
         """The network for this data; its initial weights depend on the seed only."""
         torch.manual_seed(self.config.training.seed)
         return self.network(**self.model_config(), geometry=self.train_data.geometry)

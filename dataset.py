@@ -240,6 +240,11 @@ class PatientDataset(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def acquisition(self) -> dict:
+        """``geometry``, ``hu_window`` and ``xray_scale``: what X-rays of these volumes are rendered with."""
+        return {"geometry": self.geometry, "hu_window": self.hu_window, "xray_scale": self.xray_scale}
+
     def split_of(self, patient: str) -> str:
         """Name of the split a patient belongs to."""
         return next(name for name, ids in self.splits.items() if patient in ids)

@@ -166,6 +166,13 @@ def to_channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
+def free_memory(device: torch.device) -> None:
+    """Give what nothing refers to any more back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def keep_freed_memory() -> None:
     """Make glibc reuse freed blocks instead of giving them back to the kernel after every operation.
 
@@ -585,9 +592,7 @@ class Trainer:
     def release(self) -> None:
         """Give the GPU's memory back: nothing of this trainer is used afterwards."""
         self.runner = self.model = self.average = self.optimizer = None
-        gc.collect()
-        if self.processes.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.processes.device)
 
     # -- reporting -------------------------------------------------------------------------------
 

@@ -210,7 +210,23 @@ def checked_sizes(volume_size, base_channels: int, stem_stride: int) -> tuple[in
     return size
 
 
-class EnhancedDirectModel(Recomputing):
+class CoarseModel(Recomputing):
+    """What loading and stage 2 want of a stage-1 network: sizes, and the geometry of its data in the ``state_dict``."""
+
+    def __init__(self, volume_size, geometry: Geometry | None, xray_size: int | None):
+        super().__init__()
+        self.volume_size = tuple(int(n) for n in volume_size)
+        self.geometry, self.xray_size = geometry or Geometry(), xray_size
+
+    def get_extra_state(self) -> dict:
+        return {"geometry": self.geometry.to_dict(), "xray_size": self.xray_size}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.geometry = Geometry.from_dict(state["geometry"])
+        self.xray_size = state["xray_size"]
+
+
+class EnhancedDirectModel(CoarseModel):
     """Direct regression of a volume in [0, 1] (``hu_window``) from a PA and a lateral X-ray.
 
     volume_size: ``(D, H, W)``, each a multiple of 8.
@@ -239,10 +255,7 @@ class EnhancedDirectModel(Recomputing):
         transformer_blocks: int = 6,
         activation_checkpointing: bool = False,
     ):
-        super().__init__()
-        self.volume_size = checked_sizes(volume_size, base_channels, stem_stride)
-        self.geometry = geometry or Geometry()
-        self.xray_size = xray_size
+        super().__init__(checked_sizes(volume_size, base_channels, stem_stride), geometry, xray_size)
         self.activation_checkpointing = activation_checkpointing
         c = base_channels
         widths = (c // 2, c, 2 * c, 4 * c)
@@ -267,13 +280,6 @@ class EnhancedDirectModel(Recomputing):
         )
         # A volume of lungs and soft tissue averages about 0.2; air starts at 0.
         nn.init.constant_(self.decoder[0].head.bias, 0.2)
-
-    def get_extra_state(self) -> dict:
-        return {"geometry": self.geometry.to_dict(), "xray_size": self.xray_size}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.geometry = Geometry.from_dict(state["geometry"])
-        self.xray_size = state["xray_size"]
 
     def forward(self, xrays):
         """xrays ``(B, 2, H, W)`` in [0, 1] -> ``(volume (B, 1, D, H, W), aux)``.

@@ -64,7 +64,7 @@ class EnhancedTask:
             self.train_data.xray_scale,
         )
         weights = {k: v for k, v in config_dict(config)["loss"].items() if k != "use_scan_mask"}
-        acquisition = {k: getattr(self.train_data, k) for k in ("geometry", "hu_window", "xray_scale")}
+        acquisition = self.train_data.acquisition
         self.criterion = EnhancedLoss(**weights, **acquisition).to(processes.device)
         for dataset in (self.train_data, self.val_data):
             bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None

@@ -9,7 +9,6 @@ python train_refinement_4gpu.py --data ROOT --set patch.size=0 --set training.ba
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from checkpoints import check_compatible, weights_fingerprint
 from config import RefinementConfig, config_dict, load_config
 from dataset import PatientDataset
 from distributed import Processes, launch
-from engine import Precision, to_channels_last
+from engine import Precision, free_memory, to_channels_last
 from files import InputError, run_cli, write_json
 from losses import EnhancedLoss
 from memory import choose_tile
@@ -67,7 +66,7 @@ class RefinementTask:
             raw=self.renders,
             **common,
         )
-        acquisition = {k: getattr(self.train_data, k) for k in ("geometry", "hu_window", "xray_scale")}
+        acquisition = self.train_data.acquisition
         sizes = {"volume_size": (self.size,) * 3, "xray_size": config.model.xray_size}
         self.pairs = PairMaker(**sizes, config=config.augment, **acquisition)
         weights = {k: v for k, v in config_dict(config)["loss"].items() if k != "use_scan_mask"}
@@ -113,7 +112,7 @@ class RefinementTask:
         return self._network(self.config)
 
     def _network(self, config: RefinementConfig) -> RefinementNetwork:
-        acquisition = {k: getattr(self.train_data, k) for k in ("geometry", "hu_window", "xray_scale")}
+        acquisition = self.train_data.acquisition
         return RefinementNetwork(**config_dict(config)["model"], **acquisition)
 
     def header(self) -> dict:
@@ -207,9 +206,7 @@ class RefinementTask:
         except torch.OutOfMemoryError:
             return False
         finally:
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(self.device)
         return True
 
     def _try_step(self, config: RefinementConfig) -> None:

@@ -5,6 +5,8 @@ Only pixels and the acquisition's numbers are taken: no name, id or text of the 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -79,8 +81,7 @@ def decode_dicom(path, view: int, check_shape) -> DicomXray:
     except ImportError:
         raise InputError(f"{path}: reading DICOM X-rays needs pydicom; run: pip install pydicom") from None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they quote values of tags: a patient's name has no place in a log
+        with _silenced("pydicom"):
             data = pydicom.dcmread(path)
             pixels, full_scale, notes = _values(path, data, check_shape)
             _check_view(path, data, view)
@@ -91,6 +92,19 @@ def decode_dicom(path, view: int, check_shape) -> DicomXray:
     except Exception as error:  # damaged files make pydicom and its decoders raise whatever they stumble on
         reason = type(error).__name__ if not isinstance(error, AttributeError | NotImplementedError) else error
         raise InputError(f"{path}: not a readable DICOM picture ({reason})") from error
+
+
+@contextlib.contextmanager
+def _silenced(library: str):
+    """No warnings, and nothing in the library's log: both quote the values of tags, such as a patient's name."""
+    logger = logging.getLogger(library)
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
 
 
 def _values(path, data, check_shape):

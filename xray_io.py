@@ -6,8 +6,6 @@ pa = read_xray("ID_pa_drr.png", size=512).pixels
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -137,20 +135,8 @@ def _decode(path: Path, view: int) -> DicomXray:
     if suffix == ".npy":
         return DicomXray(*_decode_array(path), Acquisition())
     if suffix in (".dcm", ".dicom") or is_dicom(path):
-        with _without_log("pydicom"):
-            return decode_dicom(path, view, lambda shape: _check_edges(path, shape))
+        return decode_dicom(path, view, lambda shape: _check_edges(path, shape))
     raise InputError(f"{path}: unknown X-ray format; expected {', '.join(PICTURES)}, .npy or DICOM")
-
-
-@contextlib.contextmanager
-def _without_log(name: str):
-    """Keep a library's log empty: pydicom's lines quote the values of tags, such as a patient's name."""
-    logger = logging.getLogger(name)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _check_edges(path, shape) -> None:

@@ -128,7 +128,7 @@ class StageTask:
         if not self.renders:
             kind = {"volume_size": size, "xray_size": xray_size}
         self.train_data = PatientDataset(root, "train", max_patients=data.max_patients, **kind, **common)
-        self.acquisition = {k: getattr(self.train_data, k) for k in ("geometry", "hu_window", "xray_scale")}
+        self.acquisition = self.train_data.acquisition
         augment = dataclasses.replace(augment, source_size=source)
         self.pairs = PairMaker(volume_size=(size,) * 3, xray_size=xray_size, config=augment, **self.acquisition)
         for dataset in (self.train_data, self.val_data):
