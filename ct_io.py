@@ -1,7 +1,7 @@
 """Read CTs of any orientation, place the patient cube, resample, and write or read prepared cubes.
 
 Library module, used by ``prepare_data.py``, ``dataset.py`` and ``reconstruct.py``. NIfTI headers are decoded by
-nibabel; DICOM series, MetaImage and NRRD are read by SimpleITK (optional). World coordinates are nibabel's
+nibabel; MetaImage and NRRD are read by SimpleITK, DICOM by pydicom (both optional). World coordinates are nibabel's
 RAS+ millimetres everywhere; cubes are arrays ``(D, H, W)`` in the patient axes of ``projector.py``.
 Only voxels and positions are taken from a file: no text of a header gets into anything that is written.
 """
@@ -10,115 +10,47 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
-import re
 import zlib
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from files import InputError, atomic_path, read_npy, safe_name, shown, stays_inside
+from files import InputError, atomic_path, read_npy
+from find_cts import SUFFIXES, CtSource, find_cts, suffix_of  # noqa: F401 - CtSource and find_cts for importers
+from image_headers import NRRD, check_header, data_files
 from projector import FOV_MM
+from read_dicom import read_series
 
 AIR_HU = -1024  # also everything outside the scan
 MAX_HU = 3071  # end of the 12-bit scale; metal above it carries no information
 PADDING_BELOW_HU = -1500  # scanners fill the area outside the reconstruction circle with -2000 to -32768
 SPACING_RANGE_MM = (0.05, 20.0)
 COARSE_MM = 4.0  # grid on which the body and the lungs are located
-MIN_SERIES_SLICES = 8  # DICOM series below this are localisers
 MIN_BODY_LITRES = 0.5  # an infant's chest has about 1; far less means a wrong unit of length
 MAX_SCAN_MM = 3000.0
 MAX_SCAN_LITRES = 4000.0  # a couch's length of the widest bore; what is located is sampled at COARSE_MM first
 MAX_ORIGIN_MM = 1e5  # beyond it float32 affines lose millimetres
+MAX_DISAGREEMENT_MM = 1.0  # between two statements of one file about where its voxels lie
 MAX_VOXELS = 2**31  # 1024 x 1024 x 2048
 MAX_INFLATION = 1032  # bytes that one byte of deflate can become at most (zlib's technical details)
 MIN_LUNG_MM3 = 100e3  # below this, air inside the body is bowel gas
 IN_PLANE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))])  # neighbours per slice
-SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".mhd": "image", ".mha": "image", ".nrrd": "image"}
 
 
 @dataclass
 class CtImage:
-    """One CT: ``data`` in HU over voxel indices (i, j, k), ``affine`` 4 x 4 from indices to RAS mm."""
+    """One CT: ``data`` in HU over voxel indices (i, j, k), ``affine`` 4 x 4 from indices to RAS mm.
+
+    ``notes``: what was left out of it, one sentence each.
+    """
 
     data: np.ndarray
     affine: np.ndarray
     name: str
-
-
-@dataclass(frozen=True)
-class CtSource:
-    """Where one CT lies: ``kind`` is ``nifti``, ``image`` (MetaImage, NRRD) or ``dicom`` (a folder)."""
-
-    patient_id: str
-    path: Path
-    kind: str
-
-
-# ------------------------------------------------------------------------------------------------
-# Finding
-
-
-def find_cts(folder) -> list[CtSource]:
-    """List every CT below ``folder``: each NIfTI, MetaImage or NRRD file, each folder of DICOM files.
-
-    The patient id is the file name without its suffix (DICOM: the folder's name), made a plain name by
-    :func:`files.safe_name`; never a name from a DICOM header. Where ids collide
-    (ignoring case), the names of the parent folders are put in front. Sorted by id; hidden files and
-    folders are left out. Raises InputError when the folder is missing or holds no CT, or ids still collide.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a folder of CTs")
-    found: list[tuple[Path, str]] = []
-    for root, directories, names in os.walk(folder):
-        directories[:] = sorted(d for d in directories if not d.startswith("."))
-        paths = [Path(root) / name for name in sorted(names) if not name.startswith(".")]
-        kinds = [(path, SUFFIXES.get(_suffix(path))) for path in paths]
-        found += [(path, kind) for path, kind in kinds if kind]
-        if any(_is_dicom(path) for path, kind in kinds if kind is None):
-            found.append((Path(root), "dicom"))
-    if not found:
-        raise InputError(
-            f"{folder}: no CT found; expected .nii.gz, .nii, .mhd, .mha or .nrrd files or folders of DICOM files"
-        )
-    return _with_ids(folder, found)
-
-
-def _with_ids(folder, found):
-    parts = []
-    for path, kind in found:
-        names = list(path.relative_to(folder).parts) or [path.resolve().name]
-        names[-1] = names[-1][: len(names[-1]) - len(_suffix(path))] if kind != "dicom" else names[-1]
-        parts.append([safe_name(name) for name in names])
-    short = Counter(names[-1].lower() for names in parts)
-    ids = [names[-1] if short[names[-1].lower()] == 1 else safe_name("_".join(names)) for names in parts]
-    owners: dict[str, Path] = {}
-    for patient_id, (path, _) in zip(ids, found):
-        other = owners.setdefault(patient_id.lower(), path)
-        if other != path:
-            raise InputError(f"{other} and {path} would both become patient {patient_id!r}; rename one of them")
-    sources = [CtSource(patient_id, path, kind) for patient_id, (path, kind) in zip(ids, found)]
-    return sorted(sources, key=lambda source: source.patient_id)
-
-
-def _suffix(path) -> str:
-    name = Path(path).name.lower()
-    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.name.upper() == "DICOMDIR" or not path.is_file():
-        return False
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except PermissionError:
-        return False
+    notes: list[str] = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -134,26 +66,29 @@ def read_ct(path, kind: str | None = None, assume_ras: bool = False) -> CtImage:
     its axes as right, anterior, superior instead. ``data`` is int16/int32 or float32.
     Raises InputError naming the file: missing, truncated, damaged or unreadable, larger by its header than it
     can be (before memory is taken), not 3D (a last axis of length 1 is dropped), NaN or infinity, zero, negative
-    or absurd spacing, lengths not in mm, singular affine, data in another folder, not in HU.
+    or absurd spacing, lengths not in mm, singular affine, data in another folder, not in HU; spacing, directions or
+    origin that are not stated, or stated twice with different values. DICOM: :func:`read_dicom.read_series`.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")
     if not (path.is_file() or path.is_dir()):
         raise InputError(f"{path}: neither a file nor a folder")
-    kind = kind or ("dicom" if path.is_dir() else SUFFIXES.get(_suffix(path)))
+    kind = kind or ("dicom" if path.is_dir() else SUFFIXES.get(suffix_of(path)))
+    notes: list[str] = []
     if kind == "nifti":
         data, affine = _read_nifti(path, assume_ras)
     elif kind == "image":
         data, affine = _read_image(path)
     elif kind == "dicom":
-        data, affine = _read_dicom(path)
+        data, affine, notes = read_series(path, MAX_VOXELS)
+        affine = _lps_to_ras(affine)
     else:
         raise InputError(f"{path}: unknown format; expected {', '.join(SUFFIXES)} or a folder with a DICOM series")
     data = _check_data(path, data)
     _check_affine(path, affine, data.shape)
     _check_hu(path, data)
-    return CtImage(data, np.asarray(affine, dtype=np.float64), str(path))
+    return CtImage(data, np.asarray(affine, dtype=np.float64), str(path), notes)
 
 
 def _read_nifti(path, assume_ras):
@@ -163,7 +98,7 @@ def _read_nifti(path, assume_ras):
     before it looks at the file's size and leaves the gzip checksum unread: hence the header's numbers are
     checked as they are stored, and the stream is read to its end.
     """
-    packed = _suffix(path) == ".nii.gz"
+    packed = suffix_of(path) == ".nii.gz"
     try:
         if packed and not _starts_with(path, b"\x1f\x8b"):
             raise InputError(f"{path}: not a readable NIfTI file (its name says gzip, its content does not)")
@@ -266,7 +201,17 @@ def _nifti_affine(path, header, assume_ras):
         if not 0 <= code <= 5:
             raise InputError(f"{path}: {name} is {code}; expected 0 to 5 (is the header damaged?)")
     if sform:
-        return header.get_sform()
+        affine, shape = header.get_sform(), header["dim"][1:4]
+        _check_agreement(path, affine, header["pixdim"][1:4], shape)
+        if qform and np.isfinite(affine).all():
+            corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], (1,), indexing="ij")).reshape(4, -1)
+            apart = np.linalg.norm((affine - _qform_affine(path, header)) @ corners, axis=0).max()
+            if not apart <= MAX_DISAGREEMENT_MM:
+                raise InputError(
+                    f"{path}: sform and qform place its voxels up to {apart:.4g} mm apart; expected one position: set"
+                    " the wrong one's code to 0"
+                )
+        return affine
     if qform:
         return _qform_affine(path, header)
     if not assume_ras:
@@ -275,6 +220,19 @@ def _nifti_affine(path, header, assume_ras):
             " set the right affine, or take the axes as right-anterior-superior with --assume-ras"
         )
     return np.diag([*np.asarray(header["pixdim"][1:4], dtype=float), 1.0])
+
+
+def _check_agreement(path, affine, pixdim, shape):
+    """The sform's spacing must be that of pixdim; along a sheared axis pixdim may be the distance between slices."""
+    along = np.linalg.norm(affine[:3, :3], axis=0)
+    low, high = SPACING_RANGE_MM
+    if not all(low <= value <= high for value in along) or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        return  # refused with every other affine
+    across = 1.0 / np.linalg.norm(np.linalg.inv(affine[:3, :3]), axis=1)
+    apart = np.minimum(np.abs(along - pixdim), np.abs(across - pixdim)) * shape
+    if not apart.max() <= MAX_DISAGREEMENT_MM:
+        texts = [" x ".join(f"{value:.4g}" for value in values) for values in (along, np.asarray(pixdim))]
+        raise InputError(f"{path}: spacing is {texts[0]} mm by its sform, {texts[1]} by pixdim; expected one")
 
 
 def _qform_affine(path, header):
@@ -305,17 +263,18 @@ def _import_sitk(path):
     try:
         import SimpleITK  # optional, and slow to import
     except ImportError:
-        raise InputError(f"{path}: DICOM series, MetaImage and NRRD need SimpleITK: pip install SimpleITK") from None
+        raise InputError(f"{path}: MetaImage and NRRD need SimpleITK: pip install SimpleITK") from None
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # its warnings become errors below
     return SimpleITK
 
 
 def _read_image(path):
     sitk = _import_sitk(path)
-    stored = _stored_bytes(path)
+    check_header(path)
+    stored = sum(file.stat().st_size for file in [path, *data_files(path)])
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
-    reader.SetImageIO("NrrdImageIO" if _suffix(path) == ".nrrd" else "MetaImageIO")  # none that its content asks for
+    reader.SetImageIO("NrrdImageIO" if suffix_of(path) in NRRD else "MetaImageIO")  # none that its content asks for
     try:
         reader.ReadImageInformation()
         voxels = math.prod(reader.GetSize())
@@ -324,66 +283,6 @@ def _read_image(path):
     except RuntimeError as error:
         raise InputError(f"{path}: SimpleITK cannot read it ({_last_line(error)})") from None
     return _from_sitk(path, sitk, image)
-
-
-DATA_FILE = re.compile(rb"^[ \t]*(?:ElementDataFile[ \t]*[=:]|data ?file[ \t]*:)[ \t]*([^\r\n]*)", re.I | re.M)
-HEADER_BYTES = 1 << 20  # of a MetaImage or NRRD file, at most
-# Numbers that MetaImage keys take: the power of the number of dimensions.
-META_NUMBERS = {"ElementSpacing": 1, "ElementSize": 1, "Offset": 1, "Position": 1, "Origin": 1, "CenterOfRotation": 1}
-META_NUMBERS |= {"TransformMatrix": 2, "Rotation": 2, "Orientation": 2}
-
-
-def _stored_bytes(path) -> int:
-    """Bytes of a MetaImage or NRRD file and of the data files that its header names, which must lie beside it."""
-    with open(path, "rb") as stream:
-        block = stream.read(HEADER_BYTES)
-    found = list(DATA_FILE.finditer(block))
-    names = [match[1].strip().decode("utf-8", "replace") for match in found]
-    if _suffix(path) != ".nrrd":
-        _check_metaimage(path, block[: found[0].start()].decode("utf-8", "replace") if found else "")
-    elif len(block) == HEADER_BYTES and not re.search(rb"\n\r?\n", block):
-        raise InputError(f"{path}: SimpleITK cannot read it (a header of more than {HEADER_BYTES} bytes)")
-    listed = any(name.startswith("LIST") for name in names)
-    if listed:  # one file name a line follows
-        names += block.decode("utf-8", "replace").splitlines() if len(block) < HEADER_BYTES else ["/"]
-    total = path.stat().st_size
-    for name in names:
-        leaves = ".." in PureWindowsPath(name).parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive
-        if leaves or "\0" in name or not stays_inside(path.parent / name, path.parent):
-            raise InputError(f"{path}: its data lie in {shown(name)}, in another folder; expected them beside it")
-        if listed or "%" in name:  # a numbered or listed series
-            total += sum(other.stat().st_size for other in path.parent.iterdir() if other.is_file())
-        elif os.path.isfile(path.parent / name):  # unlike Path.is_file, False also for names that cannot be
-            total += (path.parent / name).stat().st_size
-    return total
-
-
-def _check_metaimage(path, header):
-    """Check the lines before ElementDataFile: ITK's reader ends the process on some that make no sense."""
-    pairs = [re.split("[=:]", line, maxsplit=1) for line in header.splitlines() if re.search("[=:]", line)]
-    fields = {key.strip(): value.split() for key, value in pairs}
-    count = int(fields.get("NDims") in (["2"], ["3"], ["4"]) and fields["NDims"][0])
-    size, kind = fields.get("DimSize", []), fields.get("ElementType", [""])
-    problems = {
-        "a key is given twice": len(fields) < len(pairs),
-        "NDims": count == 0,
-        "DimSize": len(size) != count or not all(re.fullmatch("[1-9][0-9]{0,8}", n) for n in size),
-        "ElementType": not (len(kind) == 1 and kind[0].startswith("MET_")),
-        "HeaderSize": re.fullmatch("-1|[0-9]{1,9}", " ".join(fields.get("HeaderSize", ["0"]))) is None,
-    }
-    for key, power in META_NUMBERS.items():
-        numbers = fields.get(key, ["0"] * count**power)
-        problems[key] = len(numbers) != count**power or not all(_is_number(number) for number in numbers)
-    wrong = [key for key, bad in problems.items() if bad]
-    if wrong:
-        raise InputError(f"{path}: SimpleITK cannot read it (not a MetaImage header, or damaged: {', '.join(wrong)})")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _last_line(error) -> str:
@@ -404,79 +303,6 @@ def _from_sitk(path, sitk, image):
 
 def _lps_to_ras(affine):
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-
-
-def _read_dicom(path):
-    """One series; the affine comes from the slices' own positions, so a tilted gantry is handled."""
-    sitk = _import_sitk(path)
-    reader = sitk.ImageSeriesReader()
-    series = [reader.GetGDCMSeriesFileNames(str(path), uid) for uid in reader.GetGDCMSeriesIDs(str(path))]
-    if len(series) > 1:
-        series = [names for names in series if len(names) >= MIN_SERIES_SLICES]
-    if len(series) != 1:
-        raise InputError(
-            f"{path}: {len(series)} DICOM series of {MIN_SERIES_SLICES} or more slices;"
-            " expected one per folder: put each CT into its own folder"
-        )
-    names = series[0]
-    try:
-        _check_dicom_size(path, sitk, names)
-        if len(names) == 1:  # enhanced multi-frame CT (a plain single slice fails the 3D check)
-            return _from_sitk(path, sitk, sitk.ReadImage(names[0]))
-        slices = sorted((_slice_position(path, sitk, name) for name in names), key=lambda s: s[0])
-        affine = _series_affine(path, slices)
-        reader.SetFileNames([name for _, _, _, name in slices])
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise InputError(f"{path}: SimpleITK cannot read the DICOM series ({_last_line(error)})") from None
-    data, first = _from_sitk(path, sitk, image)
-    affine[:3, :2] = first[:3, :2]
-    return data, affine
-
-
-def _check_dicom_size(path, sitk, names):
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(names[0])
-    reader.ReadImageInformation()
-    voxels = math.prod(reader.GetSize()) * len(names)
-    _check_claim(path, voxels, voxels, voxels, 1)  # what compresses DICOM pixels has no such bound as deflate
-
-
-def _slice_position(path, sitk, name):
-    """(position along the normal, origin, the two in-plane directions, file name), LPS mm, of one DICOM slice."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(name)
-    reader.ReadImageInformation()
-    modality = reader.GetMetaData("0008|0060").strip() if reader.HasMetaDataKey("0008|0060") else "CT"
-    if modality != "CT":
-        raise InputError(f"{path}: DICOM modality is {modality}; expected CT")
-    if not reader.HasMetaDataKey("0020|0032") or not reader.HasMetaDataKey("0020|0037"):
-        raise InputError(f"{name}: no ImagePositionPatient or ImageOrientationPatient; cannot place the slice")
-    try:
-        origin = np.array([float(v) for v in reader.GetMetaData("0020|0032").split("\\")]).reshape(3)
-        axes = np.array([float(v) for v in reader.GetMetaData("0020|0037").split("\\")]).reshape(2, 3)
-    except ValueError:
-        raise InputError(f"{name}: ImagePositionPatient or ImageOrientationPatient are not 3 and 6 numbers") from None
-    return float(np.cross(*axes) @ origin), origin, axes, name
-
-
-def _series_affine(path, slices):
-    """Origin and slice step (third and fourth column, RAS) of a series; refuses gaps and mixed orientations."""
-    positions = np.array([position for position, _, _, _ in slices])
-    if any(np.abs(axes - slices[0][2]).max() > 1e-3 for _, _, axes, _ in slices):
-        raise InputError(f"{path}: the slices of the series have different orientations")
-    steps = np.diff(positions)
-    typical = float(np.median(steps))
-    if np.abs(steps - typical).max() > max(0.01, 0.05 * typical):
-        worst = int(np.abs(steps - typical).argmax())
-        raise InputError(
-            f"{path}: slice spacing is not uniform (mostly {typical:g} mm, but {steps[worst]:g} mm between slices"
-            f" {worst + 1} and {worst + 2} of {len(slices)}); slices are missing or doubled"
-        )
-    affine = np.eye(4)
-    affine[:3, 2] = (slices[-1][1] - slices[0][1]) / (len(slices) - 1)
-    affine[:3, 3] = slices[0][1]
-    return _lps_to_ras(affine)
 
 
 def _check_shape(path, shape):
@@ -783,7 +609,7 @@ def write_cube(path, volume: np.ndarray, affine: np.ndarray) -> None:
 def mask_path(path) -> Path:
     """``ID.nii.gz`` -> ``ID_mask.nii.gz`` beside it."""
     path = Path(path)
-    return path.with_name(path.name[: len(path.name) - len(_suffix(path))] + "_mask.nii.gz")
+    return path.with_name(path.name[: len(path.name) - len(suffix_of(path))] + "_mask.nii.gz")
 
 
 def read_cube(path, fov_mm: float = FOV_MM, size: int = 256, assume_ras: bool = False):

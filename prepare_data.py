@@ -3,12 +3,13 @@
     python prepare_data.py --input CTS --output data/prepared
     python prepare_data.py --input CTS --output data/prepared --split split.json --remove-couch --workers 8
 
-CTS may hold NIfTI files and, with SimpleITK installed, folders of DICOM files, .mhd/.mha and .nrrd. Every
+CTS may hold NIfTI files, folders of DICOM files (with pydicom installed), .mhd/.mha and .nrrd (with SimpleITK). Every
 patient folder gets ``ID.nii.gz`` (int16 HU), ``ID_mask.nii.gz``, ``ID_pa_drr.png``, ``ID_lat_drr.png`` and, last,
 ``prepared.json`` (settings and checksums): the same command run again skips what is done and goes on where it
-was stopped. ``dataset.json`` is written at the end. A CT that cannot be used is reported by name at the end,
-the others are done, and the exit status is 1. Nothing that names a person is read from DICOM or NIfTI headers;
-the names of the input's files and folders become ids and are noted in the manifest (``source``).
+was stopped. ``dataset.json`` is written at the end. A CT that cannot be used, or a file that may hold one but is not
+read, is reported by name at the end, the others are done, and the exit status is 1. Nothing that names a person is
+read from DICOM or NIfTI headers; the names of the input's files and folders become ids and are noted in the manifest
+(``source``).
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ct_io import CtSource, cube_affine, find_cts, locate_cube, read_ct, remove_couch, resample_cube, write_cube
+from ct_io import cube_affine, locate_cube, read_ct, remove_couch, resample_cube, write_cube
 from files import InputError, check_patient_id, read_json, run_cli, shown, write_json
+from find_cts import CtSource, search_cts, source_files
 from projector import FOV_MM, HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 from splits import SPLITS, check_split, split_by_hash, split_hash
 from xray_io import MAX_EDGE, write_png16
@@ -47,19 +49,37 @@ MANIFEST = "dataset.json"
 def prepare_patient(source: CtSource, folder, settings: dict) -> tuple[dict, list[str]]:
     """Write one patient's folder; ``settings`` as in the manifest. Returns the manifest entry and notes.
 
-    Each file is replaced atomically, and the record that makes the patient count as done comes last.
+    Each file is replaced atomically, and the record that makes the patient count as done comes last. Computed on one
+    thread, so that the bytes do not depend on how many a machine has.
     """
-    folder = Path(folder)
+    with _one_thread():
+        return _prepare(source, Path(folder), settings)
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """torch on one thread: sums over several come out different in their last bits, and so does a rounded pixel."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _prepare(source, folder, settings):
     patient = check_patient_id(source.patient_id, source.path)
     geometry = Geometry.from_dict(settings["geometry"])
     fov_mm, size = geometry.fov_mm, settings["cube_size"]
+    signature = signature_of(source)  # before reading: what changes meanwhile is noticed the next time
     ct = read_ct(source.path, source.kind, assume_ras=settings["assume_ras"])
+    notes = list(ct.notes)
     centre = locate_cube(ct, fov_mm)
     hu, mask = resample_cube(ct, centre, fov_mm, size)
     del ct
     if settings["couch_removed"]:
         hu = remove_couch(hu, fov_mm / size)
-    xrays, notes = _render(hu, geometry, settings)
+    xrays = _render(hu, geometry, settings, notes)
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, {"complete": False, "settings": settings})  # marks the folder as ours
@@ -78,23 +98,22 @@ def prepare_patient(source: CtSource, folder, settings: dict) -> tuple[dict, lis
         "scan_fraction": round(float(mask.mean()), 4),
         "files": {name: sha256(folder / name) for name in names},
     }
-    record = {"complete": True, "settings": settings, "signature": _signature(source.path), "patient": entry}
+    record = {"complete": True, "settings": settings, "signature": signature, "patient": entry}
     write_json(folder / RECORD, record)
     return entry, notes
 
 
-def _render(hu, geometry, settings):
+def _render(hu, geometry, settings, notes):
     volume = torch.from_numpy(hu_to_unit(hu.astype(np.float32), settings["hu_window"]))[None, None]
     size = settings["xray_size"]
     with torch.inference_mode():
         xrays = render_xrays(volume, geometry, (size, size), settings["hu_window"], settings["xray_scale"])[0].numpy()
-    notes = []
     for view, image in zip(("PA", "lateral"), xrays):
         if image.max() > 1:
             notes.append(
                 f"{view} X-ray: {np.mean(image > 1):.2%} of the pixels above 1 clipped (maximum {image.max():.2f})"
             )
-    return xrays.clip(0, 1), notes
+    return xrays.clip(0, 1)
 
 
 def patient_files(patient: str) -> tuple[str, str, str, str]:
@@ -111,11 +130,31 @@ def sha256(path) -> str:
     return digest.hexdigest()
 
 
-def _signature(path):
-    """Number of files, bytes and newest change of a source: tells a replaced CT from the prepared one."""
-    files = [path] if path.is_file() else [entry for entry in sorted(path.iterdir()) if entry.is_file()]
-    stats = [entry.stat() for entry in files]
-    return [len(stats), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+def signature_of(source: CtSource) -> dict[str, str]:
+    """What tells a changed source from the one that was prepared, of all its files (the .raw of a .mhd, every slice).
+
+    ``state``: names, sizes and times, quick to compare. ``content``: names and bytes, which decide where times differ.
+    """
+    content = hashlib.sha256()
+    state = _state(source)
+    for path in source_files(source):
+        content.update(f"{path.name}\n{sha256(path)}\n".encode("utf-8", "surrogateescape"))
+    return {"state": state, "content": content.hexdigest()}
+
+
+def _state(source):
+    digest = hashlib.sha256()
+    for path in source_files(source):
+        stat = path.stat()  # the time of the last change of status moves even when a copy keeps that of the content
+        line = f"{path.name}\n{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _unchanged(source, signature) -> bool:
+    if not isinstance(signature, dict):  # of an earlier version, which did not look at all files
+        return False
+    return signature.get("state") == _state(source) or signature.get("content") == signature_of(source)["content"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -167,7 +206,10 @@ def finished_entry(source: CtSource, folder: Path) -> dict | None:
     if not (folder / RECORD).exists():
         return None
     record = _read_record(folder)
-    if not record.get("complete") or record.get("signature") != _signature(source.path):
+    try:
+        if not record.get("complete") or not _unchanged(source, record.get("signature")):
+            return None
+    except (InputError, OSError):  # reading it says what is wrong
         return None
     entry = record.get("patient")
     files = entry.get("files") if isinstance(entry, dict) else None
@@ -241,7 +283,6 @@ def _pool(todo, output, settings, workers):
 
 
 def _start_worker():
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the command stops handing out CTs, this one is finished
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -333,6 +374,12 @@ def _check_args(args):
         raise InputError(f"--output {args.output} is a file; expected a folder")
 
 
+def _check_apart(args, sources):
+    for source in sources:  # a link may lead there
+        if source.path.resolve().is_relative_to(args.output.resolve()):
+            raise InputError(f"{source.path}: lies in --output {args.output}; its cubes would be taken for CTs")
+
+
 def settings_of(args) -> dict:
     """The settings that decide what is written, as they appear in the manifest."""
     try:
@@ -355,7 +402,10 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     _check_args(args)
     settings = settings_of(args)
-    sources = find_cts(args.input)
+    sources, left_out = search_cts(args.input)
+    for text in left_out:  # before hours of work, and again at the end
+        print(f"left out: {text}")
+    _check_apart(args, sources)
     ids = [source.patient_id for source in sources]
     given = check_split(read_json(args.split), ids, args.split) if args.split else None  # before hours of work
     check_output(args.output, sources, settings, args.overwrite)
@@ -379,8 +429,11 @@ def main(argv=None) -> int:
         print(f"{len(failures)} of {len(sources)} CTs could not be prepared:")
         for patient in sorted(failures):
             print(f"  {patient}: {failures[patient]}")
-        return 1
-    return 0
+    if left_out:
+        print(f"{len(left_out)} files or folders were left out:")
+        for text in left_out:
+            print(f"  {text}")
+    return 1 if failures or left_out else 0
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def nifti_fields(draw):
     spacing, origin = random.uniform(1, 12, 3), random.uniform(-800, 800, 3)
     turn, stretch = np.linalg.qr(random.normal(size=(3, 3)))[0], np.diag(spacing)
     rows = np.concatenate([turn @ stretch, origin[:, None]], axis=1)
+    codes = draw(st.sampled_from([(1, 0), (2, 0), (0, 1), (0, 2)]))  # of qform and sform: here they differ
     values = {
         "sizeof_hdr": 348,
         "dim": [3, *shape, 1, 1, 1, 1],
@@ -204,8 +205,8 @@ def nifti_fields(draw):
         "scl_slope": slope,
         "scl_inter": inter,
         "xyzt_units": draw(st.sampled_from([0, 2, 10])),
-        "qform_code": draw(st.sampled_from([1, 2])),
-        "sform_code": draw(st.sampled_from([0, 1, 2])),
+        "qform_code": codes[0],
+        "sform_code": codes[1],
         "quatern": quaternion[1:],
         "qoffset": origin,
         "srow": rows.ravel(),

@@ -271,7 +271,7 @@ def test_preparation_never_writes_through_a_link_and_reads_no_foreign_file(tmp_p
     secret = tmp_path / "secret"
     secret.write_text("x")
     entry = {"files": {"../../secret": prepare_data.sha256(secret)}}
-    record = {"complete": True, "signature": prepare_data._signature(source.path), "patient": entry}
+    record = {"complete": True, "signature": prepare_data.signature_of(source), "patient": entry}
     write_json(tmp_path / "b" / RECORD, record)
     assert finished_entry(source, tmp_path / "b") is None
 
@@ -280,10 +280,23 @@ MHD = """ObjectType = Image
 NDims = 3
 DimSize = 8 8 8
 ElementSpacing = 5 5 5
+TransformMatrix = 1 0 0 0 1 0 0 0 1
+Offset = 0 0 0
 ElementType = MET_SHORT
 ElementDataFile = {}
 """
-NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 8 8 8\nencoding: raw\nendian: little\ndata file: {}\n\n"
+NRRD = """NRRD0004
+type: short
+dimension: 3
+space: left-posterior-superior
+sizes: 8 8 8
+space directions: (5,0,0) (0,5,0) (0,0,5)
+space origin: (0,0,0)
+encoding: raw
+endian: little
+data file: {}
+
+"""
 
 
 @pytest.mark.parametrize(("suffix", "text"), [("mhd", MHD), ("nrrd", NRRD)])
@@ -307,8 +320,7 @@ def test_headers_that_name_data_in_another_folder_are_refused(tmp_path, suffix, 
         with pytest.raises(InputError, match="in another folder; expected them beside it"):
             read_ct(path)
     path.write_text(text.format("good.raw"))
-    if suffix == "mhd":  # the NRRD above states no orientation that ITK insists on
-        assert read_ct(path).data.shape == (8, 8, 8)
+    assert read_ct(path).data.shape == (8, 8, 8)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -472,8 +484,8 @@ def test_no_name_of_a_dicom_or_nifti_header_reaches_any_output(tmp_path, capfd):
     pytest.importorskip("SimpleITK")
     ct = thorax((40, 40, 20), grid_affine((40, 40, 20), 8.0))
     write_series(tmp_path / "in" / "case7", ct)
-    write_series(tmp_path / "in" / "broken", ct, PixelSpacing=["0", "0"])
-    write_series(tmp_path / "in" / "other", ct, Modality="MR")
+    write_series(tmp_path / "in" / "broken", ct, PixelSpacing=["0", "0"], SeriesInstanceUID="1.2.3.5")
+    write_series(tmp_path / "in" / "other", ct, Modality="MR", SeriesInstanceUID="1.2.3.6")
     image = nib.Nifti1Image(ct.data, ct.affine)
     for key in ("descrip", "db_name", "aux_file", "intent_name"):
         image.header[key] = MARKER
