@@ -16,12 +16,12 @@ from read_dicom import import_pydicom, is_dicom, may_lie_beside_slices, read_hea
 
 SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".mhd": "image", ".mha": "image", ".nrrd": "image", ".nhdr": "image"}
 # Files that may well hold a CT, in formats that are not read: named, never passed over.
-OTHER_VOLUMES = {
-    ".hdr", ".img", ".hdr.gz", ".img.gz", ".raw", ".zraw", ".raw.gz", ".mha.gz", ".nrrd.gz", ".dcm.gz", ".gipl",
-    ".gipl.gz", ".mnc", ".mgh", ".mgz", ".mif", ".mih", ".vtk", ".vti", ".par", ".rec", ".ima", ".dcm", ".dicom",
-    ".dic", ".h5", ".hdf5", ".npy", ".npz", ".mat", ".vol", ".mrc", ".zip", ".tar", ".tgz", ".tar.gz", ".7z",
-    ".rar", ".bz2", ".xz", ".zst",
-}
+_OTHER_VOLUMES = (
+    ".hdr .img .hdr.gz .img.gz .raw .zraw .raw.gz .mha.gz .nrrd.gz .dcm.gz .gipl .gipl.gz .mnc .mgh .mgz .mif .mih "
+    ".vtk .vti .par .rec .ima .dcm .dicom .dic .h5 .hdf5 .npy .npz .mat .vol .mrc .zip .tar .tgz .tar.gz .7z .rar "
+    ".bz2 .xz .zst"
+)
+OTHER_VOLUMES = frozenset(_OTHER_VOLUMES.split())
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,12 @@ SAME = {
 }
 ONE_EACH = ("AcquisitionNumber", "FrameAcquisitionNumber")  # step and shoot: every slice may have its own
 # Files that may lie beside slices: notes, tables, pictures, viewers, and volumes that are found as CTs of their own.
-NO_SLICES = {
-    ".txt", ".csv", ".tsv", ".json", ".xml", ".html", ".htm", ".css", ".js", ".pdf", ".md", ".rtf", ".doc", ".docx",
-    ".xls", ".xlsx", ".ppt", ".pptx", ".log", ".yaml", ".yml", ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif",
-    ".tiff", ".svg", ".ico", ".mp4", ".avi", ".db", ".ini", ".inf", ".url", ".lnk", ".exe", ".dll", ".jar", ".bat",
-    ".cmd", ".sh", ".py", ".md5", ".sha1", ".sha256", ".sha512", ".nii", ".gz", ".mhd", ".mha", ".raw", ".zraw",
-    ".nrrd", ".nhdr", ".hdr", ".img", ".npy", ".npz", ".zip", ".mnc", ".gipl",
-}
+_NO_SLICES = (
+    ".txt .csv .tsv .json .xml .html .htm .css .js .pdf .md .rtf .doc .docx .xls .xlsx .ppt .pptx .log .yaml .yml "
+    ".jpg .jpeg .png .gif .bmp .tif .tiff .svg .ico .mp4 .avi .db .ini .inf .url .lnk .exe .dll .jar .bat .cmd .sh "
+    ".py .md5 .sha1 .sha256 .sha512 .nii .gz .mhd .mha .raw .zraw .nrrd .nhdr .hdr .img .npy .npz .zip .mnc .gipl"
+)
+NO_SLICES = frozenset(_NO_SLICES.split())
 NO_SLICE_NAMES = ("DICOMDIR", "LICENSE", "README", "VERSION", "LOCKFILE")
 
 
@@ -388,12 +387,23 @@ def _stored(path, data):
         data.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
         if data.original_encoding[0]:
             data.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
-    try:
-        return data.pixel_array
-    except (RuntimeError, NotImplementedError, AttributeError):
-        if not data.file_meta.TransferSyntaxUID.is_compressed:
-            raise
-    return _decoded_by_sitk(path, data)
+    syntax = data.file_meta.TransferSyntaxUID
+    if syntax.is_compressed:
+        try:
+            return data.pixel_array
+        except (RuntimeError, NotImplementedError, AttributeError):  # no decoder for it in pydicom
+            return _decoded_by_sitk(path, data)
+    # not by pydicom, which drops the bits above BitsStored: they tell padding and wrong headers
+    kind = np.dtype(f"{'<' if syntax.is_little_endian else '>'}{'iu'[not data.PixelRepresentation]}{_bytes(data)}")
+    count = _count(path, data) * int(data.Rows) * int(data.Columns)
+    if len(data.PixelData) < count * kind.itemsize:
+        raise InputError(f"{path}: truncated (its pixels take {count * kind.itemsize} bytes, fewer are there)")
+    return np.frombuffer(data.PixelData, kind, count)
+
+
+def _bytes(data) -> int:
+    """Bytes per pixel; KeyError, named by the caller, for what no CT has."""
+    return {8: 1, 16: 2, 32: 4}[int(data.BitsAllocated)]
 
 
 def _decoded_by_sitk(path, data):
