@@ -280,6 +280,9 @@ def test_same_cube_same_bytes(tmp_path):
 # Bad input
 
 
+SMALL = grid_affine((12,) * 3, 27.0)
+
+
 def with_header(path, change):
     """Save a good CT, then change its raw header (nibabel repairs what it writes)."""
     save_nifti(path, thorax((12, 12, 12), grid_affine((12,) * 3, 27.0)))
@@ -306,11 +309,21 @@ def set_affine(affine):
     return change
 
 
+def set_qform(b, c, d, shift=0.0):
+    """A qform beside the sform of SMALL: its quaternion (0, 0, 1 turns left and right) and a shift."""
+
+    def change(header):
+        header["qform_code"] = 1
+        for name, value in zip("bcd", (b, c, d)):
+            header[f"quatern_{name}"] = value
+        for row, name in enumerate("xyz"):
+            header[f"qoffset_{name}"] = SMALL[row, 3] + shift * (row == 0)
+
+    return change
+
+
 def drop_codes(header):
     header["sform_code"] = header["qform_code"] = 0
-
-
-SMALL = grid_affine((12,) * 3, 27.0)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +336,12 @@ SMALL = grid_affine((12,) * 3, 27.0)
         (set_affine(SMALL @ np.diag([1e-3, 1e-3, 1e-3, 1])), "expected 0.05 to 20"),
         (set_affine(SMALL @ np.diag([np.nan, 1, 1, 1])), "NaN"),
         (set_affine(np.array([[3.0, 3, 0, 0], [3, 3, 0, 0], [0, 0, 3, 0]])), "singular"),
+        (
+            set_affine(SMALL @ np.diag([0.5, 1, 1, 1])),
+            r"spacing is 13\.5 x 27 x 27 mm by its sform, 27 x 27 x 27 by pixdim",
+        ),
+        (set_qform(0, 0, 1), r"sform and qform place its voxels up to [0-9.]+ mm apart; expected one position"),
+        (set_qform(0, 0, 0, 10), "sform and qform place its voxels up to 10 mm apart"),
         (drop_codes, r"states no orientation.*--assume-ras"),
     ],
 )
@@ -330,6 +349,18 @@ def test_a_useless_position_is_refused(tmp_path, change, words):
     path = with_header(tmp_path / "ct.nii", change)
     with pytest.raises(InputError, match=rf"ct\.nii: .*{words}"):
         read_ct(path)
+
+
+def test_an_equal_qform_and_pixdim_along_a_sheared_axis_are_no_contradiction(tmp_path):
+    path = with_header(tmp_path / "ct.nii", set_qform(0, 0, 0, 0.5))
+    with pytest.raises(InputError, match=r"expected 0\.05 to 20"):  # 27 mm, what comes next
+        read_ct(path)
+    tilted = np.diag([9.0, 9, 9, 1])
+    tilted[1, 2] = 3  # 9.5 mm along the axis, 9 mm between slices
+    path = with_header(
+        tmp_path / "tilt.nii", lambda h: (set_affine(tilted)(h), h["pixdim"].__setitem__(slice(1, 4), 9))
+    )
+    assert np.array_equal(read_ct(path).affine, tilted)
 
 
 def test_assume_ras_takes_the_axes_as_right_anterior_superior(tmp_path):

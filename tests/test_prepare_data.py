@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import nibabel as nib
 import numpy as np
@@ -89,6 +90,31 @@ def test_the_xrays_are_those_of_the_cube(cts):
         assert 0.3 < expected[view].max() < 1
 
 
+def test_threads_do_not_change_the_bytes_and_are_as_before_afterwards(cts):
+    before, checksums = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            _, output = run(cts, "--remove-couch", output=f"threads{threads}", size=64)
+            assert torch.get_num_threads() == threads
+            checksums.append(manifest_of(output)["patients"])
+    finally:
+        torch.set_num_threads(before)
+    assert checksums[0] == checksums[1] == checksums[2]
+
+
+def test_each_patient_is_prepared_on_one_thread(cts, monkeypatch):
+    seen, render = [], prepare_data.render_xrays
+    monkeypatch.setattr(prepare_data, "render_xrays", lambda *a: seen.append(torch.get_num_threads()) or render(*a))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run(cts)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1, 1]
+
+
 def test_several_workers_write_the_same_bytes_and_survive_one_that_dies(cts, monkeypatch, capsys):
     _, alone = run(cts, output="alone")
     save_nifti(cts / "killer.nii.gz", thorax())
@@ -146,6 +172,70 @@ def test_what_is_damaged_missing_or_changed_is_done_again(cts):
     run(cts)
     assert manifest_of(output)["patients"]["a"]["files"] != checksums
     assert state(output, "b", "c") == {key: time for key, time in after.items() if key[0] != "a"}
+
+
+def test_every_file_of_a_ct_decides_whether_it_is_done(cts, capsys):
+    sitk = pytest.importorskip("SimpleITK")
+    pytest.importorskip("pydicom")
+    from dicom_cases import lps_ct, write_slices
+
+    ct = lps_ct((24, 20, 16))
+    for path in cts.rglob("*.nii.gz"):
+        path.unlink()
+    image = sitk.GetImageFromArray(np.ascontiguousarray(ct.data.T))
+    image.SetSpacing((12.0, 14.0, 15.0))
+    for name in ("m.mhd", "n.nhdr"):
+        sitk.WriteImage(image, str(cts / name))
+    write_slices(cts / "d", ct)
+
+    def redone():
+        capsys.readouterr()
+        assert run(cts)[0] == 0
+        said = capsys.readouterr().out
+        return 3 - int(said.split(" of 3 CTs are done already")[0].rsplit("\n", 1)[-1]) if "already" in said else 3
+
+    assert redone() == 3
+    assert redone() == 0
+    for name in ("m.raw", "n.raw"):
+        times = (cts / name).stat()
+        raw = np.fromfile(cts / name, "<i2")
+        raw[raw == 50] = -900
+        raw.tofile(cts / name)
+        os.utime(cts / name, ns=(times.st_atime_ns, times.st_mtime_ns))  # equal size and time
+    assert redone() == 2
+    (cts / "d" / "im000.dcm").unlink()
+    assert redone() == 1
+    write_slices(cts / "d", ct, only=[0])
+    assert redone() == 1
+    for path in cts.rglob("*.*"):
+        os.utime(path)  # as after copying: other times, same content
+    assert redone() == 0
+
+
+def test_what_is_left_out_is_named_and_the_status_tells(cts, capsys):
+    (cts / "sub" / "scan.mgz").write_bytes(b"x")
+    (cts / "link").symlink_to(cts.parent / "out")
+    save_nifti(cts.parent / "elsewhere" / "b.nii.gz", thorax())
+    (cts / "more").symlink_to(cts.parent / "elsewhere")
+    (cts.parent / "out").mkdir()
+    status, output = run(cts)
+    assert status == 1
+    assert sorted(manifest_of(output)["patients"]) == ["a", "c", "more_b", "sub_b"]
+    assert manifest_of(output)["patients"]["more_b"]["source"] == "more/b.nii.gz"
+    said = capsys.readouterr().out
+    assert said.count("scan.mgz: may hold a CT") == 2  # at once, and at the end
+    assert "1 files or folders were left out" in said
+    with pytest.raises(InputError, match=r"link/a/a\.nii\.gz: lies in --output"):
+        run(cts)
+
+
+def test_nothing_but_files_that_are_not_read(tmp_path, capsys):
+    (tmp_path / "cts").mkdir()
+    (tmp_path / "cts" / "a.img").write_bytes(b"x")
+    status, output = run(tmp_path / "cts")
+    assert status == 1
+    assert "a.img: half of a pair" in capsys.readouterr().out
+    assert list(output.iterdir()) == []
 
 
 def test_a_killed_run_goes_on_where_it_stopped(cts, monkeypatch):

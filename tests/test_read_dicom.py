@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-pydicom = pytest.importorskip("pydicom")
+pytest.importorskip("pydicom")
+import pydicom
 from dicom_cases import item, lps_ct, set_pixels, texts, write_frames, write_slices
 
 from ct_io import read_ct, resample_cube
