@@ -12,7 +12,7 @@ from pathlib import Path
 
 from files import InputError, safe_name
 from image_headers import data_files
-from read_dicom import import_pydicom, is_dicom, may_lie_beside_slices, read_header
+from read_dicom import files_of_dicomdir, import_pydicom, is_dicom, may_lie_beside_slices, series_of
 
 SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".mhd": "image", ".mha": "image", ".nrrd": "image", ".nhdr": "image"}
 # Files that may well hold a CT, in formats that are not read: named, never passed over.
@@ -168,7 +168,7 @@ def _shared_series(slices) -> dict[Path, str]:
     for root, paths in slices.items():
         for path in paths:
             try:
-                uid = str(read_header(path, ["SeriesInstanceUID"]).get("SeriesInstanceUID") or "")
+                uid = series_of(path)
             except InputError:  # likewise
                 continue
             if uid:
@@ -189,11 +189,9 @@ def _missing_of_dicomdir(folder, slices) -> list[str]:
     texts = []
     for path in sorted({place for root in (folder, *slices) for place in _dicomdirs(root, folder)}):
         try:
-            records = read_header(path).get("DirectoryRecordSequence") or []
-            names = [record.get("ReferencedFileID") for record in records]
-            names = ["/".join([name] if isinstance(name, str) else name) for name in names if name]
-        except (InputError, AttributeError, ValueError, TypeError):
-            texts.append(f"{path}: cannot be read; are all the files that it lists there?")
+            names = files_of_dicomdir(path)
+        except InputError as error:
+            texts.append(str(error))
             continue
         missing = sum(not any((path.parent / name).exists() for name in (name, name.lower())) for name in names)
         if missing:

@@ -125,7 +125,7 @@ def read_series(folder, max_voxels: int):
     """
     folder = Path(folder)
     names, notes = _choose(folder, _headers(folder))
-    frames = [frame for path, header in names.items() for frame in _guarded(path, _frames, header)]
+    frames = [frame for path, header in names.items() for frame in guarded(path, _frames, header)]
     frames, affine = _stack(folder, frames)
     voxels = len(frames) * frames[0].size[0] * frames[0].size[1]
     if voxels > max_voxels:
@@ -136,12 +136,15 @@ def read_series(folder, max_voxels: int):
     for k, frame in enumerate(frames):
         by_path[frame.path].append((k, frame))
     for path, members in by_path.items():
-        _guarded(path, _fill, volume, members)
+        guarded(path, _fill, volume, members)
     return volume.T, affine, notes
 
 
-def _guarded(path, work, *arguments):
-    """``work(path, ...)``; whatever pydicom and its decoders stumble on becomes an InputError naming the file."""
+def guarded(path, work, *arguments):
+    """``work(path, ...)`` with pydicom silenced; whatever it and its decoders stumble on becomes an InputError.
+
+    Values of a header are decoded when they are asked for, so that asking needs this, too.
+    """
     try:
         with _silenced("pydicom"):
             return work(path, *arguments)
@@ -184,9 +187,9 @@ def _choose(folder, headers):
     """``({path: header} of the one series, notes)``."""
     series = defaultdict(dict)
     for path, header in headers.items():
-        if _guarded(path, lambda _, data: data.get("Rows"), header) is not None:  # else a report, a plan, ...
-            series[_guarded(path, lambda _, data: str(data.get("SeriesInstanceUID")), header)][path] = header
-    counts = {uid: sum(_guarded(path, _count, members[path]) for path in members) for uid, members in series.items()}
+        if guarded(path, _get, header, "Rows") is not None:  # else a report, a plan, ...
+            series[str(guarded(path, _get, header, "SeriesInstanceUID"))][path] = header
+    counts = {uid: sum(guarded(path, _count, members[path]) for path in members) for uid, members in series.items()}
     large = [uid for uid in series if counts[uid] >= MIN_SERIES_SLICES] if len(series) > 1 else list(series)
     if len(large) != 1:
         examples = ", ".join(f"{next(iter(series[uid])).name} ({counts[uid]} slices)" for uid in large[:3])
@@ -198,6 +201,25 @@ def _choose(folder, headers):
     rest = [path.name for uid in series if uid != large[0] for path in series[uid]]
     notes = [f"left out {len(rest)} images of short series beside the CT (localisers?): {rest[0]}"] if rest else []
     return series[large[0]], notes
+
+
+def _get(path, header, key):
+    return header.get(key)
+
+
+def series_of(path) -> str:
+    """SeriesInstanceUID of a DICOM file, empty where it states none; InputError when it cannot be read."""
+    return str(guarded(path, _get, read_header(path, ["SeriesInstanceUID"]), "SeriesInstanceUID") or "")
+
+
+def files_of_dicomdir(path) -> list[str]:
+    """Relative paths (``DISK1/IM0001``) of the files that a DICOMDIR lists; InputError when it cannot be read."""
+
+    def listed(path, header):
+        names = [record.get("ReferencedFileID") for record in header.get("DirectoryRecordSequence") or []]
+        return ["/".join([name] if isinstance(name, str) else name) for name in names if name]
+
+    return guarded(path, listed, read_header(path))
 
 
 def _count(path, header):

@@ -394,6 +394,72 @@ def test_any_metaimage(folder, changes, damage, damages):
             assert np.allclose(ct.affine, [[-2, 0, 0, -1], [0, -3, 0, -2], [0, 0, 4, 3], [0, 0, 0, 1]])
 
 
+NRRD_FIELDS = {
+    "type": "int16",
+    "dimension": "3",
+    "space": "left-posterior-superior",
+    "sizes": "5 4 3",
+    "space directions": "(2,0,0) (0,3,0) (0,0,4)",
+    "space origin": "(1,2,3)",
+    "kinds": "domain domain domain",
+    "encoding": "raw",
+    "endian": "little",
+}
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*NRRD_FIELDS, "space units", "spacings", "units"]),
+        st.sampled_from(("", "3", "-1", "nan nan nan", "none", "(nan,0,0) (0,1,0) (0,0,1)", "gzip", "RAS", '"um"'))
+        | st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12),
+        max_size=2,
+    ),
+    DAMAGE,
+    st.booleans(),
+)
+def test_any_nrrd(folder, changes, damage, damages):
+    pytest.importorskip("SimpleITK")
+    data = np.where(np.arange(60) % 2, -1000, 40).astype("<i2").tobytes()
+    fields = {**NRRD_FIELDS, **changes}
+    raw = ("NRRD0004\n" + "".join(f"{key}: {value}\n" for key, value in fields.items()) + "\n").encode() + data
+    (folder / "x.nrrd").write_bytes(damaged(raw, damage) if damages else raw)
+    ct = outcome(read_ct, folder / "x.nrrd")
+    if ct is not None:
+        assert ct.data.ndim == 3
+        assert np.isfinite(ct.data).all()
+        assert np.linalg.matrix_rank(ct.affine) == 4
+        if not changes and not damages:
+            assert np.allclose(ct.affine, [[-2, 0, 0, -1], [0, -3, 0, -2], [0, 0, 4, 3], [0, 0, 0, 1]])
+
+
+@functools.cache
+def ct_frames():
+    """``(volume, a multi-frame CT file of it)``."""
+    pytest.importorskip("pydicom")
+    import tempfile
+    from pathlib import Path
+
+    from dicom_cases import lps_ct, write_frames
+
+    ct = lps_ct((12, 10, 6), (24.0, 24.0, 24.0 / 1.3))
+    with tempfile.TemporaryDirectory() as place:
+        write_frames(Path(place) / "e.dcm", ct, [3, 1, 0, 5, 4, 2], [1.0, 1.0, 1.0, 1.0, 1.0, 0.5])
+        return ct, (Path(place) / "e.dcm").read_bytes()
+
+
+@given(DAMAGE, st.booleans(), st.booleans())
+def test_damaged_bytes_of_a_multi_frame_ct(folder, damage, header_only, preamble):
+    ct, raw = ct_frames()
+    end = len(raw) - 2 * ct.data.size if header_only else None
+    (folder / "frames").mkdir(exist_ok=True)
+    (folder / "frames" / "e.dcm").write_bytes(damaged(raw, damage, end)[0 if preamble else 132 :])
+    found = outcome(read_ct, folder / "frames")
+    if found is not None:
+        assert found.data.ndim == 3
+        assert np.isfinite(found.data).all()
+        assert np.linalg.matrix_rank(found.affine) == 4
+
+
 # ------------------------------------------------------------------------------------------------
 # X-rays
 
