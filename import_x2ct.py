@@ -14,7 +14,8 @@ on the lungs, spine, heart and liver of each CT while it is read: the command st
 
 With ``--train`` and ``--test`` (X2CT-GAN's lists) a patient of both lists keeps the test scans only, validation
 patients are taken from the training list, and all scans of a patient stay on one side. The same command run again goes
-on where it was stopped. A file that cannot be used is named at the end, and the exit status is 1.
+on where it was stopped and reads again what has changed. A file that cannot be used, or lies elsewhere in the folder,
+is named at the end, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from findings import FAILED, OK, SIDES, UNKNOWN
 from splits import SPLITS, split_by_hash
 
 H5_NAME = "ct_xray_data.h5"
-SETTINGS, SPLIT = "import_settings.json", "split.json"
+SETTINGS, SPLIT, SOURCES = "import_settings.json", "split.json", "import_sources.json"
 PROJECT_AXES = "IPL"  # where the axes (D, H, W) of this project point: inferior, posterior, left
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS"))
 LETTERS = {"head-feet": "SI", "front-back": "AP", "left-right": "RL"}
@@ -149,6 +150,12 @@ def find_h5(folder) -> dict[str, Path]:
     return {check_patient_id(scan, found[scan]): found[scan] for scan in sorted(found)}
 
 
+def other_h5(folder, found: dict[str, Path]) -> list[Path]:
+    """HDF5 files below ``folder`` that :func:`find_h5` did not take: other names, deeper folders, a scan's second."""
+    files = {path for path in Path(folder).rglob("*") if path.suffix.lower() in (".h5", ".hdf5") and path.is_file()}
+    return sorted(files - set(found.values()))
+
+
 def patient_of(scan: str) -> str:
     """``LIDC-IDRI-0001.20000101.3000566.1`` -> ``LIDC-IDRI-0001``."""
     return scan.split(".")[0]
@@ -214,16 +221,20 @@ def _count(tally, hu, edge_mm):
 
 
 def convert(files: dict[str, Path], output, axes: str, offset: float, edge_mm: float):
-    """Write ``SCAN.nii.gz`` for each file that is not there yet.
+    """Write ``SCAN.nii.gz`` for each file whose CT is not there yet, or was made before the file last changed.
 
     Returns ``(failures, tally)``: ``{scan: message}`` and, per direction, how many of the CTs just written agree with
     ``axes`` by their anatomy. Raises InputError at the end when most do not.
     """
     output, failures, tally = Path(output), {}, {side: Counter() for side in SIDES}
+    sources = read_json(output / SOURCES) if (output / SOURCES).exists() else {}
+    sources = sources if isinstance(sources, dict) else {}
     for scan, path in tqdm(files.items(), desc="reading", unit="CT"):
-        target = output / f"{scan}.nii.gz"
-        if target.exists():
+        target, stat = output / f"{scan}.nii.gz", path.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        if target.exists() and sources.get(scan) == state:
             continue
+        target.unlink(missing_ok=True)  # if the file cannot be read any more, its old CT must not stay
         try:
             hu = read_ct_cube(path, axes, offset, edge_mm)
         except InputError as error:
@@ -231,6 +242,8 @@ def convert(files: dict[str, Path], output, axes: str, offset: float, edge_mm: f
             continue
         _count(tally, hu, edge_mm)
         write_cube(target, hu, cube_affine((0, 0, 0), edge_mm, hu.shape[0]))
+        sources[scan] = state
+        write_json(output / SOURCES, sources)
     check_axes(tally, axes)
     return failures, tally
 
@@ -282,6 +295,7 @@ def main(argv=None) -> int:
     _check_args(args)
     _import_h5py()  # before anything is written
     found = find_h5(args.input)
+    others = other_h5(args.input, found)
     lists = (read_list(args.train), read_list(args.test)) if args.train else (None, None)
     split, notes = make_split(found, *lists, args.val_fraction, args.test_fraction, args.seed)
     wanted = sorted(scan for name in SPLITS for scan in split[name])
@@ -301,7 +315,9 @@ def main(argv=None) -> int:
     print(f"{len(wanted) - len(failures)} CTs ({counts}) in {args.output}, the split in {args.output / SPLIT}")
     for scan, problem in failures.items():
         print(f"failed: {scan}: {problem}")
-    return 1 if failures else 0
+    for path in others:
+        print(f"left out: {path}: expected SCAN/{H5_NAME} or SCAN_{H5_NAME}, once for each scan")
+    return 1 if failures or others else 0
 
 
 if __name__ == "__main__":

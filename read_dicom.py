@@ -7,15 +7,14 @@ that do not stack into one evenly spaced volume of one scan are refused. Header 
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dicom_pixels import stored_frames
 from files import InputError, shown_name
 from xray_dicom import _silenced
 
@@ -240,6 +239,12 @@ def _frames(path, data) -> list[Frame]:
         raise InputError(f"{path.parent}: DICOM modality is {shown_name(str(modality)[:16])}; expected CT")
     if data.get("SamplesPerPixel", 1) != 1:
         raise InputError(f"{path}: {data.SamplesPerPixel} values per pixel; expected one (HU)")
+    if not str(data.get("PhotometricInterpretation") or "MONOCHROME2").startswith(
+        "MONOCHROME"
+    ):  # 1 only shows inverted
+        raise InputError(
+            f"{path}: PhotometricInterpretation is not MONOCHROME2; expected one grey value (HU) per pixel"
+        )
     if data.get("ModalityLUTSequence"):
         raise InputError(f"{path}: a ModalityLUTSequence; expected RescaleSlope and RescaleIntercept")
     count, groups = _count(path, data), data.get("PerFrameFunctionalGroupsSequence") or []
@@ -388,92 +393,9 @@ def _uneven(frames, steps, off):
 def _fill(path, volume, members):
     """Put the frames of one file into ``volume`` (slice, row, column) in HU; members: ``[(slice, frame)]``."""
     data = import_pydicom(path).dcmread(path, force=True)
-    stored = _stored(path, data).reshape(-1, *volume.shape[1:])
-    if len(stored) != members[0][1].of:
-        raise InputError(f"{path}: {len(stored)} frames of pixels; expected {members[0][1].of}")
-    padding = _padding(data, stored)
-    stored = _used_bits(path, data, stored, padding)
+    stored, padding = stored_frames(path, data, (members[0][1].of, *volume.shape[1:]))
     kind = np.int64 if volume.dtype == np.int16 else np.float64
     for k, frame in members:
         hu = stored[frame.number] * kind(frame.slope) + kind(frame.intercept)
         hu = hu.clip(-32768, 32767) if kind is np.int64 else hu
         volume[k] = hu if padding is None else np.where(padding[frame.number], PADDING_HU, hu)
-
-
-def _stored(path, data):
-    """Pixels as they are stored, without slope and intercept."""
-    if "PixelData" not in data:
-        raise InputError(f"{path}: no PixelData; expected an image")
-    if not getattr(data.file_meta, "TransferSyntaxUID", None):  # files without preamble: these two are what there is
-        uid = import_pydicom(path).uid
-        data.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-        if data.original_encoding[0]:
-            data.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
-    syntax = data.file_meta.TransferSyntaxUID
-    if syntax.is_compressed:
-        try:
-            return data.pixel_array
-        except (RuntimeError, NotImplementedError, AttributeError):  # no decoder for it in pydicom
-            return _decoded_by_sitk(path, data)
-    # not by pydicom, which drops the bits above BitsStored: they tell padding and wrong headers
-    kind = np.dtype(f"{'<' if syntax.is_little_endian else '>'}{'iu'[not data.PixelRepresentation]}{_bytes(data)}")
-    count = _count(path, data) * int(data.Rows) * int(data.Columns)
-    if len(data.PixelData) < count * kind.itemsize:
-        raise InputError(f"{path}: truncated (its pixels take {count * kind.itemsize} bytes, fewer are there)")
-    return np.frombuffer(data.PixelData, kind, count)
-
-
-def _bytes(data) -> int:
-    """Bytes per pixel; KeyError, named by the caller, for what no CT has."""
-    return {8: 1, 16: 2, 32: 4}[int(data.BitsAllocated)]
-
-
-def _decoded_by_sitk(path, data):
-    """Pixels of a compressed file by SimpleITK, from a copy without slope and intercept, which it would apply."""
-    try:
-        import SimpleITK  # optional, and slow to import
-    except ImportError:
-        raise InputError(f"{path}: compressed DICOM pixels need SimpleITK; run: pip install SimpleITK") from None
-    bare = type(data)("", {}, file_meta=data.file_meta, preamble=b"\0" * 128)
-    keys = "Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation"
-    for key in [*keys.split(), "NumberOfFrames", "SOPInstanceUID"]:
-        if key in data:
-            setattr(bare, key, data[key].value)
-    bare.SOPClassUID = bare.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture
-    bare["PixelData"] = data["PixelData"]
-    handle, name = tempfile.mkstemp(suffix=".dcm")
-    os.close(handle)
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        bare.save_as(name)
-        return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(name, imageIO="GDCMImageIO"))
-    finally:
-        os.unlink(name)
-
-
-def _padding(data, stored):
-    """True where pixels are padding by Pixel Padding Value and Range Limit; None without them."""
-    value = data.get("PixelPaddingValue")
-    if value is None or value == "":
-        return None
-    limit = data.get("PixelPaddingRangeLimit")
-    bits, signed = 8 * stored.dtype.itemsize, stored.dtype.kind == "i"
-    ends = [int(v) % 2**bits for v in (value, value if limit in (None, "") else limit)]  # written as if unsigned, too
-    low, high = sorted(v - 2**bits if signed and v >= 2 ** (bits - 1) else v for v in ends)
-    return (stored >= low) & (stored <= high)
-
-
-def _used_bits(path, data, stored, padding):
-    """``stored`` with the sign of BitsStored; refuses values that do not fit into it."""
-    bits = int(data.BitsStored)
-    if not 1 <= bits <= 8 * stored.dtype.itemsize or int(data.get("HighBit", bits - 1)) != bits - 1:
-        raise InputError(f"{path}: BitsStored {bits} and HighBit do not fit; expected HighBit {bits - 1}")
-    valid = stored if padding is None else stored[~padding]
-    low, high = (int(valid.min()), int(valid.max())) if valid.size else (0, 0)
-    signed = stored.dtype.kind == "i"
-    end = 2 ** (bits - 1) if signed else 2**bits
-    if low >= (-end if signed else 0) and high < end:
-        return stored
-    if signed and low >= 0 and high < 2**bits:  # the bits above hold no sign
-        return np.where(stored >= end, stored.astype(np.int64) - 2**bits, stored)
-    raise InputError(f"{path}: pixels from {low} to {high}; expected {bits} bits as BitsStored says")

@@ -119,6 +119,7 @@ def test_files_that_a_dicomdir_lists_must_be_there(tmp_path):
     data = base("1.2.840.10008.1.3.10", 0, 1)
     records = [pydicom.Dataset() for _ in range(11)]
     for record, path in zip(records[1:], sorted((tmp_path / "ct").iterdir())):
+        path = path.rename(path.with_suffix(""))
         record.ReferencedFileID = ["CT", path.name.upper()]  # as on a CD; the first one is the patient's
     data.DirectoryRecordSequence = pydicom.Sequence(records)
     data.save_as(tmp_path / "DICOMDIR", enforce_file_format=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -133,8 +134,8 @@ def test_the_leak_of_the_published_lists_is_removed_and_named(tmp_path):
     assert "a stands in both lists" in notes[0]
 
 
-def test_a_stopped_import_goes_on_and_does_not_mix_settings(tmp_path, released):
-    output = tmp_path / "cts"
+def test_a_stopped_import_goes_on_and_does_not_mix_settings(tmp_path, released, chests):
+    output, released = tmp_path / "cts", shutil.copytree(released, tmp_path / "h5")
     arguments = ["--input", str(released), "--output", str(output)]
     assert import_x2ct.main(arguments) == 0
     stamps = {path: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")}
@@ -143,6 +144,10 @@ def test_a_stopped_import_goes_on_and_does_not_mix_settings(tmp_path, released):
     kept = {path: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")}
     assert len(kept) == 3
     assert sum(kept[path] == stamps[path] for path in stamps) == 2
+    write_h5(released, SCANS[0], np.roll(chests[0], 1, axis=2))  # a corrected release
+    assert import_x2ct.main(arguments) == 0
+    again = {path: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")}
+    assert [path for path in kept if kept[path] != again[path]] == [output / f"{SCANS[0]}.nii.gz"]
     with pytest.raises(InputError, match=r"import_settings.json: CTs there were read with .*1024"):
         import_x2ct.main([*arguments, "--offset", "1000"])
     with pytest.raises(InputError, match=r"not of this command \(LIDC-IDRI-0003"):
@@ -152,10 +157,14 @@ def test_a_stopped_import_goes_on_and_does_not_mix_settings(tmp_path, released):
 def test_an_unusable_file_is_named_and_the_others_are_done(tmp_path, chests, capsys):
     write_h5(tmp_path / "h5", SCANS[0], chests[0])
     (write_h5(tmp_path / "h5", SCANS[1], chests[1])).write_bytes(b"no HDF5")
+    (tmp_path / "h5" / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "h5" / "deep" / "er" / "ct_xray_data.h5").write_bytes(b"elsewhere")
     assert import_x2ct.main(["--input", str(tmp_path / "h5"), "--output", str(tmp_path / "cts")]) == 1
     printed = capsys.readouterr().out
     assert f"failed: {SCANS[1]}" in printed
     assert "not a readable HDF5 file" in printed
+    assert "left out: " in printed
+    assert "er/ct_xray_data.h5: expected SCAN/ct_xray_data.h5" in printed
     split = read_json(tmp_path / "cts/split.json")
     assert split["train"] + split["val"] + split["test"] == [SCANS[0]]
 

@@ -114,6 +114,7 @@ REFUSED = {
     "only one of RescaleSlope and": put(RescaleSlope=None),
     "RescaleType is not HU": put(RescaleType="OD"),
     "ModalityLUTSequence": put(ModalityLUTSequence=item(LUTDescriptor=[1, 0, 16])),
+    "PhotometricInterpretation is not MONOCHROME2": put(PhotometricInterpretation="PALETTE COLOR"),
     "3 values per pixel": put(SamplesPerPixel=3),
     "BitsStored 16 and HighBit": put(HighBit=11),
     "expected 8 bits as BitsStored says": put(BitsStored=8, HighBit=7),
