@@ -5,6 +5,7 @@ Library module, used by ``ct_io.py`` and ``prepare_data.py``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -12,7 +13,15 @@ from pathlib import Path
 
 from files import InputError, safe_name
 from image_headers import data_files
-from read_dicom import files_of_dicomdir, import_pydicom, is_dicom, may_lie_beside_slices, series_of
+from read_dicom import (
+    MIN_SERIES_SLICES,
+    SeriesInfo,
+    files_of_dicomdir,
+    import_pydicom,
+    is_dicom,
+    may_lie_beside_slices,
+    series_of,
+)
 
 SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".mhd": "image", ".mha": "image", ".nrrd": "image", ".nhdr": "image"}
 # Files that may well hold a CT, in formats that are not read: named, never passed over.
@@ -59,8 +68,9 @@ def search_cts(folder) -> tuple[list[CtSource], list[str]]:
     """:func:`find_cts`, and a sentence for each file or folder that may hold a CT but is not read.
 
     Those are: volumes and archives of other formats, unreadable files and folders, dangling links, DICOM files that
-    are none, folders that share one DICOM series, and files that a DICOMDIR lists but that are not there. Raises
-    InputError when there is neither a CT nor anything left out, and as :func:`find_cts`.
+    are none, folders that share one DICOM series, short series beside a CT (but no localisers), and files that a
+    DICOMDIR lists but that are not there. Raises InputError when there is neither a CT nor anything left out, and as
+    :func:`find_cts`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -78,8 +88,9 @@ def search_cts(folder) -> tuple[list[CtSource], list[str]]:
             rest = [path for path in rest if may_lie_beside_slices(path)]  # any other is named when the folder is read
         left_out += _not_read(rest, [path for path, kind in kinds.items() if kind == "image"])
     left_out += _missing_of_dicomdir(folder, slices)
-    shared = _shared_series(slices)
-    left_out += shared.values()
+    series = _series(slices)
+    shared = _shared_series(series)
+    left_out += [*shared.values(), *_short_series(series)]
     found += [(root, "dicom") for root in slices if root not in shared]
     if not found and not left_out:
         raise InputError(
@@ -156,23 +167,27 @@ def _not_read(paths, headers) -> list[str]:
     ]
 
 
-def _shared_series(slices) -> dict[Path, str]:
-    """``{folder: sentence}`` of the folders that hold files of one DICOM series, which are no CTs of their own."""
-    if len(slices) < 2:
-        return {}
+def _series(slices) -> dict[Path, dict[Path, SeriesInfo]]:
+    """``{folder: {file: its series}}``; without pydicom empty, and without files that cannot be read."""
     try:
         import_pydicom("")
-    except InputError:  # said for each folder when it is read
+    except InputError:  # comes for each folder when it is read
         return {}
-    owners: dict[str, dict[Path, Path]] = defaultdict(dict)
+    found: dict[Path, dict[Path, SeriesInfo]] = {root: {} for root in slices}
     for root, paths in slices.items():
         for path in paths:
-            try:
-                uid = series_of(path)
-            except InputError:  # likewise
-                continue
-            if uid:
-                owners[uid].setdefault(root, path)
+            with contextlib.suppress(InputError):  # likewise
+                found[root][path] = series_of(path)
+    return found
+
+
+def _shared_series(series) -> dict[Path, str]:
+    """``{folder: sentence}`` of the folders that hold files of one DICOM series, which are no CTs of their own."""
+    owners: dict[str, dict[Path, Path]] = defaultdict(dict)
+    for root, files in series.items():
+        for path, info in files.items():
+            if info.uid:
+                owners[info.uid].setdefault(root, path)
     texts = {}
     for places in owners.values():
         for root, path in places.items() if len(places) > 1 else ():
@@ -181,6 +196,25 @@ def _shared_series(slices) -> dict[Path, str]:
                 f"{root}: holds files of the same DICOM series as {other.parent} ({path.name} and {other.name} have one"
                 " SeriesInstanceUID); expected one series per folder, whole: put them together, or take copies away"
             )
+    return texts
+
+
+def _short_series(series) -> list[str]:
+    """A sentence for each short series of CT slices (no localiser) beside a long one, without which that is read."""
+    texts = []
+    for files in series.values():
+        counts = Counter()
+        for info in files.values():
+            counts[info.uid] += info.frames
+        if max(counts.values(), default=0) < MIN_SERIES_SLICES:
+            continue
+        for uid in [uid for uid, count in counts.items() if 0 < count < MIN_SERIES_SLICES]:
+            paths = [path for path, info in files.items() if info.uid == uid and info.is_ct]
+            if paths:
+                texts.append(
+                    f"{paths[0]}: CT slice of a short DICOM series ({counts[uid]} slices) beside the CT of its folder,"
+                    f" which is read without it; expected {MIN_SERIES_SLICES} or more, in a folder of their own"
+                )
     return texts
 
 

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -206,9 +207,24 @@ def _get(path, header, key):
     return header.get(key)
 
 
-def series_of(path) -> str:
-    """SeriesInstanceUID of a DICOM file, empty where it states none; InputError when it cannot be read."""
-    return str(guarded(path, _get, read_header(path, ["SeriesInstanceUID"]), "SeriesInstanceUID") or "")
+class SeriesInfo(NamedTuple):
+    """Which series a file belongs to, how many frames it holds (0: no image), and whether they are slices of a CT."""
+
+    uid: str
+    frames: int
+    is_ct: bool
+
+
+def series_of(path) -> SeriesInfo:
+    """What a DICOM file belongs to; CT images that say LOCALIZER are no slices. InputError when it cannot be read."""
+    tags = ["SeriesInstanceUID", "SOPClassUID", "ImageType", "Rows", "NumberOfFrames"]
+
+    def info(path, header):
+        frames = 0 if header.get("Rows") is None else _count(path, header)
+        slices = header.get("SOPClassUID") in CT_CLASSES and "LOCALIZER" not in (header.get("ImageType") or [])
+        return SeriesInfo(str(header.get("SeriesInstanceUID") or ""), frames, bool(frames and slices))
+
+    return guarded(path, info, read_header(path, tags))
 
 
 def files_of_dicomdir(path) -> list[str]:

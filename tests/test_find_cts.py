@@ -111,6 +111,25 @@ def test_a_series_in_two_folders_is_named_with_both(tmp_path):
     assert all("DIR01" in text and "DIR02" in text and "same DICOM series" in text for text in texts)
 
 
+def test_a_short_series_beside_a_ct_is_named_but_a_localiser_is_none(tmp_path):
+    pytest.importorskip("pydicom")
+    from dicom_cases import lps_ct, write_slices
+
+    ct = lps_ct()
+
+    def localiser(data, k):
+        data.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+    write_slices(tmp_path / "ct", ct)
+    for series, change in ((2, localiser), (3, None)):
+        folder = write_slices(tmp_path / f".{series}", ct, change, only=[4, 5], series=series)
+        for path in sorted(folder.iterdir()):
+            path.rename(tmp_path / "ct" / f"{series}_{path.name}")
+    sources, (text,) = search_cts(tmp_path)
+    assert [source.patient_id for source in sources] == ["ct"]
+    assert text.startswith(f"{tmp_path}/ct/3_im028.dcm: CT slice of a short DICOM series (2 slices)")
+
+
 def test_files_that_a_dicomdir_lists_must_be_there(tmp_path):
     pydicom = pytest.importorskip("pydicom")
     from dicom_cases import base, lps_ct, write_slices

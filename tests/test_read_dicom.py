@@ -216,29 +216,37 @@ def test_a_sign_in_the_highest_stored_bit_is_seen(tmp_path):
     same(read_ct(write_slices(tmp_path, ct, change)), ct)
 
 
-@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000", "RLE"])
-def test_compressed_slices_are_scaled_once(tmp_path, compressor):
+def compress(data, compressor, place):
+    """Compress the pixels of a dataset: RLE by pydicom, else by SimpleITK."""
+    if compressor == "RLE":
+        data.compress(pydicom.uid.RLELossless)
+        return
     sitk = pytest.importorskip("SimpleITK")
-    ct, number = lps_ct(), iter(range(100))
+    shape = (int(data.get("NumberOfFrames", 1)), data.Rows, data.Columns)
+    writer = sitk.ImageFileWriter()
+    writer.UseCompressionOn()
+    writer.SetCompressor(compressor)
+    writer.SetFileName(str(place / "packed.dcm"))
+    writer.Execute(sitk.GetImageFromArray(np.frombuffer(data.PixelData, "<u2").reshape(shape)))
+    packed = pydicom.dcmread(place / "packed.dcm")
+    assert packed.file_meta.TransferSyntaxUID.is_compressed
+    data.file_meta.TransferSyntaxUID = packed.file_meta.TransferSyntaxUID
+    data["PixelData"] = packed["PixelData"]
+
+
+@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000", "RLE"])
+def test_compressed_slices_and_frames_are_scaled_once(tmp_path, compressor):
+    ct = lps_ct()
     ct.data -= ct.data % 2
 
     def change(data, k):
         data.RescaleSlope = "2"
         set_pixels(data, ct.data[:, :, k].T, 2)
-        if compressor == "RLE":
-            data.compress(pydicom.uid.RLELossless)
-            return
-        writer = sitk.ImageFileWriter()
-        writer.UseCompressionOn()
-        writer.SetCompressor(compressor)
-        writer.SetFileName(str(tmp_path / f"{next(number)}.dcm"))
-        writer.Execute(sitk.GetImageFromArray(np.frombuffer(data.PixelData, "<u2").reshape(1, 18, 20)))
-        packed = pydicom.dcmread(writer.GetFileName())
-        assert packed.file_meta.TransferSyntaxUID.is_compressed
-        data.file_meta.TransferSyntaxUID = packed.file_meta.TransferSyntaxUID
-        data["PixelData"] = packed["PixelData"]
+        compress(data, compressor, tmp_path)
 
     same(read_ct(write_slices(tmp_path / "ct", ct, change)), ct)
+    frames = tmp_path / "frames" / "e.dcm"
+    same(read_ct(write_frames(frames, ct, SHUFFLED, [2.0] * 10, lambda data: compress(data, compressor, tmp_path))), ct)
 
 
 def test_files_without_preamble_notes_and_pictures_beside_slices(tmp_path):
