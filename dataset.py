@@ -375,7 +375,7 @@ class PatientDataset(Dataset):
                         warnings.warn(f"{path}: {note}", stacklevel=2)
                 images.append(xray.pixels)
         names = [str(path or f"{patient.id} (rendered)") for path in patient.xrays]
-        check_spacings(list(read.values()), list(read))
+        check_spacings(read)
         check_views(images[0], images[1], names)
         return np.round(np.stack(images) * 65535.0).astype(np.uint16)
 

@@ -77,7 +77,7 @@ class Pipeline:
             xrays[source] = xray
             if normalization == "manifest":
                 self.notes += [f"{source}: {note}" for note in _brightness_notes(xray.pixels, view)]
-        check_spacings(list(xrays.values()), list(xrays))
+        check_spacings(xrays)
         if check:
             names = [str(s) if isinstance(s, str | Path) else n for s, n in zip((pa, lateral), ("pa", "lateral"))]
             self.notes += check_views(images[0], images[1], names)

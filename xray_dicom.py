@@ -87,8 +87,8 @@ def decode_dicom(path, view: int, check_shape) -> StoredXray:
     check_shape: called with ``(rows, columns)`` before memory is taken. Applied in DICOM's order (PS3.4, N.2):
     Modality LUT or Rescale Slope and Intercept, VOI LUT tables and sigmoids (a linear window only clips: left out),
     MONOCHROME1. Padding is NaN.
-    Raises :class:`InputError` naming the file: unreadable, no X-ray, in colour, several frames, a header that contradicts
-    the pixels or itself, the other view, compressed without a decoder at hand, without pydicom.
+    Raises :class:`InputError` naming the file: unreadable, no X-ray, in colour, several frames, a header that
+    contradicts the pixels or itself, the other view, compressed without a decoder at hand, without pydicom.
     """
     try:
         import pydicom
@@ -133,7 +133,7 @@ def _values(path, data, check_shape):
     else:
         slope, intercept = _number(data, "RescaleSlope", 1.0), _number(data, "RescaleIntercept", 0.0)
         if not (0 < abs(slope) < MAX_VALUE and abs(intercept) < MAX_VALUE):
-            raise InputError(f"{path}: RescaleSlope is {slope:g}, RescaleIntercept {intercept:g}; expected other numbers")
+            raise InputError(f"{path}: RescaleSlope is {slope:g}, RescaleIntercept {intercept:g}; expected a slope")
         values = values.astype(np.float64) * slope + intercept
         low, high = sorted((low * slope + intercept, high * slope + intercept))
     if data.get("VOILUTSequence"):

@@ -41,7 +41,7 @@ SWAPPED_WIDTH_RATIO = 1.05
 
 @dataclass
 class XrayImage:
-    """One X-ray: ``pixels`` (H, W) float32 in [0, 1], what was done to it in words, whether its scale is known in mm."""
+    """One X-ray: ``pixels`` (H, W) float32 in [0, 1]; what was done to it, in words; is its pixel spacing known?"""
 
     pixels: np.ndarray
     notes: list[str] = field(default_factory=list)
@@ -88,11 +88,15 @@ def read_xray(
         header, it is cut or padded to the part of the patient that this geometry's detector sees; otherwise the whole
         picture is taken for that. acquisition: spacing and distances, in place of what the file says.
 
-    Only pixels are taken from a file: no text of a header gets into the result or its notes.
+    Padding (by a DICOM header) and wholly transparent pixels have no part in a normalization and become air. EXIF
+    orientation, WhiteIsZero and what a DICOM header says of its pixels are used (:mod:`xray_picture`,
+    :mod:`xray_dicom`). Only pixels are taken from a file: no text of a header gets into the result or its notes.
     Raises :class:`InputError` naming the file: missing, truncated, damaged, of an unknown format, 1 bit, not one
-    2D picture, the other view or none of a chest (by a DICOM header), smaller than 32 or (by its header, before memory
-    is taken) larger than 8192 pixels, all black or constant, NaN or infinity, bone dark instead of bright (seen on 9 of
-    10 inverted chests, where the body leaves air at the sides), a pixel spacing that cannot be.
+    2D picture (several pages or frames), partly transparent, in print colours, the other view or no X-ray (by a DICOM
+    header), smaller than 32 or (by its header, before memory is taken) larger than 8192 pixels, all black or constant,
+    with ``"manifest"`` beyond or within a sixteenth of the scale, NaN or infinity, bone dark instead of bright (seen on
+    9 of 10 inverted chests, where the body leaves air at the sides), a pixel spacing that cannot be, pixels that are
+    not square.
     """
     path = Path(path)
     if normalization not in NORMALIZATIONS:
@@ -272,16 +276,16 @@ def body_width(pixels: np.ndarray) -> float:
     return float((pixels > 0.15 * np.percentile(pixels, 99)).mean())
 
 
-def check_spacings(xrays: list[XrayImage], names) -> None:
-    """Raise :class:`InputError` where the pixel spacing of some views is known, that of others is not.
+def check_spacings(views: dict[str | os.PathLike, XrayImage]) -> None:
+    """Raise :class:`InputError` where the pixel spacing of one file is known and that of another is not.
 
-    Each alone would be brought to another scale of the patient. ``names`` are for the message.
+    Only the one would be brought to the model's scale: the views would no longer show the patient at one scale.
     """
-    known = [xray.spacing_known for xray in xrays]
-    if any(known) and not all(known):
+    known, unknown = ([path for path, xray in views.items() if xray.spacing_known is kind] for kind in (True, False))
+    if known and unknown:
         raise InputError(
-            f"{names[known.index(False)]}: its pixel spacing is missing, that of {names[known.index(True)]} is known;"
-            " expected it of both views or of none (--pixel-spacing-mm gives it)"
+            f"{unknown[0]}: its pixel spacing is missing, that of {known[0]} is known; expected it of both views or of"
+            " none (--pixel-spacing-mm gives it)"
         )
 
 
