@@ -41,7 +41,8 @@ def decode_picture(path, check_shape) -> StoredXray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged metadata
-            with Image.open(path) as picture:
+            # By its path, Pillow maps a TIFF into memory and garbles one that lies on its side.
+            with open(path, "rb") as stream, Image.open(stream) as picture:
                 check_shape(picture.size)
                 _check_kind(path, picture)
                 return _decode(path, picture)
@@ -79,10 +80,10 @@ def _check_kind(path, picture) -> None:
     if mode not in COLOUR and mode not in GREY:
         raise InputError(f"{path}: a picture of mode {mode}; expected 8 or 16 bit grey, or RGB")
     for key in ("dpi", "resolution", "aspect", "jfif_density"):
-        across, down = picture.info.get(key) or (1, 1)
+        across, down = (float(value) for value in picture.info.get(key) or (1, 1))
         if across > 0 and down > 0 and abs(across - down) > 0.01 * down:
             raise InputError(
-                f"{path}: its resolution is {float(across):g} across and {float(down):g} down; expected square pixels"
+                f"{path}: its resolution is {across:g} across and {down:g} down; expected square pixels"
             )
 
 
