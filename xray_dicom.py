@@ -356,11 +356,12 @@ def _acquisition(path, data, notes) -> Acquisition:
     imager = data.get("ImagerPixelSpacing") or data.get("NominalScannedPixelSpacing")
     spacing = imager or data.get("PixelSpacing") or data.get("PixelAspectRatio")
     spacing = [float(value) for value in spacing] if spacing else []
+    edge = spacing[0] if imager or data.get("PixelSpacing") else None
     if len(spacing) == 2 and abs(spacing[0] - spacing[1]) > 0.01 * spacing[0]:
-        raise InputError(f"{path}: its pixels are {spacing[0]:g} x {spacing[1]:g} mm; expected square ones")
+        unit = "" if edge is None else " mm"
+        raise InputError(f"{path}: its pixels are {spacing[0]:g} x {spacing[1]:g}{unit}; expected square ones")
     at_patient = not imager and data.get("PixelSpacingCalibrationType") in ("GEOMETRY", "FIDUCIAL")
     sdd, sid = _number(data, "DistanceSourceToDetector"), None
-    edge = spacing[0] if spacing and (imager or data.get("PixelSpacing")) else None
     magnification = _number(data, "EstimatedRadiographicMagnificationFactor")
     if magnification and 1 <= magnification < 10:
         if sdd:

@@ -11,7 +11,7 @@ import xray_io
 from files import InputError
 from projector import Geometry, hu_to_unit, render_xrays
 from xray_dicom import Acquisition
-from xray_io import REFERENCE_PERCENTILES, body_width, check_views, read_xray, write_png16
+from xray_io import REFERENCE_PERCENTILES, body_width, check_spacings, check_views, read_xray, write_png16
 
 # ------------------------------------------------------------------------------------------------
 # Formats and scales
@@ -216,6 +216,40 @@ def test_the_projects_own_xrays_fill_the_field_exactly(tmp_path):
     assert xray.notes == []
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"ImagerPixelSpacing": [1.0, 1.0], "PixelSpacing": [0.8, 0.8]},  # the detector's goes before a calibrated one
+        {"PixelSpacing": [1.0, 1.0]},
+        {"NominalScannedPixelSpacing": [1.0, 1.0], "PixelSpacing": [3.0, 3.0]},
+        {"PixelSpacing": [1600 / 1800] * 2, "PixelSpacingCalibrationType": "GEOMETRY"},  # of the patient's plane
+        {"ImagerPixelSpacing": [1.0, 1.0], "EstimatedRadiographicMagnificationFactor": "1.125"},  # 1800 / 1600
+    ],
+)
+def test_each_spacing_belongs_to_its_plane(tmp_path, header):
+    stored = box(100 * 1800 / 1600, 1.0, (500, 500))
+    path = write_dicom(tmp_path / "x.dcm", stored, **header)
+    xray = read_xray(path, size=256, geometry=GEOMETRY)
+    assert blob_width_mm(xray.pixels) == pytest.approx(100, abs=3)
+    assert xray.spacing_known
+    own = read_xray(path, size=256, geometry=GEOMETRY, acquisition=Acquisition(2.0)).pixels  # of the detector, always
+    assert blob_width_mm(own) == pytest.approx(200, abs=3)
+
+
+def test_a_spacing_of_one_file_only_is_refused_naming_the_other(tmp_path):
+    stored = np.rint(picture(full=4000)).astype(np.uint16)
+    paths = [write_dicom(tmp_path / "a.dcm", stored, ImagerPixelSpacing=[8.0, 8.0]), tmp_path / "b.npy"]
+    np.save(paths[1], picture())
+    for acquisition, refusal in ((None, True), (Acquisition(8.0), False)):
+        views = {path: read_xray(path, geometry=GEOMETRY, acquisition=acquisition) for path in paths}
+        if refusal:
+            with pytest.raises(InputError, match=r"b\.npy: its pixel spacing is missing, that of .*a\.dcm is known"):
+                check_spacings(views)
+        else:
+            check_spacings(views)
+        check_spacings({paths[0]: views[paths[0]]})
+
+
 def test_impossible_spacings_and_distances_are_named(tmp_path):
     stored = np.rint(picture(full=4000)).astype(np.uint16)
     tiny = write_dicom(tmp_path / "x.dcm", stored, ImagerPixelSpacing=[0.01, 0.01])
@@ -223,6 +257,8 @@ def test_impossible_spacings_and_distances_are_named(tmp_path):
         read_xray(tiny, geometry=GEOMETRY)
     oblong = write_dicom(tmp_path / "y.dcm", stored, ImagerPixelSpacing=[0.2, 0.4])
     refused(oblong, r"y\.dcm: its pixels are 0\.2 x 0\.4 mm; expected square ones")
+    aspect = write_dicom(tmp_path / "z.dcm", stored, PixelAspectRatio=["2", "1"])
+    refused(aspect, r"z\.dcm: its pixels are 2 x 1; expected square ones")
     with pytest.raises(InputError, match="--sid-mm is 1600, beyond the detector"):
         Acquisition(1.0, 1500.0, 1600.0)
     with pytest.raises(InputError, match="--pixel-spacing-mm is -1"):

@@ -30,6 +30,7 @@ def refused(path, match, **options):
 
 
 def write_dicom(path, pixels, photometric="MONOCHROME2", **tags):
+    """A DICOM X-ray of 12 bits in 16, signed where a pixel is negative; ``tags`` go before the usual ones."""
     pydicom = pytest.importorskip("pydicom")
     meta = pydicom.dataset.FileMetaDataset()
     meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -39,9 +40,22 @@ def write_dicom(path, pixels, photometric="MONOCHROME2", **tags):
     data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     data.Rows, data.Columns = pixels.shape
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, photometric
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
-    data.PixelData = pixels.astype("<u2").tobytes()
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, int(pixels.min() < 0)
+    data.PixelData = pixels.astype("<i2" if pixels.min() < 0 else "<u2").tobytes()
     for name, value in tags.items():
         setattr(data, name, value)
     data.save_as(path)
     return path
+
+
+def lut(entries, first=0, depth=16, vr="OW", count=None, order="<"):
+    """An item of a Modality or VOI LUT Sequence; ``vr`` of its data, ``count`` as the descriptor says it."""
+    pydicom = pytest.importorskip("pydicom")
+    item = pydicom.Dataset()
+    count = len(entries) if count is None else count
+    item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [count, first, depth])
+    entries = np.asarray(entries)
+    value = entries.astype(f"{order}u2").tobytes() if vr == "OW" else [int(value) for value in entries]
+    item.add_new("LUTData", vr, value)
+    item.ModalityLUTType = "US"
+    return item
