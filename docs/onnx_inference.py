@@ -17,7 +17,7 @@ about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_m
 pictures = [Image.open(name) for name in (pa, lateral)]
 for p in pictures:
     plain = p.format == "PNG" and p.mode in ("L", "I;16") and p.width == p.height and not p.is_animated
-    if not plain or p.has_transparency_data or p.getexif():
+    if not plain or p.has_transparency_data or p.getexif().get(274, 1) != 1:  # EXIF orientation
         sys.exit(f"{p.filename}: expected a square grey PNG of 8 or 16 bit, upright and opaque, bone bright")
 pixels = [np.asarray(p) for p in pictures]
 images = [Image.fromarray((p / np.iinfo(p.dtype).max).astype(np.float32)) for p in pixels]
