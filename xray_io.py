@@ -105,26 +105,13 @@ def read_xray(
         raise InputError(f"{path}: no such X-ray file")
     decoded = _decode(path, view)
     raw, full_scale, notes = decoded.pixels, decoded.full_scale, decoded.notes
-    if raw.ndim != 2 or min(raw.shape) < MIN_SIZE:
-        raise InputError(f"{path}: shape {raw.shape}; expected one grey picture of at least {MIN_SIZE} x {MIN_SIZE}")
-    _check_edges(path, raw.shape)
-    outside = np.isnan(raw)
-    if outside.all():
-        raise InputError(f"{path}: every pixel is padding or transparent; expected an X-ray")
-    if outside.any():
-        notes.append(f"{outside.mean():.1%} of the pixels are padding or transparent: taken for air")
-    low, high = float(np.nanmin(raw)), float(np.nanmax(raw))
-    if max(abs(low), abs(high)) > MAX_VALUE:
-        raise InputError(f"{path}: values {low:g} to {high:g}; expected an X-ray")
-    if high == low:
-        what = "all black" if high == 0 else f"constant ({high:g})"
-        raise InputError(f"{path}: the picture is {what}; expected an X-ray")
+    outside, shown = _checked(path, raw, notes)
     if invert:
         raw = full_scale - raw
         notes.append("inverted")
     pixels = _normalise(path, raw, full_scale, normalization, view)
+    _check_polarity(path, pixels[shown])
     pixels = np.where(outside, np.nanmin(pixels), pixels)
-    _check_polarity(path, pixels)
     known = (acquisition or Acquisition()).over(decoded.acquisition)
     if geometry is not None and known.pixel_spacing_mm is not None:
         pixels = _fit_field(path, pixels, known, geometry, notes)
@@ -147,6 +134,32 @@ def _decode(path: Path, view: int) -> StoredXray:
     if suffix in (".dcm", ".dicom") or is_dicom(path):
         return decode_dicom(path, view, lambda shape: _check_edges(path, shape))
     raise InputError(f"{path}: unknown X-ray format; expected {', '.join(PICTURES)}, .npy or DICOM")
+
+
+def _checked(path, raw, notes):
+    """Raise :class:`InputError` for what is no X-ray of any scale.
+
+    Returns where there is padding, and the index of the part that has other rows and columns than padding.
+    """
+    if raw.ndim != 2 or min(raw.shape) < MIN_SIZE:
+        raise InputError(f"{path}: shape {raw.shape}; expected one grey picture of at least {MIN_SIZE} x {MIN_SIZE}")
+    _check_edges(path, raw.shape)
+    outside = np.isnan(raw)
+    shown = np.ix_(~outside.all(axis=1), ~outside.all(axis=0))
+    if min(raw[shown].shape) < MIN_SIZE:
+        rows, columns = raw[shown].shape
+        raise InputError(
+            f"{path}: {rows} x {columns} without padding and transparent pixels; expected {MIN_SIZE} x {MIN_SIZE}"
+        )
+    if outside.any():
+        notes.append(f"{outside.mean():.1%} of the pixels are padding or transparent: taken for air")
+    low, high = float(np.nanmin(raw)), float(np.nanmax(raw))
+    if max(abs(low), abs(high)) > MAX_VALUE:
+        raise InputError(f"{path}: values {low:g} to {high:g}; expected an X-ray")
+    if high == low:
+        what = "all black" if high == 0 else f"constant ({high:g})"
+        raise InputError(f"{path}: the picture is {what}; expected an X-ray")
+    return outside, shown
 
 
 def _check_edges(path, shape) -> None:
@@ -188,12 +201,17 @@ def _match_histogram(path, raw, view) -> np.ndarray:
 
 
 def _check_polarity(path, pixels) -> None:
-    """Air beside the body is dark where bone is bright: a border far brighter than the middle is inverted."""
+    """Air beside the body is dark where bone is bright: a border far brighter than the middle is inverted.
+
+    ``pixels`` without rows and columns of padding, which would pass for air.
+    """
     rows, columns = pixels.shape
     edge = max(1, columns // 32)
-    border = np.median(np.concatenate([pixels[:, :edge], pixels[:, -edge:]], axis=1))
-    middle = np.median(pixels[rows // 4 : -rows // 4, columns // 4 : -columns // 4])
-    if border > middle + 0.25 * (pixels.max() - pixels.min()):
+    border = np.concatenate([pixels[:, :edge], pixels[:, -edge:]], axis=1)
+    middle = pixels[rows // 4 : -rows // 4, columns // 4 : -columns // 4]
+    border, middle = (part[np.isfinite(part)] for part in (border, middle))
+    span = np.nanmax(pixels) - np.nanmin(pixels)
+    if len(middle) and np.median(border) > np.median(middle) + 0.25 * span:
         raise InputError(
             f"{path}: bone looks dark and air bright; expected bone bright (invert the picture, or pass --invert)"
         )

@@ -249,11 +249,17 @@ def test_padding_is_air_and_decides_nothing(tmp_path, kind, normalization):
 
 
 def test_padding_alone_is_no_picture_and_is_turned_with_it(tmp_path):
-    refused(write_dicom(tmp_path / "x.dcm", np.full((40, 40), 7), PixelPaddingValue=7), "every pixel is padding")
+    refused(write_dicom(tmp_path / "x.dcm", np.full((40, 40), 7), PixelPaddingValue=7), ": 0 x 0 without padding")
     padded = np.concatenate([np.full((24, 48), 4095), 20 + STORED])
     tags = {"PixelPaddingValue": 4095, "PatientOrientation": ["L", "H"]}
     turned = read_xray(write_dicom(tmp_path / "x.dcm", padded, **tags)).pixels
     assert turned[-24:].max() == turned.min()
+
+
+def test_padding_does_not_pass_for_the_air_beside_a_body(tmp_path):
+    padded = np.pad(4095 - STORED, 16, constant_values=0)
+    inverted = write_dicom(tmp_path / "x.dcm", padded, PixelPaddingValue=0)
+    refused(inverted, "bone looks dark and air bright", normalization="percentile")
 
 
 # ------------------------------------------------------------------------------------------------

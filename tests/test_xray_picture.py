@@ -145,7 +145,7 @@ def test_transparency_that_cannot_be_told_is_refused(tmp_path):
     Image.merge("LA", (grey, Image.new("L", grey.size, 128))).save(tmp_path / "half.png")
     refused(tmp_path / "half.png", "partly transparent pixels; expected opaque or wholly transparent")
     Image.merge("LA", (grey, Image.new("L", grey.size, 0))).save(tmp_path / "none.png")
-    refused(tmp_path / "none.png", "every pixel is padding or transparent")
+    refused(tmp_path / "none.png", "0 x 0 without padding and transparent pixels; expected 32 x 32")
     rows = [np.repeat(row, 3).astype(">u2").tobytes() for row in sixteen()]
     refused(write_png(tmp_path / "key.png", 16, 2, rows, b"\xff" * 6), "16-bit colours, one of them transparent")
 
