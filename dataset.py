@@ -26,7 +26,7 @@ from ct_io import cube_affine, read_array_cube, read_cube
 from files import InputError, atomic_path, check_patient_id, read_json, run_cli, shown, stays_inside
 from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 from splits import SPLITS, check_split, split_by_hash, split_hash
-from xray_io import check_views, read_xray
+from xray_io import check_spacings, check_views, read_xray
 
 MANIFEST = "dataset.json"
 MANIFEST_VERSION = 1
@@ -35,7 +35,7 @@ XRAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".dcm")
 VIEW_NAMES = (("_pa_drr", "_pa", "_frontal"), ("_lat_drr", "_lat", "_lateral"))
 CUBE_SIZE = 256  # resolution at which a CT without a manifest is sampled
 MAX_CUBE_SIZE = 1024  # 4 GiB as float32
-CACHE_VERSION = 1  # raised when the cached arrays' meaning changes
+CACHE_VERSION = 2  # raised when the cached arrays' meaning changes
 CHECKSUM_BYTES = 4
 CHUNK = 1 << 20  # bytes read at a time for a checksum
 # What readers of images and arrays raise on damaged files, besides InputError.
@@ -358,7 +358,7 @@ class PatientDataset(Dataset):
         )
 
     def _read_xrays(self, patient):
-        images, rendered = [], None
+        images, rendered, read = [], None, {}
         for view, path in enumerate(patient.xrays):
             if path is None:
                 if rendered is None:
@@ -368,12 +368,14 @@ class PatientDataset(Dataset):
                 image = torch.nn.functional.interpolate(rendered[None, view : view + 1], self.xray_size, mode="area")
                 images.append(image[0, 0].clip(0, 1).numpy())
             else:
-                xray = read_xray(path, normalization=self._normalization, size=self.xray_size, view=view)
+                xray = read_xray(path, self._normalization, self.xray_size, view, geometry=self.geometry)
+                read[path] = xray
                 for note in xray.notes:
                     if not self.has_manifest:
                         warnings.warn(f"{path}: {note}", stacklevel=2)
                 images.append(xray.pixels)
         names = [str(path or f"{patient.id} (rendered)") for path in patient.xrays]
+        check_spacings(read)
         check_views(images[0], images[1], names)
         return np.round(np.stack(images) * 65535.0).astype(np.uint16)
 

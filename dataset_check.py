@@ -43,7 +43,7 @@ from xray_comparison import (
     render,
     resize,
 )
-from xray_io import PICTURES, read_xray
+from xray_io import PICTURES, XrayImage, check_spacings, read_xray
 
 VIEW_CHECKS = ("PA X-ray", "lateral X-ray")
 RENDER_SIZE = 128  # voxels and pixels per edge at which X-rays are compared, at most
@@ -498,12 +498,14 @@ def _check_xrays(folder, volume, settings, prints) -> list[Finding]:
     size = volume.unit.shape[0]
     rendered = render(volume.unit, settings.geometry, settings)
     prints.renders[folder.id] = np.stack([resize(image, min(size, PRINT_SIZE)) for image in rendered])
-    findings, others = [], []
+    findings, others, read = [], [], {}
     for view, path in enumerate(folder.xrays):
         status, text = UNKNOWN, "not checked: there is no X-ray"
         try:
             if path is not None:
-                stored, notes = _read_stored(path, size, view, settings)
+                read[path], notes = _read_stored(path, size, view, settings)
+                check_spacings(read)
+                stored = read[path].pixels
                 status, text = compare_xray(stored, rendered, view, linear=settings.present)
                 if status == FAILED and not text:
                     others = others or list(other_geometries(volume.unit, settings))
@@ -518,15 +520,16 @@ def _check_xrays(folder, volume, settings, prints) -> list[Finding]:
     return findings
 
 
-def _read_stored(path, size, view, settings) -> tuple[np.ndarray, list[str]]:
+def _read_stored(path, size, view, settings) -> tuple[XrayImage, list[str]]:
     """The stored picture at ``size`` pixels; a picture refused for its polarity is inverted, and noted."""
     options = {"normalization": "manifest" if settings.present else "percentile", "size": size, "view": view}
+    options["geometry"] = settings.geometry
     try:
-        return read_xray(path, **options).pixels, []
+        return read_xray(path, **options), []
     except InputError as error:
         if "invert" not in str(error):
             raise
-        return read_xray(path, invert=True, **options).pixels, ["inverted (bone dark, air bright)"]
+        return read_xray(path, invert=True, **options), ["inverted (bone dark, air bright)"]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from pipeline import DirectSystem, add_tile_argument
 from projector import unit_to_hu
 from volume_output import FORMATS, check_output, write_volume
 from xray_dicom import Acquisition
-from xray_io import NORMALIZATIONS, REFERENCE_PERCENTILES, check_views, read_xray
+from xray_io import NORMALIZATIONS, REFERENCE_PERCENTILES, check_spacings, check_views, read_xray
 
 XraySource = str | PathLike | np.ndarray | torch.Tensor  # a file, or an array (H, H) in [0, 1]
 
@@ -59,11 +59,12 @@ class Pipeline:
         """Two X-ray files or arrays (H, W) in [0, 1] -> ``(2, S, S)`` float32 at the model's resolution.
 
         normalization, invert: see :func:`xray_io.read_xray`. acquisition: pixel spacing and distances of the files, in
-        place of what a DICOM header says. Raises :class:`InputError` naming the file for anything unusable, and for
-        swapped views (``check``). What was done to the pictures is left in ``notes``.
+        place of what a DICOM header says; an array shows what the model's detector sees. Raises :class:`InputError`
+        naming the file for anything unusable, for a pixel spacing that is known of one file only, and for swapped views
+        (``check``). What was done to the pictures is left in ``notes``.
         """
         size = self.system.xray_size
-        self.notes, images = list(self.system.notes), []
+        self.notes, images, xrays = list(self.system.notes), [], {}
         for view, source in enumerate((pa, lateral)):
             if isinstance(source, np.ndarray | torch.Tensor):
                 images.append(_array_view(source, view, size))
@@ -73,8 +74,10 @@ class Pipeline:
             )
             self.notes += [f"{source}: {note}" for note in xray.notes]
             images.append(xray.pixels)
+            xrays[source] = xray
             if normalization == "manifest":
                 self.notes += [f"{source}: {note}" for note in _brightness_notes(xray.pixels, view)]
+        check_spacings(xrays)
         if check:
             names = [str(s) if isinstance(s, str | Path) else n for s, n in zip((pa, lateral), ("pa", "lateral"))]
             self.notes += check_views(images[0], images[1], names)

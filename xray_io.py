@@ -7,7 +7,6 @@ pa = read_xray("ID_pa_drr.png", size=512).pixels
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from files import InputError, atomic_path, read_npy, shown_name
-from xray_dicom import MAX_VALUE, Acquisition, DicomXray, decode_dicom, is_dicom
+from files import InputError, atomic_path
+from xray_dicom import MAX_VALUE, Acquisition, StoredXray, decode_dicom, is_dicom
+from xray_picture import decode_array, decode_picture
 
 if TYPE_CHECKING:
     from projector import Geometry  # it imports torch, which reading pictures does not need
@@ -41,10 +41,11 @@ SWAPPED_WIDTH_RATIO = 1.05
 
 @dataclass
 class XrayImage:
-    """One X-ray: ``pixels`` (H, W) float32 in [0, 1], and what was done to it, in words."""
+    """One X-ray: ``pixels`` (H, W) float32 in [0, 1]; what was done to it, in words; is its pixel spacing known?"""
 
     pixels: np.ndarray
     notes: list[str] = field(default_factory=list)
+    spacing_known: bool = False
 
 
 def write_png16(path: str | os.PathLike, image01) -> None:
@@ -87,11 +88,15 @@ def read_xray(
         header, it is cut or padded to the part of the patient that this geometry's detector sees; otherwise the whole
         picture is taken for that. acquisition: spacing and distances, in place of what the file says.
 
-    Only pixels are taken from a file: no text of a header gets into the result or its notes.
+    Padding (by a DICOM header) and wholly transparent pixels have no part in a normalization and become air. EXIF
+    orientation, WhiteIsZero and what a DICOM header says of its pixels are used (:mod:`xray_picture`,
+    :mod:`xray_dicom`). Only pixels are taken from a file: no text of a header gets into the result or its notes.
     Raises :class:`InputError` naming the file: missing, truncated, damaged, of an unknown format, 1 bit, not one
-    2D picture, the other view or none of a chest (by a DICOM header), smaller than 32 or (by its header, before memory
-    is taken) larger than 8192 pixels, all black or constant, NaN or infinity, bone dark instead of bright (seen on 9 of
-    10 inverted chests, where the body leaves air at the sides), a pixel spacing that cannot be.
+    2D picture (several pages or frames), partly transparent, in print colours, the other view or no X-ray (by a DICOM
+    header), smaller than 32 or (by its header, before memory is taken) larger than 8192 pixels, all black or constant,
+    with ``"manifest"`` beyond or within a sixteenth of the scale, NaN or infinity, bone dark instead of bright (seen on
+    9 of 10 inverted chests, where the body leaves air at the sides), a pixel spacing that cannot be, pixels that are
+    not square.
     """
     path = Path(path)
     if normalization not in NORMALIZATIONS:
@@ -100,84 +105,66 @@ def read_xray(
         raise InputError(f"{path}: no such X-ray file")
     decoded = _decode(path, view)
     raw, full_scale, notes = decoded.pixels, decoded.full_scale, decoded.notes
-    if raw.ndim != 2 or min(raw.shape) < MIN_SIZE:
-        raise InputError(f"{path}: shape {raw.shape}; expected one grey picture of at least {MIN_SIZE} x {MIN_SIZE}")
-    _check_edges(path, raw.shape)
-    if not np.isfinite(raw).all():
-        raise InputError(f"{path}: holds NaN or infinite pixels")
-    if np.abs(raw).max() > MAX_VALUE:
-        raise InputError(f"{path}: values {raw.min():g} to {raw.max():g}; expected an X-ray")
-    if raw.max() == raw.min():
-        what = "all black" if raw.max() == 0 else f"constant ({raw.max():g})"
-        raise InputError(f"{path}: the picture is {what}; expected an X-ray")
+    outside, shown = _checked(path, raw, notes)
     if invert:
         raw = full_scale - raw
         notes.append("inverted")
     pixels = _normalise(path, raw, full_scale, normalization, view)
-    _check_polarity(path, pixels)
+    _check_polarity(path, pixels[shown])
+    pixels = np.where(outside, np.nanmin(pixels), pixels)
     known = (acquisition or Acquisition()).over(decoded.acquisition)
     if geometry is not None and known.pixel_spacing_mm is not None:
         pixels = _fit_field(path, pixels, known, geometry, notes)
     if size is not None:
         pixels = _fit(pixels, size, notes)
-    return XrayImage(np.ascontiguousarray(pixels, dtype=np.float32), notes)
+    return XrayImage(np.ascontiguousarray(pixels, dtype=np.float32), notes, known.pixel_spacing_mm is not None)
 
 
 # ------------------------------------------------------------------------------------------------
 # Decoding
 
 
-def _decode(path: Path, view: int) -> DicomXray:
-    """Pixels as they are stored, bone bright where a header says how; of other formats only what DICOM's share."""
+def _decode(path: Path, view: int) -> StoredXray:
+    """Pixels as they are stored, bone bright where a header says how."""
     suffix = path.suffix.lower()
     if suffix in PICTURES:
-        return DicomXray(*_decode_picture(path), Acquisition())
+        return decode_picture(path, lambda shape: _check_edges(path, shape))
     if suffix == ".npy":
-        return DicomXray(*_decode_array(path), Acquisition())
+        return decode_array(path)
     if suffix in (".dcm", ".dicom") or is_dicom(path):
         return decode_dicom(path, view, lambda shape: _check_edges(path, shape))
     raise InputError(f"{path}: unknown X-ray format; expected {', '.join(PICTURES)}, .npy or DICOM")
 
 
+def _checked(path, raw, notes):
+    """Raise :class:`InputError` for what is no X-ray of any scale.
+
+    Returns where there is padding, and the index of the part that has other rows and columns than padding.
+    """
+    if raw.ndim != 2 or min(raw.shape) < MIN_SIZE:
+        raise InputError(f"{path}: shape {raw.shape}; expected one grey picture of at least {MIN_SIZE} x {MIN_SIZE}")
+    _check_edges(path, raw.shape)
+    outside = np.isnan(raw)
+    shown = np.ix_(~outside.all(axis=1), ~outside.all(axis=0))
+    if min(raw[shown].shape) < MIN_SIZE:
+        rows, columns = raw[shown].shape
+        raise InputError(
+            f"{path}: {rows} x {columns} without padding and transparent pixels; expected {MIN_SIZE} x {MIN_SIZE}"
+        )
+    if outside.any():
+        notes.append(f"{outside.mean():.1%} of the pixels are padding or transparent: taken for air")
+    low, high = float(np.nanmin(raw)), float(np.nanmax(raw))
+    if max(abs(low), abs(high)) > MAX_VALUE:
+        raise InputError(f"{path}: values {low:g} to {high:g}; expected an X-ray")
+    if high == low:
+        what = "all black" if high == 0 else f"constant ({high:g})"
+        raise InputError(f"{path}: the picture is {what}; expected an X-ray")
+    return outside, shown
+
+
 def _check_edges(path, shape) -> None:
     if max(shape, default=0) > MAX_EDGE:
         raise InputError(f"{path}: {' x '.join(map(str, shape))} pixels; expected at most {MAX_EDGE} per edge")
-
-
-def _decode_picture(path):
-    notes = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged metadata, which are not used
-            with Image.open(path) as picture:
-                _check_edges(path, picture.size)
-                picture.load()
-                mode = picture.mode
-                if mode in ("P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "PA"):
-                    notes.append(f"converted from colour ({mode}) to grey")
-                    picture = picture.convert("RGB").convert("L")
-                array = np.asarray(picture)
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's many formats raise whatever they stumble on in damaged bytes
-        raise InputError(f"{path}: not a readable picture, or truncated ({shown_name(str(error))})") from error
-    if mode == "1":
-        raise InputError(f"{path}: a 1-bit picture, black and white only; expected 8 or 16 bit grey")
-    scales = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0, np.dtype(np.int32): 65535.0}
-    if array.dtype.kind == "f":
-        return array.astype(np.float64), 1.0, notes
-    if array.dtype.newbyteorder("=") not in scales:
-        raise InputError(f"{path}: pixel type {array.dtype}; expected 8 or 16 bit grey")
-    return array.astype(np.float64), scales[array.dtype.newbyteorder("=")], notes
-
-
-def _decode_array(path):
-    array = read_npy(path)
-    if array.dtype.kind not in "uif":
-        raise InputError(f"{path}: array of {array.dtype}; expected numbers")
-    array = np.squeeze(array) if array.ndim > 2 else array
-    scale = {1: 255.0, 2: 65535.0}.get(array.dtype.itemsize, 1.0) if array.dtype.kind == "u" else 1.0
-    return array.astype(np.float64), scale, []
 
 
 # ------------------------------------------------------------------------------------------------
@@ -186,25 +173,25 @@ def _decode_array(path):
 
 def _normalise(path, raw, full_scale, normalization, view):
     if normalization == "percentile":
-        low, high = np.percentile(raw, [1, 99])
+        low, high = np.nanpercentile(raw, [1, 99])
         if high <= low:
             raise InputError(f"{path}: 98 % of the pixels have the same value; expected an X-ray")
         to_low, to_high = REFERENCE_PERCENTILES[view]
         return ((raw - low) / (high - low) * (to_high - to_low) + to_low).clip(0.0, 1.0)
     if normalization == "histogram":
         return _match_histogram(path, raw, view)
-    pixels = raw / full_scale
-    if pixels.min() < -1e-6 or pixels.max() > 1 + 1e-6:
+    low, high = float(np.nanmin(raw)), float(np.nanmax(raw))
+    if low < -1e-6 * full_scale or high > (1 + 1e-6) * full_scale or high - low < full_scale / 16:
         raise InputError(
-            f"{path}: values {raw.min():g} to {raw.max():g}; expected 0 to {full_scale:g}"
-            " (an X-ray of unknown scale needs the normalization 'percentile')"
+            f"{path}: values {low:g} to {high:g}; expected 0 to {full_scale:g}"
+            " (an X-ray of unknown scale, such as 12 bits in a file of 16, needs the normalization 'percentile')"
         )
-    return pixels.clip(0.0, 1.0)
+    return (raw / full_scale).clip(0.0, 1.0)
 
 
 def _match_histogram(path, raw, view) -> np.ndarray:
     """Piecewise linear between the percentiles of :data:`HISTOGRAM_PERCENTILES`: increasing, so order is kept."""
-    levels, where = np.unique(np.percentile(raw, HISTOGRAM_PERCENTILES), return_inverse=True)
+    levels, where = np.unique(np.nanpercentile(raw, HISTOGRAM_PERCENTILES), return_inverse=True)
     if len(levels) < 4:
         raise InputError(f"{path}: most pixels have the same value; expected an X-ray")
     reference = np.asarray(REFERENCE_HISTOGRAMS[view])
@@ -214,12 +201,17 @@ def _match_histogram(path, raw, view) -> np.ndarray:
 
 
 def _check_polarity(path, pixels) -> None:
-    """Air beside the body is dark where bone is bright: a border far brighter than the middle is inverted."""
+    """Air beside the body is dark where bone is bright: a border far brighter than the middle is inverted.
+
+    ``pixels`` without rows and columns of padding, which would pass for air.
+    """
     rows, columns = pixels.shape
     edge = max(1, columns // 32)
-    border = np.median(np.concatenate([pixels[:, :edge], pixels[:, -edge:]], axis=1))
-    middle = np.median(pixels[rows // 4 : -rows // 4, columns // 4 : -columns // 4])
-    if border > middle + 0.25 * (pixels.max() - pixels.min()):
+    border = np.concatenate([pixels[:, :edge], pixels[:, -edge:]], axis=1)
+    middle = pixels[rows // 4 : -rows // 4, columns // 4 : -columns // 4]
+    border, middle = (part[np.isfinite(part)] for part in (border, middle))
+    span = np.nanmax(pixels) - np.nanmin(pixels)
+    if len(middle) and np.median(border) > np.median(middle) + 0.25 * span:
         raise InputError(
             f"{path}: bone looks dark and air bright; expected bone bright (invert the picture, or pass --invert)"
         )
@@ -234,6 +226,7 @@ def _fit_field(path, pixels, acquisition: Acquisition, geometry: Geometry, notes
     wanted, spacing = geometry.detector_mm, acquisition.pixel_spacing_mm
     if geometry.kind == "cone":
         wanted *= geometry.sid_mm / geometry.sdd_mm
+    if geometry.kind == "cone" and not acquisition.spacing_at_patient:
         behind = geometry.sdd_mm - geometry.sid_mm
         sdd = acquisition.sdd_mm or geometry.sdd_mm
         sid = acquisition.sid_mm or sdd - behind
@@ -299,6 +292,19 @@ def _area_shares(edge: int, size: int) -> np.ndarray:
 def body_width(pixels: np.ndarray) -> float:
     """Mean width of the body as a share of the picture's width: pixels above 0.15 of the 99th percentile."""
     return float((pixels > 0.15 * np.percentile(pixels, 99)).mean())
+
+
+def check_spacings(views: dict[str | os.PathLike, XrayImage]) -> None:
+    """Raise :class:`InputError` where the pixel spacing of one file is known and that of another is not.
+
+    Only the one would be brought to the model's scale: the views would no longer show the patient at one scale.
+    """
+    known, unknown = ([path for path, xray in views.items() if xray.spacing_known is kind] for kind in (True, False))
+    if known and unknown:
+        raise InputError(
+            f"{unknown[0]}: its pixel spacing is missing, that of {known[0]} is known; expected it of both views or of"
+            " none (--pixel-spacing-mm gives it)"
+        )
 
 
 def check_views(pa: np.ndarray, lateral: np.ndarray, names=("the PA view", "the lateral view")) -> list[str]:

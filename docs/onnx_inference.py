@@ -14,7 +14,12 @@ from PIL import Image
 path, pa, lateral, output = sys.argv[1:]
 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
-pixels = [np.asarray(Image.open(name)) for name in (pa, lateral)]  # 16 or 8 bit grey, square, bone bright
+pictures = [Image.open(name) for name in (pa, lateral)]
+for p in pictures:
+    plain = p.format == "PNG" and p.mode in ("L", "I;16") and p.width == p.height and not p.is_animated
+    if not plain or p.has_transparency_data or p.getexif().get(274, 1) != 1:  # EXIF orientation
+        sys.exit(f"{p.filename}: expected a square grey PNG of 8 or 16 bit, upright and opaque, bone bright")
+pixels = [np.asarray(p) for p in pictures]
 images = [Image.fromarray((p / np.iinfo(p.dtype).max).astype(np.float32)) for p in pixels]
 xrays = np.stack([image.resize((about["xray_size"],) * 2, Image.Resampling.BOX) for image in images])[None]
 low, high = about["hu_window"]

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from tiny_data import make_dataset, make_hu
+from xray_cases import write_dicom
 
 from ct_io import cube_affine, write_cube
 from dataset import PatientDataset, mean_volume
+from dataset_check import FAILED, check_dataset
 from files import InputError
 from projector import Geometry, hu_to_unit, render_xrays
-from xray_io import write_png16
+from xray_io import read_xray, write_png16
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,24 @@ def test_a_folder_without_manifest_works_with_stated_defaults(tmp_path):
     expected = torch.nn.functional.interpolate(own, size=64, mode="area")[0].clip(0, 1)
     assert torch.allclose(items["c"]["xrays"], expected, atol=0.02)  # missing: rendered
     assert np.corrcoef(items["a"]["xrays"][0].ravel(), render_64(0)[0].ravel())[0, 1] > 0.99  # 8 bit: as given
+
+
+def test_xrays_with_a_pixel_spacing_are_read_as_a_reconstruction_reads_them(tmp_path):
+    by_hand(tmp_path, xrays=False)
+    spacing, paths = Geometry().detector_mm / 80, [tmp_path / "a" / f"a_{view}.dcm" for view in ("pa", "lat")]
+    for path, image in zip(paths, render_64(1)):
+        write_dicom(path, np.rint(4095 * image.clip(0, 1)), ImagerPixelSpacing=[spacing, spacing])
+    xrays = quiet(tmp_path, "all", 16, 64)[0]["xrays"].numpy()
+    for view, path in enumerate(paths):
+        expected = read_xray(path, "percentile", 64, view, geometry=Geometry()).pixels
+        assert xrays[view] == pytest.approx(expected, abs=1e-4)
+        assert np.abs(xrays[view] - read_xray(path, "percentile", 64, view).pixels).max() > 0.1
+    write_dicom(paths[1], np.rint(4095 * render_64(1)[1].clip(0, 1)))
+    with pytest.raises(InputError, match=r"patient a: .*a_lat\.dcm: its pixel spacing is missing"):
+        quiet(tmp_path, "all", 16, 64)[0]
+    failed = {finding.check: finding.message for finding in check_dataset(tmp_path) if finding.status == FAILED}
+    assert list(failed) == ["lateral X-ray"]
+    assert "a_lat.dcm: its pixel spacing is missing" in failed["lateral X-ray"]
 
 
 def render_64(seed):

@@ -39,6 +39,7 @@ from dataset import Manifest, PatientDataset, find_patients
 from files import InputError, is_plain_name, read_json, safe_name
 from hybrid_vit_cascade.settings import CascadeConfig, load_cascade_config
 from prepare_data import RECORD, check_output, finished_entry, patient_files
+from projector import Geometry
 from splits import SPLITS, check_split
 from xray_io import NORMALIZATIONS, read_xray
 
@@ -540,6 +541,111 @@ def dicom_bytes(**tags) -> bytes:
     stream = io.BytesIO()
     data.save_as(stream)
     return stream.getvalue()
+
+
+NUMBER = st.sampled_from(["0", "1", "-1", "2", "1e30", "1e400", "nan", "-0.5", "", "x"])
+WORD = st.integers(0, 65535)
+TABLE = st.builds(
+    lambda count, first, depth, words, as_bytes: (count, first, depth, words.tobytes() if as_bytes else words.tolist()),
+    st.sampled_from([0, 1, 2, 4096, 65535]),
+    st.sampled_from([0, 1, 100, 65000]),
+    st.sampled_from([0, 8, 10, 12, 16, 32, 65535]),
+    st.sampled_from([np.arange(n, dtype="<u2") * step for n, step in ((1, 9), (2, 1), (2048, 16), (4096, 1))]),
+    st.booleans(),
+)
+
+
+def lut_sequence(tables):
+    from pydicom import Dataset
+
+    items = []
+    for count, first, depth, entries in tables:
+        items.append(Dataset())
+        items[-1].add_new("LUTDescriptor", "US", [count, first, depth])
+        items[-1].add_new("LUTData", "OW" if isinstance(entries, bytes) else "US", entries)
+    return items
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "PhotometricInterpretation": st.sampled_from(["MONOCHROME1", "MONOCHROME2"] * 3 + ["RGB", "X"]),
+            "PresentationLUTShape": st.sampled_from(["INVERSE", "IDENTITY", "", "X"]),
+            "Modality": st.sampled_from(["DX", "CR", ""] * 3 + ["CT", "X"]),
+            "BitsStored": st.sampled_from([12] * 9 + [0, 1, 8, 10, 16, 17, 40]),
+            "HighBit": st.sampled_from([11] * 9 + [0, 15]),
+            "BitsAllocated": st.sampled_from([16] * 9 + [1, 8, 32]),
+            "PixelRepresentation": st.sampled_from([0, 1] * 4 + [7]),
+            "PixelPaddingValue": WORD,
+            "PixelPaddingRangeLimit": WORD,
+            "PixelIntensityRelationship": st.sampled_from(["LIN", "LOG", "DISP", ""]),
+            "PixelIntensityRelationshipSign": st.sampled_from([1, -1, 0, 5]),
+            "NumberOfFrames": st.sampled_from(["0", "1"] * 4 + ["2"]),
+            "SamplesPerPixel": st.sampled_from([1] * 9 + [0, 3]),
+            "VOILUTFunction": st.sampled_from(["LINEAR", "LINEAR_EXACT", "SIGMOID"] * 3 + ["X"]),
+            "VOILUTSequence": st.lists(TABLE, max_size=2),
+            "ModalityLUTSequence": st.lists(TABLE, max_size=2),
+            "numbers": st.dictionaries(
+                st.sampled_from(["RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"]), NUMBER
+            ),
+            "spacing": st.dictionaries(
+                st.sampled_from(["ImagerPixelSpacing", "PixelSpacing", "EstimatedRadiographicMagnificationFactor"]),
+                NUMBER,
+            ),
+        },
+    ),
+    READING,
+    st.booleans(),
+)
+def test_dicom_headers_of_any_kind(folder, tags, reading, scaled):
+    pytest.importorskip("pydicom")
+    tags = tags | tags.pop("numbers", {}) | {name: [text, text] for name, text in tags.pop("spacing", {}).items()}
+    for name in ("VOILUTSequence", "ModalityLUTSequence"):
+        if name in tags:
+            tags[name] = lut_sequence(tags[name])
+    path = folder / "header.dcm"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            path.write_bytes(dicom_bytes(**tags))
+        except (ValueError, OverflowError, struct.error, AttributeError, OSError):  # what pydicom does not write
+            assume(False)
+    result = outcome(read_xray, path, geometry=Geometry() if scaled else None, **reading)
+    if result is not None:
+        trusted(result, reading["size"])
+
+
+@given(
+    st.sampled_from(["png", "tif", "jpg"]),
+    st.sampled_from(["L", "LA", "RGB", "RGBA", "P", "I;16"]),
+    st.integers(0, 9),
+    st.sampled_from([None, 0, 255, 700, (1, 2, 3), b"\0\xff"]),
+    st.sampled_from([None, (72, 72), (72, 144), (0, 0), (9999, 1)]),
+    st.integers(1, 3),
+    READING,
+)
+def test_pictures_with_anything_beside_their_pixels(folder, kind, mode, orientation, clear, dpi, pages, reading):
+    pixels = np.rint(255 * xray(40, 36, 0)).astype(np.uint8)
+    image = Image.fromarray(pixels.astype(np.uint16) * 257 if mode == "I;16" else pixels)
+    image = image if mode == "I;16" else image.convert(mode)
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"exif": exif, "transparency": clear, "dpi": dpi}
+    options = {name: value for name, value in options.items() if value is not None}
+    if pages > 1:
+        options |= {"save_all": True, "append_images": [image.rotate(90 * page) for page in range(1, pages)]}
+    path = folder / f"beside.{kind}"
+    try:
+        image.save(path, format="MPO" if kind == "jpg" and pages > 1 else None, **options)
+    except (OSError, KeyError, ValueError, TypeError, struct.error, AttributeError):
+        assume(False)
+    result = outcome(read_xray, path, **reading)
+    if result is not None:
+        trusted(result, reading["size"])
+        assert pages == 1
+        if not reading["size"]:
+            assert result.pixels.shape == ((36, 40) if orientation in (5, 6, 7, 8) else (40, 36))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import SimpleITK
 import torch
 from PIL import Image
 from tiny_data import make_checkpoint, make_dataset
+from xray_cases import write_dicom
 
 import reconstruct
 from checkpoints import save_checkpoint
@@ -14,6 +15,8 @@ from dataset import PatientDataset
 from files import InputError
 from model_enhanced import KIND, EnhancedDirectModel, load_base_model
 from projector import Geometry
+from xray_dicom import Acquisition
+from xray_io import body_width
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,23 @@ def test_pictures_of_unknown_brightness_are_doubted_and_percentile_adjusts_them(
     assert levels == pytest.approx([0.53, 0.74], abs=0.01)  # each view on its own reference
     # Whatever the gain was, it is gone.
     assert np.abs(adjusted - pipeline(*files(root), normalization="percentile")[0]).max() <= 2
+
+
+def test_the_pixel_spacing_of_one_view_alone_is_refused(root, base, tmp_path):
+    """It would bring that view alone to the model's scale."""
+    pipeline = reconstruct.load_pipeline(base, device="cpu")
+    spacing = 0.8 * pipeline.system.geometry.detector_mm / 64
+    pa, lateral = (np.rint(np.asarray(Image.open(path)) / 16).astype(np.uint16) for path in files(root))
+    pa = write_dicom(tmp_path / "pa.dcm", pa, ImagerPixelSpacing=[spacing, spacing])
+    lateral = write_dicom(tmp_path / "lateral.dcm", lateral)
+    for view in (lateral, files(root)[1]):
+        with pytest.raises(InputError, match=rf"{view.name}: its pixel spacing is missing, that of .*pa\.dcm is known"):
+            pipeline.read(pa, view)
+    given = pipeline.read(pa, lateral, acquisition=Acquisition(pixel_spacing_mm=spacing))
+    assert np.array_equal(given[0], pipeline.read(pa, given[1].numpy())[0])  # an array has the model's scale
+    whole = pipeline.read(*files(root))
+    shown = [body_width(view) / body_width(other) for view, other in zip(given.numpy(), whole.numpy())]
+    assert shown == pytest.approx([0.8, 0.8], abs=0.05)
 
 
 def damaged(tmp_path, root, how):

@@ -1,41 +1,17 @@
 """Reading X-ray pictures: formats, scales, sizes, broken files, mixed-up views."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_data import make_hu
+from xray_cases import eight, picture, refused, sixteen, write_dicom
 
 import xray_io
 from files import InputError
 from projector import Geometry, hu_to_unit, render_xrays
 from xray_dicom import Acquisition
-from xray_io import REFERENCE_PERCENTILES, body_width, check_views, read_xray, write_png16
-
-
-def picture(rows=48, columns=48, full=1.0):
-    """A bright ellipse with some texture on a dark ground, float64 in [0, full]."""
-    v, u = np.meshgrid(np.linspace(-1, 1, rows), np.linspace(-1, 1, columns), indexing="ij")
-    body = np.clip(1.2 - (v / 1.1) ** 2 - (u / 0.7) ** 2, 0, 1)
-    return full * body * (0.85 + 0.15 * np.sin(9 * u + 5 * v))
-
-
-def eight(**size):
-    return np.rint(picture(**size, full=255)).astype(np.uint8)
-
-
-def sixteen(**size):
-    return np.rint(picture(**size, full=65535)).astype(np.uint16)
-
-
-def refused(path, match, **options):
-    """``path`` is refused with a message that names it and matches ``match``."""
-    with pytest.raises(InputError, match=match) as caught:
-        read_xray(path, **options)
-    assert str(path) in str(caught.value)
-
+from xray_io import REFERENCE_PERCENTILES, body_width, check_spacings, check_views, read_xray, write_png16
 
 # ------------------------------------------------------------------------------------------------
 # Formats and scales
@@ -149,112 +125,6 @@ def test_unknown_normalization_is_named(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# DICOM
-
-
-def write_dicom(path, pixels, photometric="MONOCHROME2", **tags):
-    pydicom = pytest.importorskip("pydicom")
-    meta = pydicom.dataset.FileMetaDataset()
-    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = pydicom.uid.UID("1.2.840.10008.5.1.4.1.1.1.1")
-    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    data = pydicom.dataset.FileDataset(str(path), {}, b"\0" * 128, meta, is_implicit_VR=False)
-    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
-    data.Rows, data.Columns = pixels.shape
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, photometric
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
-    data.PixelData = pixels.astype("<u2").tobytes()
-    for name, value in tags.items():
-        setattr(data, name, value)
-    data.save_as(path)
-    return path
-
-
-def test_dicom_is_divided_by_its_stored_range(tmp_path):
-    stored = np.rint(picture(full=4000)).astype(np.uint16)
-    for name in ("x.dcm", "IM0001"):  # also without a suffix
-        xray = read_xray(write_dicom(tmp_path / name, stored))
-        assert np.array_equal(xray.pixels, (stored / 4095).astype(np.float32))
-        assert xray.notes == []
-
-
-def test_monochrome1_is_inverted_about_the_stored_range(tmp_path):
-    wanted = np.rint(picture(full=3000)).astype(np.uint16)  # darkest 0, brightest 3000 of 4095
-    xray = read_xray(write_dicom(tmp_path / "x.dcm", 4095 - wanted, "MONOCHROME1"))
-    assert np.array_equal(xray.pixels, (wanted / 4095).astype(np.float32))
-    assert xray.notes == ["MONOCHROME1: inverted, so that bone is bright"]
-
-
-def test_dicom_rescale_is_applied(tmp_path):
-    stored = np.rint(picture(full=1000)).astype(np.uint16)
-    path = write_dicom(tmp_path / "x.dcm", stored, RescaleSlope="2", RescaleIntercept="10")
-    assert read_xray(path).pixels == pytest.approx((2.0 * stored + 10) / 4095, abs=1e-6)
-    path = write_dicom(tmp_path / "y.dcm", stored, RescaleSlope="1", RescaleIntercept="-500")
-    refused(path, "values -500 .*percentile")
-
-
-def test_broken_dicoms_are_refused(tmp_path, monkeypatch):
-    path = write_dicom(tmp_path / "x.dcm", np.rint(picture(full=4000)))
-    path.write_bytes(path.read_bytes()[:-2000])
-    refused(path, "not a readable DICOM")
-    path.write_bytes(b"no DICOM at all")
-    refused(path, "not a readable DICOM")
-    frames = write_dicom(tmp_path / "f.dcm", np.zeros((80, 40)), Rows=40, NumberOfFrames=2)
-    refused(frames, r"\(2, 40, 40\)")
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    refused(path, "pip install pydicom")
-
-
-def test_voi_lut_is_applied_and_said(tmp_path):
-    pydicom = pytest.importorskip("pydicom")
-    stored = np.rint(picture(full=4000)).astype(np.uint16)
-    table = pydicom.Dataset()
-    curve = np.rint(1023 * (np.arange(4096) / 4095.0) ** 2).astype(np.uint16)
-    table.LUTDescriptor, table.LUTData = [4096, 0, 10], curve.tolist()
-    table["LUTDescriptor"].VR = "US"
-    table["LUTData"].VR = "US"
-    xray = read_xray(write_dicom(tmp_path / "x.dcm", stored, VOILUTSequence=[table]))
-    assert xray.pixels == pytest.approx(curve[stored] / 1023.0, abs=1e-6)
-    assert xray.notes == ["VOI LUT applied"]
-    window = {"WindowCenter": "1000", "WindowWidth": "500"}
-    linear = read_xray(write_dicom(tmp_path / "y.dcm", stored, **window))  # it would only clip
-    assert np.array_equal(linear.pixels, (stored / 4095).astype(np.float32))
-    curved = read_xray(write_dicom(tmp_path / "z.dcm", stored, VOILUTFunction="SIGMOID", **window)).pixels
-    assert curved == pytest.approx(1 / (1 + np.exp(-4 * (stored - 1000.0) / 500)), abs=1e-3)
-
-
-@pytest.mark.parametrize("view", [0, 1])
-@pytest.mark.parametrize("turn", ["none", "mirrored", "upside down", "turned", "transposed"])
-def test_patient_orientation_turns_the_picture(tmp_path, view, turn):
-    upright = np.rint(picture(full=4000)).astype(np.uint16)
-    columns = "LP"[view]
-    opposite = {"L": "R", "P": "A"}[columns]
-    stored, letters = {
-        "none": (upright, [columns, "F"]),
-        "mirrored": (upright[:, ::-1], [opposite, "F"]),
-        "upside down": (upright[::-1], [columns, "H"]),
-        "turned": (np.rot90(upright), ["F", opposite]),  # anticlockwise: columns run down the patient
-        "transposed": (upright.T, ["F", columns]),
-    }[turn]
-    xray = read_xray(write_dicom(tmp_path / "x.dcm", stored, PatientOrientation=letters), view=view)
-    assert np.array_equal(xray.pixels, (upright / 4095).astype(np.float32))
-    assert ["turned by Patient Orientation" in note for note in xray.notes] == ([] if turn == "none" else [True])
-
-
-def test_another_view_is_refused_by_its_header(tmp_path):
-    stored = np.rint(picture(full=4000)).astype(np.uint16)
-    path = write_dicom(tmp_path / "x.dcm", stored, PatientOrientation=["P", "F"])
-    refused(path, "runs to posterior and feet; that is no PA view")
-    assert read_xray(path, view=1).notes == []
-    path = write_dicom(tmp_path / "y.dcm", stored, ViewPosition="LL")
-    refused(path, "View Position is LL; expected the PA view .*swapped")
-    path = write_dicom(tmp_path / "z.dcm", stored, ViewPosition="AP")
-    assert "AP view" in read_xray(path).notes[0]
-    with pytest.raises(InputError, match="View Position is AP; expected the lateral view"):
-        read_xray(path, view=1)
-
-
-# ------------------------------------------------------------------------------------------------
 # Unknown increasing scales
 
 
@@ -346,6 +216,40 @@ def test_the_projects_own_xrays_fill_the_field_exactly(tmp_path):
     assert xray.notes == []
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"ImagerPixelSpacing": [1.0, 1.0], "PixelSpacing": [0.8, 0.8]},  # the detector's goes before a calibrated one
+        {"PixelSpacing": [1.0, 1.0]},
+        {"NominalScannedPixelSpacing": [1.0, 1.0], "PixelSpacing": [3.0, 3.0]},
+        {"PixelSpacing": [1600 / 1800] * 2, "PixelSpacingCalibrationType": "GEOMETRY"},  # of the patient's plane
+        {"ImagerPixelSpacing": [1.0, 1.0], "EstimatedRadiographicMagnificationFactor": "1.125"},  # 1800 / 1600
+    ],
+)
+def test_each_spacing_belongs_to_its_plane(tmp_path, header):
+    stored = box(100 * 1800 / 1600, 1.0, (500, 500))
+    path = write_dicom(tmp_path / "x.dcm", stored, **header)
+    xray = read_xray(path, size=256, geometry=GEOMETRY)
+    assert blob_width_mm(xray.pixels) == pytest.approx(100, abs=3)
+    assert xray.spacing_known
+    own = read_xray(path, size=256, geometry=GEOMETRY, acquisition=Acquisition(2.0)).pixels  # of the detector, always
+    assert blob_width_mm(own) == pytest.approx(200, abs=3)
+
+
+def test_a_spacing_of_one_file_only_is_refused_naming_the_other(tmp_path):
+    stored = np.rint(picture(full=4000)).astype(np.uint16)
+    paths = [write_dicom(tmp_path / "a.dcm", stored, ImagerPixelSpacing=[8.0, 8.0]), tmp_path / "b.npy"]
+    np.save(paths[1], picture())
+    for acquisition, refusal in ((None, True), (Acquisition(8.0), False)):
+        views = {path: read_xray(path, geometry=GEOMETRY, acquisition=acquisition) for path in paths}
+        if refusal:
+            with pytest.raises(InputError, match=r"b\.npy: its pixel spacing is missing, that of .*a\.dcm is known"):
+                check_spacings(views)
+        else:
+            check_spacings(views)
+        check_spacings({paths[0]: views[paths[0]]})
+
+
 def test_impossible_spacings_and_distances_are_named(tmp_path):
     stored = np.rint(picture(full=4000)).astype(np.uint16)
     tiny = write_dicom(tmp_path / "x.dcm", stored, ImagerPixelSpacing=[0.01, 0.01])
@@ -353,6 +257,8 @@ def test_impossible_spacings_and_distances_are_named(tmp_path):
         read_xray(tiny, geometry=GEOMETRY)
     oblong = write_dicom(tmp_path / "y.dcm", stored, ImagerPixelSpacing=[0.2, 0.4])
     refused(oblong, r"y\.dcm: its pixels are 0\.2 x 0\.4 mm; expected square ones")
+    aspect = write_dicom(tmp_path / "z.dcm", stored, PixelAspectRatio=["2", "1"])
+    refused(aspect, r"z\.dcm: its pixels are 2 x 1; expected square ones")
     with pytest.raises(InputError, match="--sid-mm is 1600, beyond the detector"):
         Acquisition(1.0, 1500.0, 1600.0)
     with pytest.raises(InputError, match="--pixel-spacing-mm is -1"):
