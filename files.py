@@ -8,10 +8,11 @@ import json
 import os
 import re
 import reprlib
+import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,36 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_together(folder: str | os.PathLike, earlier: Callable[[], Iterable[Path]]) -> Iterator[Path]:
+    """Yield a new folder whose files go into ``folder`` together when the block succeeds; else nothing changes.
+
+    earlier: called then, gives the files of an earlier run in ``folder`` that have to go: none stays beside new ones.
+    """
+    folder = Path(folder)
+    with naming(folder):
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".new.", suffix=".tmp", dir=folder))
+        try:
+            yield staging
+            made = []
+            for path in earlier():
+                path.unlink(missing_ok=True)
+                if path.parent != folder:
+                    with contextlib.suppress(OSError):  # not empty
+                        path.parent.rmdir()
+            for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+                target = folder / path.relative_to(staging)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(path, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
 
 def check_writable(path: str | os.PathLike, option: str = "") -> None:

@@ -197,7 +197,7 @@ def loose_files(root: Path) -> list[Path]:
 
 
 def find_pairs(folder, left_out: Iterable = ()) -> tuple[dict[str, tuple[Path | None, Path | None]], list[Path]]:
-    """``{id: (PA, lateral)}`` of the X-rays in or below a folder, sorted; None where one is missing; and what is unused.
+    """``{id: (PA, lateral)}`` of the X-rays in and below a folder, None where one is missing; and the files not used.
 
     Names are those of a data set: ``ID_pa``, ``ID_frontal`` or ``ID_pa_drr``; ``ID_lat``, ``ID_lateral`` or
     ``ID_lat_drr``, with a suffix that X-rays are read from or a DICOM file with another or none; the id of ``pa.png``

@@ -267,7 +267,7 @@ def reconstruct_folder(pipeline: Pipeline, args, views: int = 2) -> int:
                 _check_picture(pictures[patient], pair)
             reconstruct_one(pipeline, *(pair if views == 2 else (pair[0], None)), output, pictures.get(patient), args)
             done += 1
-        except Exception as error:  # of whatever kind: hours of other pairs must not be lost to it
+        except Exception as error:  # noqa: BLE001 - of whatever kind: hours of other pairs must not be lost to it
             failed[patient] = describe(error)
     there = f", {skipped} already there" if skipped else ""
     print(f"{args.output}: {done} of {len(pairs)} volumes written{there}")
