@@ -233,11 +233,12 @@ def print_table(summary: dict, full: bool = False) -> None:
             print(f"{name if index == 0 else '':15}{column:21}{cells}")
     for key, gains in summary.items():
         if key.startswith("minus_") and first in gains:
-            few = f"; below {FEW} patients it does not show a difference by itself" if patients < FEW else ""
-            print(f"{first} minus {key.removeprefix('minus_')} (paired, 95 % t interval{few}):")
+            print(f"{first} minus {key.removeprefix('minus_')} (paired, 95 % t interval):")
             for column in GAINS:
                 if column in gains[first]:
                     print(f"  {column:20}{_gain(column, gains[first][column])}")
+            if patients < FEW:
+                print(f"  (below {FEW} patients an interval does not show a difference by itself)")
 
 
 def _mean(column: str, statistics: dict, patients: int) -> str:

@@ -192,7 +192,10 @@ def two_pictures(folder, names):
         Image.fromarray(pixels).save(folder / name)
 
 
-@pytest.mark.parametrize("names", [("a_pa.PNG", "a_Lat.png"), ("A_PA.TIF", "a_LATERAL.png"), ("frontal.bmp", "lat.BMP")])
+VIEWS = (("a_pa.PNG", "a_Lat.png"), ("A_PA.TIF", "a_LATERAL.png"), ("frontal.bmp", "lat.BMP"))
+
+
+@pytest.mark.parametrize("names", VIEWS)
 def test_xrays_of_a_folder_made_by_hand_are_used_whatever_they_are_called(tmp_path, names):
     by_hand(tmp_path, "a", xrays=False)
     two_pictures(tmp_path / "a", names)
@@ -233,7 +236,8 @@ def test_nothing_of_a_folder_made_by_hand_is_left_out_without_a_word(tmp_path):
         data = PatientDataset(tmp_path, "all", 16, None)
     said = "\n".join(str(w.message) for w in caught)
     assert data.ids == ["a", "b"]
-    for words in ("no volume in empty", "flat.nii.gz: outside", "not used: a/lesions.nii.gz", "missing ones rendered (b)"):
+    named = ("no volume in empty", "flat.nii.gz: outside", "not used: a/lesions.nii.gz", "missing ones rendered (b)")
+    for words in named:
         assert words in said
     (tmp_path / "a" / "a_PA.png").touch()
     with pytest.raises(InputError, match="more than one PA X-ray"):
@@ -262,7 +266,7 @@ def test_empty_and_missing_folders(tmp_path):
         PatientDataset(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "other.mgz").touch()
-    with pytest.raises(InputError, match=r"no patient folder found.*prepare_data\.py.*a: holds no volume, only other\.mgz"):
+    with pytest.raises(InputError, match=r"no patient folder found.*a: holds no volume, only other\.mgz"):
         PatientDataset(tmp_path)
 
 

@@ -127,7 +127,7 @@ def test_a_failing_write_leaves_nothing(volume, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pydicom.Dataset, "save_as", full)
-    with pytest.raises(OSError, match="No space.*series"):
+    with pytest.raises(OSError, match=r"No space.*series"):
         write_volume(tmp_path / "series", *volume)
     monkeypatch.setattr(sitk, "WriteImage", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("ITK\nwrite failed")))
     with pytest.raises(OSError, match=r"write failed.*ct\.mha"):
