@@ -13,6 +13,7 @@ on phantoms; the comments give the ranges seen there.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -607,7 +608,7 @@ def _volume_pairs(volumes) -> Iterable[tuple[str, str, str]]:
 
 def check_command(root, json_file=None) -> int:
     """``python dataset.py --check ROOT [--json FILE]``: exit status 0 when all is well, 1 when something failed."""
-    if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).resolve().parent.is_dir()):
+    if json_file is not None and (os.path.isdir(json_file) or not os.path.isdir(Path(json_file).resolve().parent)):
         raise InputError(f"--json {json_file}: expected a file name in an existing folder")
     if json_file is not None:
         check_writable(json_file, "--json")

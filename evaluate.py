@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -513,7 +514,7 @@ def earlier_files(output: Path) -> list[Path]:
 def check_arguments(args) -> None:
     """Refuse, before anything is loaded, an output that cannot be written."""
     output = Path(args.output)
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise InputError(f"--output {output} is a file; expected a folder")
     check_writable(output / FILES[0], "--output")
 

@@ -14,6 +14,7 @@ volume_hu, affine = load_pipeline("best_model.pt", "best_refinement.pt")("PA.png
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from os import PathLike
 from pathlib import Path
@@ -195,7 +196,7 @@ def check_common_arguments(args) -> None:
             raise InputError("--folder stands for --pa and --lateral; expected one or the other")
         for option in ("output", "picture"):
             path = getattr(args, option)
-            if path and Path(path).exists() and not Path(path).is_dir():
+            if path and os.path.exists(path) and not os.path.isdir(path):
                 raise InputError(f"--{option} {path}: is a file; expected a folder for the volumes of --folder")
             if path:
                 check_writable(Path(path) / "volume", f"--{option}")
@@ -210,7 +211,7 @@ def check_common_arguments(args) -> None:
 
 
 def _check_picture(path, xrays) -> None:
-    if not str(path).endswith(".png") or Path(path).is_dir():
+    if not str(path).endswith(".png") or os.path.isdir(path):
         raise InputError(f"--picture {path}: expected a file's name ending in .png")
     if Path(path).resolve() in {Path(p).resolve() for p in xrays if p}:
         raise InputError(f"--picture {path} is one of the X-rays; expected another name")
