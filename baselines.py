@@ -2,8 +2,8 @@ r"""Baselines from the same data and budget: a plain lifting U-Net, and the mean
 
     python baselines.py unet --config config_cpu.json --data ROOT --output runs/unet
     python baselines.py mean --data ROOT --output runs/mean
-    python evaluate.py --data ROOT --base runs/unet/best_model.pt --output results/unet \
-        --compare results/direct/per_patient.csv
+    python evaluate.py --data ROOT --base runs/unet/best_model.pt --output evaluation/unet \
+        --compare evaluation/direct/per_patient.csv
 
 Both take the configuration, data, augmentation, validation and checkpoints of ``train_enhanced_4gpu.py``; their
 checkpoints go wherever a stage-1 checkpoint goes (evaluate.py, reconstruct.py, train_refinement_4gpu.py --base).

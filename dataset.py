@@ -1,4 +1,4 @@
-"""The patient-folder data set: ``ROOT/ID/{ID.nii.gz, ID_pa_drr.png, ID_lat_drr.png}``.
+"""The patient-folder data set: ``ROOT/ID/{ID.nii.gz, ID_pa_drr.png, ID_lat_drr.png}`` (other names: patient_files.py).
 
     python dataset.py --check data                      # is it what its manifest says, and the right way round?
     python dataset.py --check data --json report.json
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import warnings
 import zlib
 from pathlib import Path
@@ -24,15 +23,13 @@ from torch.utils.data import Dataset
 
 from ct_io import cube_affine, read_array_cube, read_cube
 from files import InputError, atomic_path, check_patient_id, read_json, run_cli, shown, stays_inside
+from patient_files import HEADERS, VIEW_NAMES, VOLUME_SUFFIXES, PatientFolder, loose_files, some, visible
 from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 from splits import SPLITS, check_split, split_by_hash, split_hash
 from xray_io import check_spacings, check_views, read_xray
 
 MANIFEST = "dataset.json"
 MANIFEST_VERSION = 1
-VOLUME_SUFFIXES = (".nii.gz", ".nii", ".npy")
-XRAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".dcm")
-VIEW_NAMES = (("_pa_drr", "_pa", "_frontal"), ("_lat_drr", "_lat", "_lateral"))
 CUBE_SIZE = 256  # resolution at which a CT without a manifest is sampled
 MAX_CUBE_SIZE = 1024  # 4 GiB as float32
 CACHE_VERSION = 2  # raised when the cached arrays' meaning changes
@@ -47,41 +44,50 @@ _verified: set[tuple] = set()  # cached files whose checksum this process has co
 # Patient folders
 
 
-class PatientFolder:
-    """One patient's files; ``xrays[view]`` is None where the X-ray has to be rendered."""
-
-    def __init__(self, folder: Path):
-        self.id = folder.name
-        self.folder = folder
-        self.volume = self._find([""], VOLUME_SUFFIXES)
-        self.mask = self._find(["_mask"], (".nii.gz", ".nii"))
-        self.xrays = tuple(self._find(names, XRAY_SUFFIXES) for names in VIEW_NAMES)
-
-    def _find(self, stems, suffixes) -> Path | None:
-        for stem in stems:
-            for suffix in suffixes:
-                path = self.folder / f"{self.id}{stem}{suffix}"
-                if path.exists():
-                    return path
-        return None
-
-
 def find_patients(root: Path) -> dict[str, PatientFolder]:
-    """All folders of ``root`` that hold a volume named after them, by id.
+    """All folders of ``root`` that hold anything of a patient, by id, whether usable or not: :func:`check_patients`.
 
-    Raises :class:`InputError` when ``root`` is missing or holds no such folder, and for a folder's name that
+    A folder without and a file outside any patient's folder are left out with a warning that names them.
+    Raises :class:`InputError` when ``root`` is missing or holds no volume, and for a folder's name that
     :func:`files.check_patient_id` does not take.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a data set (see prepare_data.py)")
-    folders = [PatientFolder(p) for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    patients = {check_patient_id(p.id, p.folder): p for p in folders if p.volume is not None}
-    if not patients:
+    folders = [PatientFolder(path) for path in visible(root) if path.is_dir()]
+    patients = {check_patient_id(p.id, p.folder): p for p in folders if p.holds_data}
+    if not any(p.volume is not None for p in patients.values()):
+        found = "".join(f". {problem}" for p in patients.values() for problem in p.problems[:1])
         raise InputError(
-            f"{root}: no patient folder found; expected {root}/ID/ID.nii.gz (or .nii, .npy)."
-            " A folder of CTs is turned into such a data set by prepare_data.py"
+            f"{root}: no patient folder found; expected {root}/ID/ID.nii.gz (or {', '.join(VOLUME_SUFFIXES[1:])})."
+            f" A folder of CTs is turned into such a data set by prepare_data.py{found[:500]}"
         )
+    empty = [p.folder.name for p in folders if not p.holds_data]
+    if empty:
+        warnings.warn(f"{root}: no volume in {some(empty)}: left out", stacklevel=3)
+    loose = loose_files(root)
+    if loose:
+        names = some(p.name for p in loose)
+        warnings.warn(f"{root}: {names}: outside the patients' folders, left out (expected ID/ID.nii.gz)", stacklevel=3)
     return patients
+
+
+def check_patients(patients: dict[str, PatientFolder], root: Path) -> None:
+    """Raise :class:`InputError` naming the first file or folder that cannot be used; warn of files that are not taken.
+
+    Ids that differ only in upper and lower case are refused, too: on many systems they are one folder.
+    """
+    seen: dict[str, str] = {}
+    for patient in patients:
+        other = seen.setdefault(patient.lower(), patient)
+        if other != patient:
+            raise InputError(f"{root}: {other} and {patient} differ only in upper and lower case; rename one of them")
+    problems = [problem for folder in patients.values() for problem in folder.problems]
+    if problems:
+        more = f" ({len(problems) - 1} more such problems: dataset.py --check names them)" if problems[1:] else ""
+        raise InputError(f"{problems[0]}{more}")
+    unused = [path.relative_to(root) for folder in patients.values() for path in folder.unused]
+    if unused:
+        warnings.warn(f"{root}: not used: {some(unused)}", stacklevel=3)
 
 
 class Manifest:
@@ -133,8 +139,9 @@ class Manifest:
             )
         if mu_water != MU_WATER:
             raise InputError(f"{path}: mu_water {shown(mu_water)}; this version renders with {MU_WATER}")
-        if listed - set(patients):
-            raise InputError(f"{path}: no volume for patient {sorted(listed - set(patients))[0]}")
+        missing = sorted(p for p in listed if p not in patients or patients[p].volume is None)
+        if missing:
+            raise InputError(f"{path}: no volume for patient {missing[0]}")
         for patient in sorted(listed):
             _check_links(path.parent, patients[patient])
             for view, xray in zip(VIEW_NAMES, patients[patient].xrays):
@@ -209,10 +216,13 @@ class PatientDataset(Dataset):
         self.root = Path(root)
         patients = find_patients(self.root)
         manifest = Manifest(self.root, patients)
+        check_patients(patients, self.root)
         if not manifest.present:
+            rendered = [p.id for p in patients.values() if None in p.xrays]
+            missing = f"missing ones rendered ({some(rendered)})" if rendered else "none missing"
             warnings.warn(
                 f"{self.root} has no {MANIFEST}: assuming {manifest.geometry}; HU window {list(HU_WINDOW)}; X-rays"
-                f" normalised by {xray_normalization!r}, missing ones rendered; split by hash of the patient's id",
+                f" normalised by {xray_normalization!r}, {missing}; split by hash of the patient's id",
                 stacklevel=2,
             )
         self.has_manifest = manifest.present
@@ -286,7 +296,7 @@ class PatientDataset(Dataset):
         The key covers the source files' size and time, so that a changed source is read anew. Two
         ranks that build the same entry write the same bytes, each under its own temporary name.
         """
-        stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
+        stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _files_of(sources)]
         settings = [
             CACHE_VERSION,
             name,
@@ -346,7 +356,7 @@ class PatientDataset(Dataset):
 
     def _read_cube(self, patient):
         """HU ``(D, H, W)`` float32, scan mask uint8 and affine at the data set's full resolution."""
-        if patient.volume.suffix == ".npy":
+        if patient.volume.suffix.lower() == ".npy":
             return read_array_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
         return read_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
 
@@ -378,6 +388,15 @@ class PatientDataset(Dataset):
         check_spacings(read)
         check_views(images[0], images[1], names)
         return np.round(np.stack(images) * 65535.0).astype(np.uint16)
+
+
+def _files_of(sources) -> list[Path]:
+    """The files themselves: those of a DICOM folder, and with a header (``.mhd``) all that lie beside it."""
+    files = []
+    for path in sources:
+        folder = path if path.is_dir() else path.parent if path.suffix.lower() in HEADERS else None
+        files += [path] if folder is None else [p for p in visible(folder) if p.is_file()]
+    return files
 
 
 def _open_cached(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray | None:
@@ -437,11 +456,6 @@ def mean_volume(dataset: PatientDataset) -> torch.Tensor:
     for index in range(len(dataset)):
         total += dataset[index]["ct_volume"].double()
     return (total / len(dataset)).float()
-
-
-def default_data_root() -> str:
-    """``$XRAY2CT_DATA`` or ``data``: where commands look when ``--data`` is not given."""
-    return os.environ.get("XRAY2CT_DATA", "data")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ on phantoms; the comments give the ranges seen there.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 
 import nibabel as nib
@@ -26,10 +27,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from anatomy import orientation
-from ct_io import AIR_HU, MAX_HU, area_average, body_mask, cube_affine, read_array_cube, read_cube
-from dataset import CUBE_SIZE, MANIFEST, MANIFEST_VERSION, VIEW_NAMES, VOLUME_SUFFIXES, XRAY_SUFFIXES, PatientFolder
-from files import InputError, read_json, write_json
+from ct_io import AIR_HU, MAX_HU, area_average, body_mask, cube_affine, read_array_cube, read_ct, read_cube
+from dataset import CUBE_SIZE, MANIFEST, MANIFEST_VERSION
+from files import InputError, check_writable, read_json, write_json
 from findings import FAILED, OK, SIDES, UNKNOWN, Finding, print_report, report_dict
+from patient_files import VIEW_NAMES, PatientFolder, loose_files, suffix_of, visible
 from prepare_data import RECORD, sha256
 from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, unit_to_hu
 from splits import SPLITS, split_hash
@@ -105,14 +107,14 @@ def check_dataset(root, progress=None) -> list[Finding]:
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a data set (see prepare_data.py)")
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = [PatientFolder(path) for path in visible(root) if path.is_dir()]
     settings, findings = _read_settings(root)
     findings += _check_split(settings)
-    holding = [name for name in folders if PatientFolder(root / name).volume is not None]
+    holding = [folder.id for folder in folders if folder.volume is not None]
     patients = sorted(settings.entries) if settings.present else holding
     if not patients:
         raise InputError(f"{root}: no patient {f'in {MANIFEST}' if settings.present else 'folder found'}")
-    findings += _check_folders(folders, patients, settings)
+    findings += _check_folders(root, folders, patients, settings)
     prints = Prints()
     for patient in progress(patients) if progress else patients:
         findings += _check_patient(root, patient, settings, prints)
@@ -211,11 +213,15 @@ def _check_split(settings) -> list[Finding]:
     return _answers(None, "split", problems)
 
 
-def _check_folders(folders, patients, settings) -> list[Finding]:
-    what = f"is not in {MANIFEST}" if settings.present else "holds no volume named after it"
-    problems = [f"extra folder {name}: {what}" for name in folders if name not in patients]
+def _check_folders(root, folders, patients, settings) -> list[Finding]:
+    problems = []
+    for folder in folders:
+        if folder.id not in patients:
+            what = [f"is not in {MANIFEST}"] if settings.present else folder.problems or ["holds no volume"]
+            problems.append(f"extra folder {folder.id}: {what[0]}")
+    problems += [f"{path.name} lies outside the patients' folders: not used" for path in loose_files(root)]
     spellings = defaultdict(list)
-    for name in {*folders, *patients}:
+    for name in {*(folder.id for folder in folders), *patients}:
         spellings[name.lower()].append(name)
     for names in spellings.values():
         if len(names) > 1:
@@ -285,15 +291,10 @@ def _file_problems(folder, settings) -> list[str]:
         for view, path in enumerate(folder.xrays):
             if path is None and not any(f"{folder.id}{stem}" in name for name in listed for stem in VIEW_NAMES[view]):
                 problems.append(f"there is no {VIEW_LABELS[view]} X-ray")
-        if folder.volume is None and not problems:
+        if folder.volume is None and not problems and not folder.problems:
             problems.append("there is no volume")
-    kinds = [("volume", [""], VOLUME_SUFFIXES)]
-    kinds += [(f"{VIEW_LABELS[view]} X-ray", VIEW_NAMES[view], XRAY_SUFFIXES) for view in (0, 1)]
-    for what, stems, suffixes in kinds:
-        names = [f"{folder.id}{stem}{suffix}" for stem, suffix in product(stems, suffixes)]
-        found = [name for name in names if (folder.folder / name).exists()]
-        if len(found) > 1:
-            problems.append(f"more than one {what}: {', '.join(found)}; the first is used")
+    problems += folder.problems
+    problems += [f"{path.relative_to(folder.folder)} is not used" for path in folder.unused]
     return problems + _record_problems(folder, settings)
 
 
@@ -333,8 +334,11 @@ def _check_checksums(folder, settings, prints) -> list[Finding]:
 def _read_raw(path):
     """``(data (D, H, W) as stored, affine or None, problems)``; an unreadable file raises InputError."""
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             return np.load(path, allow_pickle=False), None, []
+        if suffix_of(path) not in (".nii.gz", ".nii"):
+            ct = read_ct(path)
+            return ct.data.T, ct.affine, []
         image = nib.load(path)
         data = np.asanyarray(image.dataobj)
     except (EOFError, zlib.error, OSError, ValueError, nib.filebasedimages.ImageFileError) as error:
@@ -475,7 +479,7 @@ def _working_volume(path, data, off_grid: bool, settings) -> Volume:
         unit = area_average(hu_to_unit(data.astype(np.float32), window), factor)
     else:
         size = min(settings.cube_size, RENDER_SIZE)
-        reader = read_array_cube if path.suffix == ".npy" else read_cube
+        reader = read_array_cube if path.suffix.lower() == ".npy" else read_cube
         unit = hu_to_unit(reader(path, fov_mm, size)[0], window).astype(np.float32)
     return Volume(unit, fov_mm / unit.shape[0])
 
@@ -607,8 +611,10 @@ def _volume_pairs(volumes) -> Iterable[tuple[str, str, str]]:
 
 def check_command(root, json_file=None) -> int:
     """``python dataset.py --check ROOT [--json FILE]``: exit status 0 when all is well, 1 when something failed."""
-    if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).resolve().parent.is_dir()):
+    if json_file is not None and (os.path.isdir(json_file) or not os.path.isdir(Path(json_file).resolve().parent)):
         raise InputError(f"--json {json_file}: expected a file name in an existing folder")
+    if json_file is not None:
+        check_writable(json_file, "--json")
     findings = check_dataset(root, progress=lambda ids: tqdm(ids, desc="checking", unit="patient", leave=False))
     print_report(findings)
     if json_file is not None:

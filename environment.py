@@ -40,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 RUN_FILE = "run.json"
 RUN_FORMAT = 1
 # Variables that change results or speed. Names with one of SECRET in them never leave the process.
-VARIABLES = ("XRAY2CT_DATA", "PYTHONHASHSEED", "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NTASKS", "WANDB_MODE")
+VARIABLES = ("PYTHONHASHSEED", "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NTASKS", "WANDB_MODE")
 PREFIXES = (
     *("OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_", "CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_", "NCCL_", "GLOO_"),
     *("TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "HIP_", "ROCR_", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),

@@ -1,12 +1,13 @@
 r"""Score one or both stages on a split, beside the mean-training-volume predictor.
 
-    python evaluate.py --data data --split test --base checkpoints_enhanced/best_model.pt --output results
+    python evaluate.py --data data --split test --base checkpoints_enhanced/best_model.pt --output evaluation
     python evaluate.py --data data --base checkpoints_enhanced/best_model.pt \
-        --refinement checkpoints_refinement/best_refinement.pt --output results_256
-    python evaluate.py --data data --cascade hybrid_vit_cascade/checkpoints/quick_2stage --samples 8 --output results
+        --refinement checkpoints_refinement/best_refinement.pt --output evaluation_256
+    python evaluate.py --data data --cascade hybrid_vit_cascade/checkpoints/quick_2stage --samples 8 --output evaluation
 
-Writes ``per_patient.csv`` (one row per method and patient), ``summary.json`` (mean, sd, n, 95 % bootstrap interval,
-paired differences to the baseline, protocols, hashes) and ``pictures/ID.png`` into the output folder.
+Writes ``per_patient.csv`` (one row per method and patient), ``summary.json`` (mean, sd, n, 95 % t interval, paired
+differences to the baseline, protocols, hashes) and ``pictures/ID.png`` into the output folder. What an earlier
+evaluation wrote there goes, its report and pictures too, when the new one has succeeded and not before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,8 +30,17 @@ from checkpoints import check_compatible, weights_fingerprint
 from config import config_hash
 from dataset import PatientDataset, mean_volume
 from figures import save_panel
-from files import InputError, atomic_path, read_json, run_cli, write_json
-from metrics import paired_interval, summarise
+from files import (
+    InputError,
+    atomic_path,
+    check_writable,
+    is_plain_name,
+    read_json,
+    replaced_together,
+    run_cli,
+    write_json,
+)
+from metrics import FEW, paired_interval, summarise
 from model_enhanced import RefinementNetwork, upsample
 from pipeline import DirectSystem, add_tile_argument, pick_device
 from protocols import COLUMNS, PROTOCOLS, Case, format_score, scanned_body, score
@@ -41,6 +52,7 @@ Predictor = Callable[[dict], torch.Tensor]
 
 BASELINE = "mean_volume"
 TRILINEAR = "trilinear"
+FILES = ("per_patient.csv", "report.html", "summary.json")
 GAINS = ("psnr_strict", "ssim_3d", "mae_hu", "body_mae_hu", "psnr_x2ct", "projection_relative")  # printed by default
 
 
@@ -222,10 +234,12 @@ def print_table(summary: dict, full: bool = False) -> None:
             print(f"{name if index == 0 else '':15}{column:21}{cells}")
     for key, gains in summary.items():
         if key.startswith("minus_") and first in gains:
-            print(f"{first} minus {key.removeprefix('minus_')} (paired, 95 % bootstrap interval):")
+            print(f"{first} minus {key.removeprefix('minus_')} (paired, 95 % t interval):")
             for column in GAINS:
                 if column in gains[first]:
-                    print(f"  {column:19}{_gain(column, gains[first][column])}")
+                    print(f"  {column:20}{_gain(column, gains[first][column])}")
+            if patients < FEW:
+                print(f"  (below {FEW} patients an interval does not show a difference by itself)")
 
 
 def _mean(column: str, statistics: dict, patients: int) -> str:
@@ -353,8 +367,8 @@ def provenance(subject: Subject) -> list[dict]:
 class Observer:
     """Pictures of the first method's volumes, and coverage of methods with a standard deviation, as they are scored.
 
-    It is the ``observe`` of :func:`score_patients`; ``coverages`` holds a row per method and patient. A report
-    collects from it, too.
+    It is the ``observe`` of :func:`score_patients`; output: folder for ``pictures``. ``coverages`` holds a row per
+    method and patient. A report collects from it, too.
     """
 
     def __init__(
@@ -486,14 +500,31 @@ def summarise_run(args, subject: Subject, data: PatientDataset, seen: list[str],
     }
 
 
+def earlier_files(output: Path) -> list[Path]:
+    """Files that an earlier evaluation wrote into ``output``; of the pictures those of the patients it scored."""
+    summary = output / "summary.json"
+    try:
+        scored = read_json(summary)["patients"] if summary.exists() else []
+    except (InputError, KeyError, TypeError):  # not a summary of this program: its pictures are not, either
+        scored = []
+    pictures = [output / "pictures" / f"{patient}.png" for patient in scored if is_plain_name(patient)]
+    return [path for path in (*(output / name for name in FILES), *pictures) if path.is_file()]
+
+
+def check_arguments(args) -> None:
+    """Refuse, before anything is loaded, an output that cannot be written."""
+    output = Path(args.output)
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise InputError(f"--output {output} is a file; expected a folder")
+    check_writable(output / FILES[0], "--output")
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
+    check_arguments(args)
     subject = load_cascade_subject(args) if args.cascade else load_direct_subject(args)
     for note in subject.notes:
         print(f"note: {note}")
-    output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file; expected a folder")
     data, training, seen = open_data(args, subject)
     first = next(iter(subject.predictors))
     others = read_rows(args.compare, args.compare_method or first, data.ids) if args.compare else None
@@ -503,19 +534,22 @@ def main(argv=None) -> int:
         report = ReportCollector(cases, first, data.geometry, data.hu_window, data.xray_scale)
 
     predictors = {**subject.predictors, BASELINE: mean_predictor(training)}
-    observer = Observer(output, data, predictors, args.pictures, report)
-    rows = score_patients(data, predictors, observer)
-    summary = summarise_run(args, subject, data, seen, rows)
-    if others:
-        mine = [row for row in rows if row["method"] == first]
-        summary[f"minus_{Path(args.compare).parent.name or 'other'}"] = {first: differences(mine, others)}
-        note_other_truth(args.compare, summary)
-    if observer.coverages:
-        summary["coverage"] = {"in": "body", **summarise(observer.coverages), "expected": subject.expected_coverage}
-    write_rows(output / "per_patient.csv", rows)
-    write_json(output / "summary.json", summary)
-    if report is not None:
-        report.write(output / "report.html", summary, rows, subject.notes)
+    output = Path(args.output)
+    with replaced_together(output, lambda: earlier_files(output)) as folder:
+        observer = Observer(folder, data, predictors, args.pictures, report)
+        rows = score_patients(data, predictors, observer)
+        summary = summarise_run(args, subject, data, seen, rows)
+        if others:
+            mine = [row for row in rows if row["method"] == first]
+            summary[f"minus_{Path(args.compare).parent.name or 'other'}"] = {first: differences(mine, others)}
+            note_other_truth(args.compare, summary)
+        if observer.coverages:
+            expected = subject.expected_coverage
+            summary["coverage"] = {"in": "body", **summarise(observer.coverages), "expected": expected}
+        write_rows(folder / "per_patient.csv", rows)
+        write_json(folder / "summary.json", summary)
+        if report is not None:
+            report.write(folder / "report.html", summary, rows, subject.notes)
     print_table(summary, args.full_table)
     if observer.coverages:
         print_coverage(summary["coverage"])

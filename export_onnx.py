@@ -33,7 +33,7 @@ from torch import nn
 from checkpoints import weights_fingerprint
 from ct_io import CtImage, cube_affine, locate_cube, resample_cube
 from dataset import PatientDataset
-from files import InputError, atomic_path, run_cli
+from files import InputError, atomic_path, check_writable, run_cli
 from hybrid_vit_cascade.cascade import Cascade, to_signed, to_unit
 from hybrid_vit_cascade.diffusion import draw_noise
 from hybrid_vit_cascade.inference import CascadePipeline, CascadeSystem
@@ -366,6 +366,9 @@ def check_args(args) -> None:
         raise InputError("--check-pa and --check-lateral go together; expected both X-rays of a case")
     if not args.tolerance >= 0:
         raise InputError(f"--tolerance {args.tolerance}; expected 0 or more")
+    for option, path in (("--output", args.output), ("--pt2", args.pt2)):
+        if path:
+            check_writable(path, option)
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if args.output.endswith(".onnx") and missing:
         raise InputError(f"--output {args.output}: needs {', '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")

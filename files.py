@@ -8,10 +8,11 @@ import json
 import os
 import re
 import reprlib
+import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,27 +27,99 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message names file, key or value and what was expected."""
 
 
+def describe(error: BaseException) -> str:
+    """One sentence about an error: what it says, and the file that the system could not read or write."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fspath(error.filename)}: {error.strerror or type(error).__name__}"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Let a system error of writing ``path`` name it: a full disk names no file, a temporary name tells nobody much."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or ".tmp" in os.fsdecode(error.filename):
+            error.filename = str(path)
+        raise
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it replaces ``path`` only when the block succeeds.
 
-    The temporary name keeps the suffixes (``.nii.gz``), because writers choose the format by them.
-    A crash, a full disk or an exception leaves an existing ``path`` untouched.
+    The temporary name keeps the suffixes (``.nii.gz``), in lower case, because writers choose the format by them.
+    A crash, a full disk or an exception leaves an existing ``path`` untouched; an ``OSError`` names ``path``.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{suffix}", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    name = path.name.lower()
+    suffix = "".join(Path(name).suffixes[-2:]) if name.endswith(".gz") else Path(name).suffix
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{suffix}", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with open(temporary, "r+b") as stream:  # on disk before the rename, or a power cut leaves an empty file
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_together(folder: str | os.PathLike, earlier: Callable[[], Iterable[Path]]) -> Iterator[Path]:
+    """Yield a new folder whose files go into ``folder`` together when the block succeeds; else nothing changes.
+
+    earlier: called then, gives the files of an earlier run in ``folder`` that have to go: none stays beside new ones.
+    """
+    folder = Path(folder)
+    with naming(folder):
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".new.", suffix=".tmp", dir=folder))
+        try:
+            yield staging
+            made = []
+            for path in earlier():
+                path.unlink(missing_ok=True)
+                if path.parent != folder:
+                    with contextlib.suppress(OSError):  # not empty
+                        path.parent.rmdir()
+            for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+                target = folder / path.relative_to(staging)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(path, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+def check_writable(path: str | os.PathLike, option: str = "") -> None:
+    """Raise :class:`InputError` where :func:`atomic_path` could not write ``path``; nothing is left behind.
+
+    For use before a long computation. Tried, not guessed: an empty file for each part of the path that is not there
+    yet tells of missing permission, a file in a folder's place, a name too long. option: names it in the message.
+    """
+    path = Path(path)
+    folder = path.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
     try:
-        yield temporary
-        with open(temporary, "r+b") as stream:  # on disk before the rename, or a power cut leaves an empty file
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        for name in path.relative_to(folder).parts:
+            handle, trial = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+            os.close(handle)
+            os.unlink(trial)
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror})".strip()) from None
 
 
 def _umask() -> int:
@@ -175,11 +248,16 @@ def stays_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and exit: an :class:`InputError` prints one line and exits with 2."""
+    """Run a command's ``main`` and exit.
+
+    An :class:`InputError`, and an ``OSError`` that names a file, print one line and exit with 2.
+    """
     try:
         sys.exit(main() or 0)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        if not isinstance(error, InputError) and error.filename is None:
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -28,7 +28,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from files import InputError, atomic_path, run_cli
+from files import InputError, atomic_path, check_writable, run_cli
 
 AIR, LUNG, FAT, MUSCLE, BLOOD, LIVER = -1000.0, -850.0, -100.0, 50.0, 45.0, 60.0
 SPONGY_BONE, COMPACT_BONE, CARTILAGE, DISC = 280.0, 950.0, 110.0, 80.0  # HU, all without contrast agent
@@ -525,6 +525,7 @@ def _check_args(args):
         raise InputError(f"--spacing-mm is {args.spacing_mm:g}; expected 0.5 to 20 mm")
     if args.output.exists() and not args.output.is_dir():
         raise InputError(f"--output {args.output} is a file; expected a folder")
+    check_writable(args.output / "phantom_0000.nii.gz", "--output")
 
 
 def main(argv=None) -> int:

@@ -29,19 +29,32 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def check_finite(volume: torch.Tensor, origin: str, precision: str = "float32") -> torch.Tensor:
+    """Return a predicted volume; :class:`InputError` naming the weights' ``origin`` for NaN or infinity in it.
+
+    As Hounsfield units they would become plausible numbers: NaN is 0 HU, water, as an integer.
+    """
+    if volume.isfinite().all():
+        return volume
+    hint = "are its weights damaged?" if precision == "float32" else f"{precision} overflows: try --precision float32"
+    raise InputError(f"{origin}: the predicted volume holds NaN or infinite values; {hint}")
+
+
 class DirectSystem:
     """Stage 1 and, when given, stage 2, ready for inference.
 
     base, refinement: checkpoint files. device: auto, cpu, cuda, ... precision: float32, bfloat16, float16 or
     auto. tile: coarse voxels per axis that stage 2 refines at once; "auto" looks at the free memory, 0 forces the
     whole volume. Raises :class:`InputError` naming the file when a checkpoint is missing, damaged or of
-    another kind, or when the two are of different geometries or sizes.
+    another kind, or when the two are of different geometries or sizes; its methods raise it for weights that
+    predict NaN or infinity.
     """
 
     def __init__(self, base, refinement=None, device="auto", precision="float32", tile: int | str = "auto"):
         if tile != "auto" and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 0):
             raise InputError(f"--tile is {tile!r}; expected auto, 0 (the whole volume) or a number of coarse voxels")
         self.device, self.tile = pick_device(device), tile
+        self.base, self.refined_by = str(base), str(refinement)
         self.precision = Precision(precision, self.device)
         self.model, self.checkpoint = load_base_model(base, self.device)
         self.refinement, self.refinement_checkpoint = None, None
@@ -92,7 +105,7 @@ class DirectSystem:
         """Stage 1: ``(B, 2, S, S)`` in [0, 1] -> ``(B, 1, 64, 64, 64)`` in [0, 1], float32 on the device."""
         with torch.inference_mode(), self.precision.autocast():
             volume, _ = self.model(xrays.to(self.device))
-        return volume.float()
+        return check_finite(volume.float(), self.base, self.precision.name)
 
     def refine(self, coarse: torch.Tensor, xrays: torch.Tensor) -> torch.Tensor:
         """Stage 2: ``(B, 1, 64, 64, 64)`` -> ``(B, 1, 256, 256, 256)`` float32 on the CPU.
@@ -103,7 +116,8 @@ class DirectSystem:
         for tile in self._tiles(coarse):
             try:
                 with torch.inference_mode(), self.precision.autocast():
-                    return self.refinement.refine(coarse.to(self.device), xrays, tile, device="cpu")
+                    volume = self.refinement.refine(coarse.to(self.device), xrays, tile, device="cpu")
+                return check_finite(volume, self.refined_by, self.precision.name)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
         raise InputError(

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from files import InputError, atomic_path, run_cli
+from files import InputError, atomic_path, check_writable, run_cli
 
 LOG = "log.jsonl"
 
@@ -119,6 +119,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.output.suffix.lower() != ".png":
         raise InputError(f"--output {args.output}: expected a name ending in .png")
+    check_writable(args.output, "--output")
     runs = [read_run(path) for path in args.runs]
     figure = draw(runs)
     with atomic_path(args.output) as temporary:

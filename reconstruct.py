@@ -14,6 +14,7 @@ volume_hu, affine = load_pipeline("best_model.pt", "best_refinement.pt")("PA.png
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from os import PathLike
 from pathlib import Path
@@ -23,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from ct_io import cube_affine
-from dataset import VIEW_NAMES, XRAY_SUFFIXES
 from figures import save_panel
-from files import InputError, run_cli
+from files import InputError, check_writable, describe, run_cli
+from patient_files import find_pairs
 from pipeline import DirectSystem, add_tile_argument
 from projector import unit_to_hu
 from volume_output import FORMATS, check_output, write_volume
@@ -84,7 +85,7 @@ class Pipeline:
         return torch.from_numpy(np.stack(images).astype(np.float32))
 
     def predict(self, xrays: torch.Tensor) -> torch.Tensor:
-        """``(2, S, S)`` -> volume ``(D, H, W)`` in [0, 1], float32 on the CPU."""
+        """``(2, S, S)`` -> volume ``(D, H, W)`` in [0, 1], float32 on the CPU; NaN is an :class:`InputError`."""
         return self.system.predict(xrays.unsqueeze(0))[0, 0]
 
     def to_hu(self, volume: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -157,13 +158,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pa", help="frontal X-ray: PNG, JPEG, TIFF, .npy or DICOM")
     parser.add_argument("--lateral", help="lateral X-ray, anterior on the left")
     parser.add_argument(
-        "--folder", help="instead: all pairs ID_pa.png, ID_lat.png (and the like) in or below this folder"
+        "--folder", help="instead: all pairs ID_pa.png, ID_lat.png (and the like) in and below this folder"
     )
     parser.add_argument(
         "--output", required=True, help="file to write (.nii.gz, .nii, .nrrd, .mha; a folder for DICOM)"
     )
     parser.add_argument(
-        "--format", default="nifti", choices=FORMATS, help="with --folder: of the volumes (default %(default)s)"
+        "--format", choices=FORMATS, help="of the volumes (default: nifti with --folder, else by the name of --output)"
     )
     parser.add_argument(
         "--skip-existing", action="store_true", help="with --folder: leave out what has a volume already"
@@ -198,50 +199,32 @@ def check_common_arguments(args) -> None:
             raise InputError("--folder stands for --pa and --lateral; expected one or the other")
         for option in ("output", "picture"):
             path = getattr(args, option)
-            if path and Path(path).exists() and not Path(path).is_dir():
+            if path and os.path.exists(path) and not os.path.isdir(path):
                 raise InputError(f"--{option} {path}: is a file; expected a folder for the volumes of --folder")
+            if path:
+                check_writable(Path(path) / "volume", f"--{option}")
         return
     if not args.pa:
         raise InputError("--pa is missing; expected the two X-rays, or --folder")
-    check_output(args.output, "--output")
-    if args.picture and not args.picture.endswith(".png"):
-        raise InputError(f"--picture {args.picture}: expected a name ending in .png")
-    if args.picture and Path(args.picture).resolve() in {Path(p).resolve() for p in (args.pa, args.lateral) if p}:
-        raise InputError(f"--picture {args.picture} is one of the X-rays; expected another name")
+    if args.skip_existing:
+        raise InputError("--skip-existing belongs to --folder")
+    check_output(args.output, "--output", kind=args.format)
+    if args.picture:
+        _check_picture(args.picture, (args.pa, args.lateral))
 
 
-def find_pairs(folder) -> dict[str, tuple[Path | None, Path | None]]:
-    """``{id: (PA, lateral)}`` of the X-rays in a folder and the folders in it, sorted; None where one is missing.
-
-    Names are those of a data set: ``ID_pa``, ``ID_frontal`` or ``ID_pa_drr``; ``ID_lat``, ``ID_lateral`` or
-    ``ID_lat_drr``. Raises :class:`InputError` without any, or with two files for the same view of the same id.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"--folder {folder}: no such folder")
-    found: dict[str, list[Path | None]] = {}
-    for path in sorted([*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*")]):
-        stem, suffix = path.name.removesuffix(path.suffix), path.suffix.lower()
-        for view, endings in enumerate(VIEW_NAMES):
-            ending = next((end for end in endings if stem.lower().endswith(end)), None)
-            if ending is None or suffix not in XRAY_SUFFIXES:
-                continue
-            pair = found.setdefault(stem[: -len(ending)], [None, None])
-            if pair[view] is not None:
-                raise InputError(f"--folder {folder}: {pair[view]} and {path} are the same view of one patient")
-            pair[view] = path
-    if not found:
-        names = ", ".join(f"ID{name}" for views in VIEW_NAMES for name in views)
-        raise InputError(
-            f"--folder {folder}: no X-rays in it; expected files called {names} with {', '.join(XRAY_SUFFIXES)}"
-        )
-    return {patient: tuple(pair) for patient, pair in sorted(found.items())}
+def _check_picture(path, xrays) -> None:
+    if not str(path).endswith(".png") or os.path.isdir(path):
+        raise InputError(f"--picture {path}: expected a file's name ending in .png")
+    if Path(path).resolve() in {Path(p).resolve() for p in xrays if p}:
+        raise InputError(f"--picture {path} is one of the X-rays; expected another name")
+    check_writable(path, "--picture")
 
 
 def reconstruct_one(pipeline: Pipeline, pa, lateral, output, picture, args) -> tuple[np.ndarray, np.ndarray]:
     """One pair of files -> the volume's file, and a picture when wanted; returns ``(HU, affine)``.
 
-    Notes about the X-rays go to standard error.
+    Notes about the X-rays go to standard error. Nothing is written unless all can be: :func:`check_common_arguments`.
     """
     xrays = pipeline.read(
         pa,
@@ -255,7 +238,7 @@ def reconstruct_one(pipeline: Pipeline, pa, lateral, output, picture, args) -> t
         tqdm.write(f"note: {note}", file=sys.stderr)
     volume = pipeline.predict(xrays)
     hu, affine = pipeline.to_hu(volume)
-    write_volume(output, hu, affine)
+    write_volume(output, hu, affine, args.format)
     if picture:
         shown = xrays if len(xrays) == 2 else torch.cat([xrays, torch.zeros_like(xrays)])
         save_panel(picture, shown, volume, None, pipeline.hu_window)
@@ -265,29 +248,38 @@ def reconstruct_one(pipeline: Pipeline, pa, lateral, output, picture, args) -> t
 def reconstruct_folder(pipeline: Pipeline, args, views: int = 2) -> int:
     """Every pair of ``--folder``, with a progress bar; returns the exit status.
 
-    Memory does not grow with the number of pairs. Pairs that cannot be used are named at the end (status 1), the others
-    are done.
+    Memory does not grow with the number of pairs. Whatever goes wrong with one pair, the others are done; at the end
+    those that failed and the X-rays that belong to no pair are named (status 1).
     """
-    failed, done, skipped = [], 0, 0
-    pairs = find_pairs(args.folder)
+    args.format = args.format or "nifti"
+    pairs, unused = find_pairs(args.folder, (args.output, args.picture))
+    pictures = {patient: Path(args.picture) / f"{patient}.png" for patient in pairs if args.picture}
+    unused = [path for path in unused if path not in pictures.values()]
+    if views == 1 and any(lateral for _, lateral in pairs.values()):
+        tqdm.write("note: lateral X-rays are not used: the cascade was trained with the PA view alone", file=sys.stderr)
+    failed, done, skipped = {}, 0, 0
     for patient, pair in tqdm(pairs.items(), desc="Reconstructing", unit="pair", disable=None):
         output = Path(args.output) / f"{patient}{FORMATS[args.format]}"
-        picture = Path(args.picture) / f"{patient}.png" if args.picture else None
         if args.skip_existing and output.exists():
             skipped += 1
             continue
         try:
             if None in pair[:views]:
-                raise InputError(f"{patient}: the {'PA' if pair[0] is None else 'lateral'} X-ray is missing")
-            reconstruct_one(pipeline, pair[0], pair[1] if views == 2 else None, output, picture, args)
+                raise InputError(f"the {'PA' if pair[0] is None else 'lateral'} X-ray is missing")
+            check_output(output, kind=args.format)
+            if patient in pictures:
+                _check_picture(pictures[patient], pair)
+            reconstruct_one(pipeline, *(pair if views == 2 else (pair[0], None)), output, pictures.get(patient), args)
             done += 1
-        except InputError as error:
-            failed.append(str(error))
+        except Exception as error:  # noqa: BLE001 - of whatever kind: hours of other pairs must not be lost to it
+            failed[patient] = describe(error)
     there = f", {skipped} already there" if skipped else ""
     print(f"{args.output}: {done} of {len(pairs)} volumes written{there}")
-    for message in failed:
-        print(f"failed: {message}", file=sys.stderr)
-    return int(bool(failed))
+    for patient, message in failed.items():
+        print(f"failed: {patient}: {message}", file=sys.stderr)
+    for path in unused:
+        print(f"not used: {path}: expected an X-ray called like ID_pa.png or ID_lat.png", file=sys.stderr)
+    return int(bool(failed or unused))
 
 
 def describe_volume(pipeline: Pipeline, output, hu: np.ndarray) -> str:

@@ -2,7 +2,7 @@
 
     collector = ReportCollector(["patient1", "patient2"], "model", geometry, hu_window)
     collector.observe("model", item, volume, scores)        # for each method and patient; others are passed over
-    collector.write("results/report.html", summary, rows)
+    collector.write("evaluation/report.html", summary, rows)
 
 The page opens from disk in any browser of the last years. Its content security policy lets nothing but its own style
 and script run (both by hash) and no request leave.
@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from files import InputError, atomic_path
+from metrics import FEW
 from projector import HU_WINDOW, XRAY_SCALE, Geometry, render_xrays, unit_to_hu
 from protocols import COLUMNS, PROTOCOLS, format_score
 
@@ -294,20 +295,25 @@ def _metric_table(methods: dict[str, dict], meanings: dict[str, str], caption: s
 
 
 def _scores(summary: dict) -> str:
-    caption = "Mean \u00b1 standard deviation over patients; below it the 95 % bootstrap interval of the mean"
+    caption = "Mean \u00b1 standard deviation over patients; below it the 95 % t interval of the mean"
     return _metric_table(summary.get("methods", {}), summary.get("protocols", {}), caption)
 
 
 def _differences(summary: dict) -> str:
     """A section with one table per reference: paired differences of every other method to it."""
     tables = [
-        _metric_table(value, {}, f"Minus {key.removeprefix('minus_')}: mean, 95 % bootstrap interval", True)
+        _metric_table(value, {}, f"Minus {key.removeprefix('minus_')}: mean, 95 % t interval{_caution(value)}", True)
         for key, value in summary.items()
         if key.startswith("minus_") and value
     ]
     if not tables:
         return ""
     return f'<section class="card"><h2>Paired differences</h2>{"<br>".join(tables)}</section>'
+
+
+def _caution(methods: dict[str, dict]) -> str:
+    counts = [entry.get("n", 0) for statistics in methods.values() for entry in statistics.values()]
+    return f" (below {FEW} patients it does not show a difference by itself)" if min(counts, default=FEW) < FEW else ""
 
 
 def _notes(notes: Sequence[str]) -> str:

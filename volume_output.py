@@ -8,6 +8,7 @@ write_volume("ct_dicom", hu, affine)      # a new folder: one DICOM file per sli
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ct_io import write_cube
-from files import InputError, atomic_path
+from files import InputError, atomic_path, check_writable, naming
 
 NIFTI = (".nii.gz", ".nii")
 SITK = (".nrrd", ".mha")
@@ -39,42 +40,57 @@ def format_of(path: str | os.PathLike) -> str:
     return "dicom"
 
 
-def check_output(path: str | os.PathLike, option: str = "", series: bool = True) -> None:
+def kind_of(path: str | os.PathLike, kind: str | None = None) -> str:
+    """One of :data:`FORMATS`: ``kind`` when it is given and the name does not end otherwise, else by the name.
+
+    A folder for ``dicom`` may be called anything, also with dots, as UIDs have them. Raises :class:`InputError`.
+    """
+    if kind is None:
+        return format_of(path)
+    name = Path(path).name.lower()
+    other = format_of(path) if kind != "dicom" or name.endswith((*NIFTI, *SITK)) else "dicom"
+    if other != kind:
+        ending = f"a name ending in {FORMATS[kind]}" if FORMATS[kind] else "a folder's name"
+        raise InputError(f"{path}: expected {ending} for the format {kind}")
+    return kind
+
+
+def check_output(path: str | os.PathLike, option: str = "", series: bool = True, kind: str | None = None) -> None:
     """Raise :class:`InputError` for an output that :func:`write_volume` could not write: before any work is done.
 
-    option: the option it was given by, for the message. series: a DICOM series is possible. Unknown endings, missing
-    packages, a folder in a file's place and a file or a folder with something in it in a series' place are refused.
+    option: the option it was given by, for the message. series: a DICOM series is possible. kind: see :func:`kind_of`.
+    Unknown endings, missing packages, a folder in a file's place, a file or a folder with something in it in a series'
+    place, and what the system does not let write (permission, a file as folder, a name too long) are refused.
     """
     try:
-        _check_output(Path(path), series)
+        _check_output(Path(path), kind_of(path, kind), series)
     except InputError as error:
         raise InputError(f"{option} {error}".strip()) from None
 
 
-def _check_output(path: Path, series: bool) -> None:
-    kind = format_of(path)
+def _check_output(path: Path, kind: str, series: bool) -> None:
     if kind == "dicom" and not series:
         raise InputError(f"{path}: expected a name ending in .nii.gz, .nii, .nrrd or .mha")
     if kind == "dicom":
         _import_pydicom(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path}: is there already; a DICOM series needs a new or empty folder")
-        return
-    if kind != "nifti":
+    elif kind != "nifti":
         _import_sitk(path)
-    if path.is_dir():
+    check_writable(path)
+    if kind == "dicom" and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: is there already; a DICOM series needs a new or empty folder")
+    if kind != "dicom" and path.is_dir():
         raise InputError(f"{path}: is a folder; expected a file name")
 
 
-def write_volume(path: str | os.PathLike, hu: np.ndarray, affine: np.ndarray) -> None:
+def write_volume(path: str | os.PathLike, hu: np.ndarray, affine: np.ndarray, kind: str | None = None) -> None:
     """Write a volume in the format of its name, atomically.
 
     hu: ``(D, H, W)`` int16, axes as in ``projector.py``. affine: 4 x 4, voxel ``(w, h, d)`` -> RAS millimetres, as from
-    :func:`ct_io.cube_affine`. Every format puts each voxel at the same place of the patient.
-    Raises :class:`InputError` as :func:`check_output`.
+    :func:`ct_io.cube_affine`. Every format puts each voxel at the same place of the patient. kind: see :func:`kind_of`.
+    Raises :class:`InputError` as :func:`check_output`, and an ``OSError`` naming ``path`` when writing fails.
     """
-    check_output(path)
-    kind = format_of(path)
+    check_output(path, kind=kind)
+    kind = kind_of(path, kind)
     if kind == "nifti":
         write_cube(path, hu, affine)
     elif kind == "dicom":
@@ -111,7 +127,11 @@ def _write_sitk(path, hu, affine) -> None:
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     with atomic_path(path) as temporary:
-        sitk.WriteImage(image, str(temporary), useCompression=True)
+        try:
+            sitk.WriteImage(image, str(temporary), useCompression=True)
+        except RuntimeError as error:  # also of a full disk
+            text = str(error).strip().splitlines()[-1].replace(str(temporary), str(path))
+            raise OSError(errno.EIO, f"SimpleITK could not write it ({text})", str(path)) from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -133,20 +153,25 @@ def _import_pydicom(path):
 
 def _write_series(folder: Path, hu, affine) -> None:
     """One file per slice into a temporary folder that is renamed when all are written."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        volume, lps = _feet_to_head(hu, affine)
-        common = _series_header(folder, volume, lps)
-        for index in range(len(volume)):
-            data = _slice(common, volume, lps, index)
-            data.save_as(temporary / f"slice_{index + 1:04d}.dcm", enforce_file_format=True)
-        os.chmod(temporary, 0o755)
-        if folder.exists():
-            folder.rmdir()  # empty: checked before
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            _write_slices(folder, temporary, hu, affine)
+            os.chmod(temporary, 0o755)
+            if folder.exists():
+                folder.rmdir()  # empty: checked before
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_slices(folder, temporary, hu, affine) -> None:
+    volume, lps = _feet_to_head(hu, affine)
+    common = _series_header(folder, volume, lps)
+    for index in range(len(volume)):
+        data = _slice(common, volume, lps, index)
+        data.save_as(temporary / f"slice_{index + 1:04d}.dcm", enforce_file_format=True)
 
 
 def _series_header(folder, volume, lps):

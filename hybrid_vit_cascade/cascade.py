@@ -28,6 +28,7 @@ from files import InputError, is_plain_name, read_json
 from hybrid_vit_cascade.diffusion import PREDICTIONS, Schedule, draw_noise, sample
 from hybrid_vit_cascade.models import CascadeStage, Condition
 from model_enhanced import upsample
+from pipeline import check_finite
 from projector import Geometry
 
 KIND = "hybrid_vit_cascade"
@@ -106,7 +107,7 @@ class Stage:
             progress=progress,
             clip_x0=self.prediction == "noise",
         )
-        return x0.clamp_(-1.0, 1.0)
+        return x0.clamp(-1.0, 1.0).where(x0.isfinite(), x0)  # infinity stays an error that can be seen
 
 
 class Cascade:
@@ -118,7 +119,7 @@ class Cascade:
     """
 
     def __init__(self, stages: Sequence[Stage], header: dict, device="cpu", precision: str = "float32"):
-        self.stages, self.header = list(stages), header
+        self.stages, self.header, self.origin = list(stages), header, "the cascade"
         self.device = torch.device(device)
         self.precision = Precision(precision, self.device)
         for stage in self.stages:
@@ -151,6 +152,7 @@ class Cascade:
                 {key: value for key, value in data.items() if key not in ("model_state_dict", "training_state")}
             )
         cascade = cls(stages, _joint_header(headers), device, precision)
+        cascade.origin = str(folder)
         if cascade.device.type == "cpu":
             keep_freed_memory()
             for stage in stages:
@@ -209,7 +211,7 @@ class Cascade:
         same seed gives the same volume (None: torch's global one). stages: how many of them to run (None: all).
         method: ``dpmpp_2m`` or ``ddim``. progress: wraps each stage's iterable of steps (tqdm).
         Returns ``(B, 1, D, H, W)`` in [0, 1], float32, on the cascade's device. Raises :class:`InputError` for the
-        wrong number of views, stages or steps.
+        wrong number of views, stages or steps, and naming the stage for NaN in what it makes.
         """
         return to_unit(self._chain(xrays, steps, generator, stages, method, progress))
 
@@ -277,6 +279,7 @@ class Cascade:
             with self.precision.autocast() if self.precision.name != "float32" else contextlib.nullcontext():
                 condition = stage.model.encode(xrays, volume)
                 volume = stage.generate(condition, noise, steps, method, progress)
+            check_finite(volume, f"{self.origin}: stage {stage.name}", self.precision.name)
         return volume
 
     def _check_xrays(self, xrays):

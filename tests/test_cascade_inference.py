@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -225,6 +226,15 @@ def test_bfloat16_is_close_to_float32(folder, xrays):
     ]
     assert volumes[1].dtype == torch.float32
     assert 0 < (volumes[0] - volumes[1]).abs().mean() < 0.05 * volumes[0].std()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_names_folder_and_stage(folder, xrays, value, monkeypatch):
+    cascade = Cascade.load(folder)
+    monkeypatch.setattr(Schedule, "to_x0", lambda self, output, *_: torch.full_like(output, value))
+    for use in (cascade.posterior_mean, partial(cascade.statistics, samples=2, steps=2)):
+        with pytest.raises(InputError, match=rf"{re.escape(str(folder))}: stage low: the predicted volume holds NaN"):
+            use(xrays)
 
 
 def test_a_wrong_number_of_views_is_refused(folder, single_view, xrays):

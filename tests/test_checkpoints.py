@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from checkpoints import check_compatible, load_checkpoint, save_checkpoint
-from files import InputError, atomic_path
+from files import InputError, atomic_path, run_cli, write_json
 from projector import Geometry
 
 ROOT = Path(__file__).parent.parent
@@ -134,3 +134,26 @@ def test_atomic_path_replaces_only_on_success(tmp_path):
         fail_halfway()
     assert path.read_text() == "one"
     assert os.listdir(path.parent) == ["out.nii.gz"]
+
+
+def test_a_failing_write_names_the_file_and_commands_say_it_in_one_line(tmp_path, capsys):
+    path = tmp_path / "table.csv"
+
+    def full():
+        with atomic_path(path):
+            raise OSError(28, "No space left on device")
+
+    def below_a_file():
+        path.touch()
+        write_json(path / "new.json", {})
+
+    for main, words in ((full, "table.csv: No space left on device"), (below_a_file, "table.csv: ")):
+        with pytest.raises(SystemExit) as stopped:
+            run_cli(main)
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert words in line
+    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+    with pytest.raises(BrokenPipeError):  # of no file: not for this sentence
+        run_cli(lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))

@@ -1,6 +1,7 @@
 """The patient-folder data set: items, cache, splits, folders made by hand, bad input."""
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from PIL import Image
 from tiny_data import make_dataset, make_hu
@@ -18,6 +20,7 @@ from dataset import PatientDataset, mean_volume
 from dataset_check import FAILED, check_dataset
 from files import InputError
 from projector import Geometry, hu_to_unit, render_xrays
+from volume_output import write_volume
 from xray_io import read_xray, write_png16
 
 
@@ -199,6 +202,80 @@ def test_an_array_volume_needs_no_affine(tmp_path):
         quiet(tmp_path, "all", 16, None)[0]
 
 
+def two_pictures(folder, names):
+    """X-rays with a mark that no rendering has."""
+    for view, name in enumerate(names):
+        pixels = (60000 * render_64(1)[view].clip(0, 1)).astype(np.uint16)
+        pixels[20:28, 20:28] = 65535
+        if name.lower().endswith("bmp"):
+            pixels = (pixels // 257).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+
+
+VIEWS = (("a_pa.PNG", "a_Lat.png"), ("A_PA.TIF", "a_LATERAL.png"), ("frontal.bmp", "lat.BMP"))
+
+
+@pytest.mark.parametrize("names", VIEWS)
+def test_xrays_of_a_folder_made_by_hand_are_used_whatever_they_are_called(tmp_path, names):
+    by_hand(tmp_path, "a", xrays=False)
+    two_pictures(tmp_path / "a", names)
+    xrays = quiet(tmp_path, "all", 16, 64, xray_normalization="manifest")[0]["xrays"]
+    assert xrays[:, 22:26, 22:26].min() > 0.99
+
+
+@pytest.mark.parametrize("name", ["ct.nii.gz", "a.NII.GZ", "a.mha", "x.mhd", "a.nrrd", "series"])
+def test_volumes_of_a_folder_made_by_hand_are_used_in_every_format_that_is_read(tmp_path, name):
+    hu, affine = make_hu(1, 32), cube_affine((0, 0, 0), 360.0, 32)
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    write_volume(tmp_path / ("ct.mha" if name == "x.mhd" else name), hu, affine)
+    if name == "x.mhd":
+        sitk.WriteImage(sitk.ReadImage(tmp_path / "ct.mha"), tmp_path / "data" / "a" / name)
+    else:
+        (tmp_path / name).rename(tmp_path / "data" / "a" / name)
+    by_hand(tmp_path / "plain", "a", hu, xrays=False)
+    expected = quiet(tmp_path / "plain", "all", 16, None, cache_dir=tmp_path / "cache")[0]["ct_volume"]
+    found = quiet(tmp_path / "data", "all", 16, None)[0]["ct_volume"]
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.98  # located and resampled, where it is no such cube
+    changed = max((tmp_path / "data" / "a").rglob("*.*"), key=lambda path: path.stat().st_size)
+    stamp = changed.stat().st_mtime_ns + 10**9
+    os.utime(changed, ns=(stamp, stamp))  # the voxels' file, beside a header or in a series
+    before = len(list((tmp_path / "data" / ".cache").rglob("volume*")))
+    assert torch.equal(quiet(tmp_path / "data", "all", 16, None)[0]["ct_volume"], found)
+    assert len(list((tmp_path / "data" / ".cache").rglob("volume*"))) == before + 1  # read anew
+
+
+def test_nothing_of_a_folder_made_by_hand_is_left_out_without_a_word(tmp_path):
+    for name in "ab":
+        by_hand(tmp_path, name, make_hu(1, 16), xrays=False)
+    two_pictures(tmp_path / "a", ("a_pa.png", "a_lat.png"))
+    shutil.copy(tmp_path / "a" / "a.nii.gz", tmp_path / "a" / "lesions.nii.gz")
+    shutil.copy(tmp_path / "a" / "a.nii.gz", tmp_path / "flat.nii.gz")
+    (tmp_path / "empty").mkdir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = PatientDataset(tmp_path, "all", 16, None)
+    said = "\n".join(str(w.message) for w in caught)
+    assert data.ids == ["a", "b"]
+    named = ("no volume in empty", "flat.nii.gz: outside", "not used: a/lesions.nii.gz", "missing ones rendered (b)")
+    for words in named:
+        assert words in said
+    (tmp_path / "a" / "a_PA.png").touch()
+    with pytest.raises(InputError, match="more than one PA X-ray"):
+        quiet(tmp_path, "all", 16, None)
+
+
+def test_a_folder_with_xrays_alone_and_ids_that_differ_by_case_are_refused(tmp_path):
+    for name in "ab":
+        by_hand(tmp_path, name, make_hu(1, 16), xrays=False)
+    (tmp_path / "b" / "b.nii.gz").rename(tmp_path / "b" / "b_pa.png")
+    with pytest.raises(InputError, match=r"b: holds no volume, only b_pa\.png"):
+        quiet(tmp_path, "all", 16, None)
+    shutil.rmtree(tmp_path / "b")
+    by_hand(tmp_path, "A", make_hu(1, 16), xrays=False)
+    with pytest.raises(InputError, match="A and a differ only in upper and lower case"):
+        quiet(tmp_path, "all", 16, None)
+
+
 # -- bad input -----------------------------------------------------------------------------------
 
 
@@ -208,8 +285,8 @@ def test_empty_and_missing_folders(tmp_path):
     with pytest.raises(InputError, match="no patient folder found"):
         PatientDataset(tmp_path)
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "other.nii.gz").touch()
-    with pytest.raises(InputError, match=r"no patient folder found.*prepare_data\.py"):
+    (tmp_path / "a" / "other.mgz").touch()
+    with pytest.raises(InputError, match=r"no patient folder found.*a: holds no volume, only other\.mgz"):
         PatientDataset(tmp_path)
 
 
@@ -283,7 +360,9 @@ def test_a_bad_manifest_is_named(root, changes, words):
 
 def test_unlisted_folders_are_left_out_and_said(root):
     by_hand(root, "stranger", xrays=False)
-    with pytest.warns(UserWarning, match="stranger is not in"):
+    shutil.copy(root / "stranger" / "stranger.nii.gz", root / "stranger" / "stranger.nii")  # two: no matter there
+    (root / "nothing").mkdir()
+    with pytest.warns(UserWarning, match="stranger is not in"), pytest.warns(UserWarning, match="no volume in nothing"):
         data = PatientDataset(root, "all", 16, None)
     assert "stranger" not in data.ids
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from PIL import Image
 
@@ -426,6 +427,31 @@ def test_folders_made_by_hand(good, tmp_path):
     assert failed == [("p1", "PA X-ray", "mirrored left-right")]
 
 
+def test_files_of_a_folder_made_by_hand_are_checked_or_named(good, tmp_path):
+    folder = tmp_path / "p0"
+    shutil.copytree(good / "p0", folder)
+    sitk.WriteImage(sitk.ReadImage(folder / "p0.nii.gz"), folder / "ct.mha")
+    for name in ("p0.nii.gz", "p0_mask.nii.gz"):
+        (folder / name).unlink()
+    (folder / "p0_pa_drr.png").rename(folder / "P0_PA.PNG")
+    assert [f for f in check_dataset(tmp_path) if f.status == FAILED] == []
+    (folder / "p0_frontal.gif").touch()
+    (folder / "lesions_mask.nii").touch()
+    (tmp_path / "flat.nrrd").touch()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "half_pa.png").touch()
+    findings = [f for f in check_dataset(tmp_path) if f.status == FAILED]
+    failed = [(f.patient, f.check, f.message.replace(str(tmp_path), "")) for f in findings]
+    assert [(patient, check) for patient, check, _ in failed] == [(None, "folders")] * 2 + [("p0", "files")] * 2
+    named = (
+        "half: /half: holds no volume",
+        "flat.nrrd lies outside",
+        "p0_frontal.gif: no format",
+        "lesions_mask.nii is",
+    )
+    assert all(words in text for words, (_, _, text) in zip(named, failed))
+
+
 def test_the_command_line(good, tmp_path, capsys):
     with pytest.raises(InputError, match="no such folder"):
         main(["--check", str(tmp_path / "nowhere")])
@@ -433,6 +459,8 @@ def test_the_command_line(good, tmp_path, capsys):
         main(["--check", str(tmp_path)])
     with pytest.raises(InputError, match="existing folder"):
         main(["--check", str(good), "--json", str(tmp_path / "no" / "report.json")])
+    with pytest.raises(InputError, match=r"--json .*: cannot be written \(File name too long\)"):
+        main(["--check", str(good), "--json", str(tmp_path / ("x" * 256))])
     root = tmp_path / "data"
     shutil.copytree(good / "p0", root / "p0")
     (root / "p0" / "p0.nii.gz").unlink()

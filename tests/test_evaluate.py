@@ -334,6 +334,69 @@ def test_results_never_replace_a_file_named_like_their_folder(root, base, tmp_pa
     assert (tmp_path / "out").read_text() == "precious"
 
 
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_nothing_of_an_earlier_evaluation_stays_and_nothing_else_goes(root, base, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    evaluate.main(command(root, base, output, "--report", "--pictures", "2"))
+    (output / "pictures" / "mine.png").write_bytes(b"precious")
+    (output / "notes.txt").write_text("precious")
+    before = contents(output)
+    assert {"report.html", "pictures/p4.png", "pictures/p5.png"} < set(before)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:  # the last file of all
+        patch.setattr(evaluate, "write_json", fail)
+        with pytest.raises(OSError, match=r"No space left on device.*out"):
+            evaluate.main(command(root, base, output, "--pictures", "1"))
+        with pytest.raises(OSError, match="No space"):
+            evaluate.main(command(root, base, tmp_path / "new" / "deep"))
+    assert contents(output) == before
+    assert not (tmp_path / "new").exists()
+
+    evaluate.main(command(root, base, output, "--pictures", "1"))
+    after = contents(output)
+    assert set(after) == {"notes.txt", "per_patient.csv", "pictures/mine.png", "pictures/p4.png", "summary.json"}
+    assert after["pictures/mine.png"] == b"precious"
+    (output / "pictures" / "mine.png").unlink()
+    evaluate.main(command(root, base, output, "--pictures", "0"))
+    assert sorted(path.name for path in output.iterdir()) == ["notes.txt", "per_patient.csv", "summary.json"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(root, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--output .*per_patient\.csv: cannot be written \(Not a directory"):
+        evaluate.main(command(root, "none.pt", tmp_path / "file" / "out"))
+
+
+def test_weights_that_predict_nan_are_named_and_nothing_is_written(root, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(torch.nan)
+    damaged = make_checkpoint(tmp_path / "nan.pt", root, model)
+    with pytest.raises(InputError, match=r"nan\.pt: the predicted volume holds NaN"):
+        evaluate.main(command(root, damaged, tmp_path / "out"))
+    assert [p.name for p in tmp_path.iterdir()] == ["nan.pt"]
+
+
+def test_gains_stand_apart_from_their_names_and_few_patients_are_no_proof(results, capsys):
+    summary = json.loads((results / "summary.json").read_text())
+    evaluate.print_table(summary)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("model minus mean_volume"))
+    assert "95 % t interval" in lines[start]
+    assert [line.split()[0] for line in lines[start + 1 : -1]] == list(evaluate.GAINS)
+    assert lines[-1] == "  (below 10 patients an interval does not show a difference by itself)"
+    for statistics in summary["methods"]["model"].values():
+        statistics["n"] = 10
+    evaluate.print_table(summary)
+    assert "does not show" not in capsys.readouterr().out
+
+
 def test_missing_files_and_devices_are_named(root, base, tmp_path):
     with pytest.raises(InputError, match=r"none\.pt: no such checkpoint"):
         evaluate.main(command(root, tmp_path / "none.pt", tmp_path / "out"))

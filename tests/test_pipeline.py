@@ -17,7 +17,7 @@ import reconstruct
 from dataset import PatientDataset
 from files import InputError
 from model_enhanced import RefinementNetwork
-from pipeline import DirectSystem
+from pipeline import DirectSystem, check_finite
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +233,14 @@ class TestReconstruct:
         hu, affine = reconstruct.load_pipeline(base, refinement, device="cpu")(*xrays)
         assert np.abs(np.asarray(image.dataobj).transpose(2, 1, 0).astype(int) - hu).max() <= 1
         assert np.allclose(affine, image.affine)
+
+
+def test_nan_of_either_stage_names_its_checkpoint_and_half_precision_is_suspected(root, base, tmp_path):
+    refined = make_refinement_checkpoint(tmp_path / "refined.pt", root, base)
+    system = DirectSystem(base, refined, device="cpu")
+    with torch.no_grad():
+        list(system.refinement.parameters())[-1].fill_(torch.nan)
+    with pytest.raises(InputError, match=r"refined\.pt: the predicted volume holds NaN"):
+        system.predict(torch.rand(1, 2, 64, 64))
+    with pytest.raises(InputError, match=r"base\.pt: .*float16 overflows: try --precision float32"):
+        check_finite(torch.tensor([1.0, torch.inf]), "base.pt", "float16")

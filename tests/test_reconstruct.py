@@ -258,6 +258,98 @@ def test_what_cannot_be_used_in_a_folder_is_named_and_the_rest_done(root, base, 
     assert "1 already there" in capsys.readouterr().out
 
 
+def copies(folder, root, *patients):
+    folder.mkdir()
+    for patient in patients:
+        for path, ending in zip(files(root), ("_pa.png", "_lat.png")):
+            (folder / f"{patient}{ending}").write_bytes(path.read_bytes())
+    return folder
+
+
+def test_pairs_of_every_format_that_is_read_are_used_and_other_pictures_named(root, base, tmp_path, capsys):
+    folder, pictures = copies(tmp_path / "xrays", root, "A"), [Image.open(path) for path in files(root)]
+    for picture, view in zip(pictures, ("PA", "Lateral")):
+        Image.fromarray((np.asarray(picture) // 257).astype(np.uint8)).save(folder / f"B_{view}.BMP")
+        np.save(folder / f"C_{view}.npy", (np.asarray(picture) / 65535).astype(np.float32))
+    pictures[0].convert("L").save(folder / "D_pa.gif")
+    pictures[0].save(folder / "scan.png")
+    options = ("--output", str(tmp_path / "out"), "--picture", str(folder / "panels"))
+    for _ in range(2):  # the second time the panels are there, below the folder
+        assert reconstruct.main(["--folder", str(folder), "--base", str(base), *options]) == 1
+        printed = capsys.readouterr()
+        assert "3 of 3 volumes written" in printed.out
+        assert [line.split(":")[1].split("/")[-1] for line in printed.err.splitlines() if "not used" in line] == [
+            "D_pa.gif",
+            "scan.png",
+        ]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{p}.nii.gz" for p in "ABC"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("out of memory"),
+        ZeroDivisionError(),
+        InputError("bad picture"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_goes_wrong_with_one_pair_the_others_are_done(root, base, tmp_path, capsys, monkeypatch, error):
+    write = reconstruct.write_volume
+
+    def failing(path, *rest):
+        if path.name.startswith("bad"):
+            raise error
+        write(path, *rest)
+
+    monkeypatch.setattr(reconstruct, "write_volume", failing)
+    folder = copies(tmp_path / "xrays", root, "bad", "good")
+    assert reconstruct.main(folder_command(folder, base, tmp_path / "out")) == 1
+    printed = capsys.readouterr()
+    assert "1 of 2 volumes written" in printed.out
+    (line,) = (line for line in printed.err.splitlines() if line.startswith("failed: "))
+    assert line.startswith("failed: bad: ")
+    assert (str(error) or type(error).__name__).rpartition("] ")[2] in line
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
+
+
+def test_ids_with_dots_become_series(root, base, tmp_path):
+    folder = copies(tmp_path / "xrays", root, "1.2.840.5")
+    assert reconstruct.main(folder_command(folder, base, tmp_path / "out", "--format", "dicom")) == 0
+    assert len(list((tmp_path / "out" / "1.2.840.5").iterdir())) == 16
+
+
+def test_outputs_are_tried_before_anything_is_loaded(root, tmp_path):
+    """The checkpoint does not exist: its message would come first."""
+    (tmp_path / "file").touch()
+    for option, value, words in (
+        ("--output", "file/ct.nii.gz", "Not a directory"),
+        ("--output", "x" * 250 + ".nii.gz", "File name too long"),
+        ("--picture", "file/ct.png", "Not a directory"),
+    ):
+        arguments = command(*files(root), "none.pt", tmp_path / "ct.nii.gz", option, str(tmp_path / value))
+        with pytest.raises(InputError, match=f"{option} .*: cannot be written \\({words}"):
+            reconstruct.main(arguments)
+    with pytest.raises(InputError, match=r"--output .*volume: cannot be written"):
+        reconstruct.main(folder_command(root, "none.pt", tmp_path / "file" / "out"))
+    with pytest.raises(InputError, match=r"ct\.nii\.gz: expected a name ending in \.mha for the format mha"):
+        reconstruct.main(command(*files(root), "none.pt", tmp_path / "ct.nii.gz", "--format", "mha"))
+
+
+def test_nan_is_an_error_that_names_the_checkpoint_and_nothing_is_written(root, base, tmp_path, capsys):
+    model, _ = load_base_model(base)
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(torch.nan)
+    damaged = make_checkpoint(tmp_path / "nan.pt", root, model)
+    with pytest.raises(InputError, match=r"nan\.pt: the predicted volume holds NaN or infinite.*weights damaged"):
+        reconstruct.main(command(*files(root), damaged, tmp_path / "ct.nii.gz", "--picture", str(tmp_path / "ct.png")))
+    folder = copies(tmp_path / "xrays", root, "A")
+    assert reconstruct.main(folder_command(folder, damaged, tmp_path / "out")) == 1
+    assert "failed: A: " in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nan.pt", "xrays"]
+
+
 def test_folders_that_cannot_work_are_named(root, base, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

@@ -1,6 +1,7 @@
 """Every output format puts every voxel at the same place of the patient; DICOM says that it is synthetic."""
 
 import builtins
+import tempfile
 
 import numpy as np
 import pydicom
@@ -37,7 +38,7 @@ def read_back(path):
     return sitk.ReadImage(str(path))
 
 
-@pytest.mark.parametrize("name", ["ct.nii.gz", "ct.nii", "ct.nrrd", "ct.mha", "series"])
+@pytest.mark.parametrize("name", ["ct.nii.gz", "ct.NII.GZ", "ct.nii", "ct.nrrd", "ct.mha", "series"])
 def test_positions_and_values_agree_in_every_format(volume, tmp_path, name):
     hu, affine = volume
     write_volume(tmp_path / name, hu, affine)
@@ -126,6 +127,39 @@ def test_a_failing_write_leaves_nothing(volume, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pydicom.Dataset, "save_as", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space.*series"):
         write_volume(tmp_path / "series", *volume)
+    monkeypatch.setattr(sitk, "WriteImage", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("ITK\nwrite failed")))
+    with pytest.raises(OSError, match=r"write failed.*ct\.mha"):
+        write_volume(tmp_path / "ct.mha", *volume)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_with_dots_are_no_formats_where_a_series_is_asked_for(volume, tmp_path):
+    name = tmp_path / "1.2.840.113619.5"
+    with pytest.raises(InputError, match="unknown format"):
+        check_output(name)
+    write_volume(name, *volume, kind="dicom")
+    assert len(list(name.iterdir())) == SIZE
+    for wrong, kind in (("ct.nii.gz", "dicom"), ("ct.mha", "nifti"), ("ct", "nrrd")):
+        with pytest.raises(InputError, match=rf"{wrong}: expected .* for the format {kind}"):
+            check_output(tmp_path / wrong, kind=kind)
+
+
+@pytest.mark.parametrize("kind", [None, "dicom"])
+@pytest.mark.parametrize("where", ["file.txt/ct", "a" * 256, "new/" + "b" * 256 + "/ct", "locked/ct"])
+def test_outputs_that_the_system_would_refuse_are_refused_before_and_leave_nothing(tmp_path, where, kind, monkeypatch):
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "locked").mkdir()
+    make = tempfile.mkstemp
+
+    def mkstemp(*args, dir, **options):
+        if dir.name == "locked":  # root may write anywhere
+            raise PermissionError(13, "Permission denied", str(dir))
+        return make(*args, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    with pytest.raises(InputError, match=r"--output .*: cannot be written \([A-Z][a-z ]+\)$"):
+        check_output(tmp_path / (where if kind else f"{where}.nii.gz"), "--output", kind=kind)
+    check_output(tmp_path / "new" / "deep" / "ct.nii.gz")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file.txt", "locked"]
