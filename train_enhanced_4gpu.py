@@ -22,6 +22,7 @@ from files import InputError, run_cli
 from losses import EnhancedLoss
 from metrics import psnr, ssim_3d
 from model_enhanced import KIND, EnhancedDirectModel
+from run_identity import data_header
 from training_cli import check_before_launch, describe_processes, run_training, training_parser
 
 SAMPLES = 2  # validation patients whose pictures go to the monitors
@@ -63,6 +64,7 @@ class EnhancedTask:
             self.train_data.hu_window,
             self.train_data.xray_scale,
         )
+        self.data_header = data_header(self.train_data)
         weights = {k: v for k, v in config_dict(config)["loss"].items() if k != "use_scan_mask"}
         acquisition = self.train_data.acquisition
         self.criterion = EnhancedLoss(**weights, **acquisition).to(processes.device)
@@ -81,11 +83,8 @@ class EnhancedTask:
         return {
             "kind": KIND,
             "model_config": config_dict(self.config)["model"],
-            "geometry": data.geometry.to_dict(),
-            "hu_window": list(data.hu_window),
-            "xray_scale": data.xray_scale,
+            **self.data_header,
             "xray_size": self.config.model.xray_size,
-            "split_hash": data.split_hash,
             "train_patients": list(data.ids),
         }
 

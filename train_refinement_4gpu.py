@@ -28,6 +28,7 @@ from losses import EnhancedLoss
 from memory import choose_tile
 from metrics import psnr, ssim_3d
 from model_enhanced import REFINEMENT_KIND, RefinementNetwork, load_base_model, patch_window, upsample
+from run_identity import data_header
 from training_cli import check_before_launch, describe_processes, run_training, training_parser
 
 CONFIG_NAME = "config_refinement.json"
@@ -56,6 +57,7 @@ class RefinementTask:
         data = config.data
         common = {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
         self.val_data = self._data("val", self.size, config.model.xray_size, **common)
+        self.data_header = data_header(self.val_data)
         self._check_base(processes)
         self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
         self.train_data = self._data(
@@ -96,6 +98,9 @@ class RefinementTask:
             hu_window=list(data.hu_window),
             xray_scale=data.xray_scale,
         )
+        couch = [entry.get("volumes", {}).get("couch_removed") for entry in (self.base_checkpoint, self.data_header)]
+        if None not in couch:  # unknown for data without a manifest, and in checkpoints of earlier versions
+            check_compatible(path, {"couch_removed": couch[0]}, couch_removed=couch[1])
         judges = set(data.splits["val"]) | set(data.splits["test"])
         seen = sorted(judges & set(self.base_checkpoint["train_patients"]))
         if seen:
@@ -120,12 +125,9 @@ class RefinementTask:
         return {
             "kind": REFINEMENT_KIND,
             "refinement_config": config_dict(self.config)["model"],
-            "geometry": data.geometry.to_dict(),
-            "hu_window": list(data.hu_window),
-            "xray_scale": data.xray_scale,
+            **self.data_header,
             "xray_size": self.config.model.xray_size,
             "coarse_size": list(self.base.volume_size),
-            "split_hash": data.split_hash,
             "train_patients": sorted({*data.ids, *self.base_checkpoint["train_patients"]}),
             "base_fingerprint": self.fingerprint,
             "base_epoch": self.base_checkpoint["epoch"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from engine import Interrupted, accumulation_steps, fit
 from environment import deterministic, recorded_run
 from files import InputError, write_json
 from monitoring import add_arguments, check_arguments, monitors_from
+from run_lock import locked_folder
 
 
 def training_parser(description: str, config_name: str, output: str) -> argparse.ArgumentParser:
@@ -87,11 +89,14 @@ def run_training(args: argparse.Namespace, config, make_task, describe) -> int:
         if args.dry_run:
             return 0
         try:
-            with run_context(args, config, args.output, processes, task.header()["split_hash"]):
-                if processes.is_main:
-                    write_json(Path(args.output) / "config.json", config_dict(config))
-                with monitors_from(args, config_dict(config), args.output, processes) as monitors:
-                    fit(model, task, config, args.output, processes, monitors)
+            with (
+                locked_folder(args.output, processes),
+                run_context(args, config, args.output, processes, task.header()["split_hash"]),
+            ):
+                settings = config_dict(config)
+                with monitors_from(args, settings, args.output, processes) as monitors:
+                    record = functools.partial(write_json, Path(args.output) / "config.json", settings)
+                    fit(model, task, config, args.output, processes, monitors, record)
         except Interrupted as interruption:
             if processes.is_main:
                 last = Path(args.output) / "last.pt"

@@ -18,13 +18,13 @@ from engine import (
     MovingAverage,
     TrainingError,
     accumulation_steps,
-    changed_settings,
     fit,
     learning_rate_at,
     parameter_groups,
     sample_seed,
 )
 from files import InputError
+from run_identity import changed_settings
 from train_enhanced_4gpu import EnhancedTask
 
 TINY = [

@@ -30,7 +30,7 @@ from checkpoints import check_compatible, find_state, load_checkpoint, save_chec
 from config import config_dict
 from dataset import PatientDataset
 from distributed import Processes, launch, process_group
-from engine import Interrupted, Precision, TrainingError, changed_settings, fit
+from engine import Interrupted, Precision, TrainingError, fit
 from files import InputError, atomic_path, is_plain_name, read_json, run_cli, write_json
 from hybrid_vit_cascade import PACKAGE
 from hybrid_vit_cascade.cascade import KIND, Cascade, Stage, to_signed, to_unit
@@ -47,6 +47,8 @@ from hybrid_vit_cascade.settings import (
 )
 from metrics import psnr
 from monitoring import Monitors, add_arguments, check_arguments, monitors_from
+from run_identity import changed_settings, check_same_data, data_header
+from run_lock import locked_folder
 from training_cli import add_run_arguments, describe_processes, run_context
 
 SAMPLES = 2  # validation patients whose pictures go to the monitors
@@ -128,7 +130,7 @@ class StageTask:
         if not self.renders:
             kind = {"volume_size": size, "xray_size": xray_size}
         self.train_data = PatientDataset(root, "train", max_patients=data.max_patients, **kind, **common)
-        self.acquisition = self.train_data.acquisition
+        self.acquisition, self.data_header = self.train_data.acquisition, data_header(self.train_data)
         augment = dataclasses.replace(augment, source_size=source)
         self.pairs = PairMaker(volume_size=(size,) * 3, xray_size=xray_size, config=augment, **self.acquisition)
         for dataset in (self.train_data, self.val_data):
@@ -154,11 +156,8 @@ class StageTask:
             "num_timesteps": run.num_timesteps,
             "shift": run.shift,
             "num_views": run.num_views,
-            "geometry": data.geometry.to_dict(),
-            "hu_window": list(data.hu_window),
-            "xray_scale": data.xray_scale,
+            **self.data_header,
             "xray_size": run.xray_img_size,
-            "split_hash": data.split_hash,
             "train_patients": list(data.ids),
         }
 
@@ -323,10 +322,7 @@ def check_stage_checkpoint(path, checkpoint: dict, config: CascadeConfig, data: 
         shift=run.shift,
     )
     if data is not None:
-        acquisition = {"geometry": data.geometry.to_dict(), "hu_window": list(data.hu_window)}
-        check_compatible(path, checkpoint, **acquisition, xray_scale=data.xray_scale)
-        if checkpoint["split_hash"] != data.split_hash:
-            raise InputError(f"{path} was trained on another split of the data; choose another --checkpoint_dir")
+        check_same_data(path, checkpoint, data_header(data), "choose another --checkpoint_dir")
     return index
 
 
@@ -562,7 +558,8 @@ def worker(args: argparse.Namespace) -> int:
         if args.dry_run:
             return 0
         try:
-            train(args, config, root, count, processes)
+            with locked_folder(args.checkpoint_dir, processes):
+                train(args, config, root, count, processes)
         except Interrupted as interruption:
             if processes.is_main:
                 print(f"{interruption}: saved; the same command goes on from there", file=sys.stderr)
