@@ -162,6 +162,9 @@ class BaselineTask(train_enhanced.EnhancedTask):
     network: type[CoarseModel]
     settings: tuple[str, ...]  # of the configuration's ``model`` that the network has
 
+    def impossible_losses(self) -> dict[str, str]:
+        return {"multiscale": "a baseline predicts no volumes of lower resolution"}
+
     def model_config(self) -> dict:
         """The network's settings, as its checkpoints hold them."""
         return {name: getattr(self.config.model, name) for name in self.settings}

@@ -23,7 +23,7 @@ from losses import EnhancedLoss
 from metrics import psnr, ssim_3d
 from model_enhanced import KIND, EnhancedDirectModel
 from run_identity import data_header
-from training_cli import check_before_launch, describe_processes, run_training, training_parser
+from training_cli import check_before_launch, describe_processes, refuse_losses, run_training, training_parser
 
 SAMPLES = 2  # validation patients whose pictures go to the monitors
 
@@ -36,6 +36,7 @@ class EnhancedTask:
 
     def __init__(self, config: EnhancedConfig, processes: Processes):
         self.config = config
+        refuse_losses(config.loss, self.impossible_losses())
         size = config.model.volume_size
         if len(set(size)) != 1:
             raise InputError(
@@ -72,6 +73,10 @@ class EnhancedTask:
             bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
             dataset.build_cache(processes.rank, processes.world_size, bar)
         processes.barrier()
+
+    def impossible_losses(self) -> dict[str, str]:
+        """Losses that this task cannot compute, each with the reason; see :func:`training_cli.refuse_losses`."""
+        return {}
 
     def build_model(self) -> EnhancedDirectModel:
         """The network for this data; its initial weights depend on the seed only."""

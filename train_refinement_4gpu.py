@@ -29,7 +29,7 @@ from memory import choose_tile
 from metrics import psnr, ssim_3d
 from model_enhanced import REFINEMENT_KIND, RefinementNetwork, load_base_model, patch_window, upsample
 from run_identity import data_header
-from training_cli import check_before_launch, describe_processes, run_training, training_parser
+from training_cli import check_before_launch, describe_processes, refuse_losses, run_training, training_parser
 
 CONFIG_NAME = "config_refinement.json"
 
@@ -42,6 +42,10 @@ class RefinementTask:
 
     def __init__(self, config: RefinementConfig, processes: Processes):
         self.config, self.device = config, processes.device
+        impossible = {"multiscale": "stage 2 predicts no volumes of lower resolution"}
+        if config.patch.size:
+            impossible["projection"] = f"patches (patch.size is {config.patch.size}) have no X-ray of their own"
+        refuse_losses(config.loss, impossible)
         self.base, self.base_checkpoint = load_base_model(config.base_checkpoint, processes.device)
         self.base.requires_grad_(False)
         if config.training.channels_last:
@@ -224,7 +228,8 @@ class RefinementTask:
         whole = torch.rand(batch, 1, *[self.size] * 3, device=self.device)  # the augmented volumes, there all the time
         with self.precision.autocast():
             volume = network(coarse, xrays if config.model.guided else None, **region)
-            total, _ = self.criterion(volume, whole if volume.shape == whole.shape else torch.rand_like(volume))
+            target = torch.rand_like(volume) if patch.size else whole
+            total, _ = self.criterion(volume, target, xrays=None if patch.size else xrays)
         total.backward()
         del beside
 
@@ -287,7 +292,7 @@ def smaller_settings(config: RefinementConfig):
         batch = max(1, batch // 2)
         changes["training.batch_size"] = batch
         yield dict(changes)
-    for size in (32, 24, 16, 12):
+    for size in (32, 24, 16, 12) if not config.loss.projection_weight else ():  # patches have no X-ray of their own
         if not config.patch.size or size < config.patch.size:
             changes |= {"patch.size": size, "patch.per_volume": 1}
             yield dict(changes)

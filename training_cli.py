@@ -8,7 +8,7 @@ import functools
 import sys
 from pathlib import Path
 
-from config import config_dict, config_hash
+from config import LossConfig, config_dict, config_hash
 from distributed import Processes, process_group
 from engine import Interrupted, accumulation_steps, fit
 from environment import deterministic, recorded_run
@@ -63,6 +63,17 @@ def check_before_launch(args: argparse.Namespace, config) -> None:
         raise InputError(
             f"{config.data.dataset_path}: no such data set; make one with prepare_data.py, then pass --data ROOT"
         )
+
+
+def refuse_losses(loss: LossConfig, reasons: dict[str, str]) -> None:
+    """Raise :class:`InputError` naming key and value when a loss is wanted that a task cannot compute.
+
+    reasons: why, by the name of each such loss (``{"multiscale": "..."}``).
+    """
+    for name, reason in reasons.items():
+        weight = getattr(loss, f"{name}_weight")
+        if weight:
+            raise InputError(f"loss.{name}_weight is {weight:g}, but {reason}: expected 0")
 
 
 def describe_processes(config, processes: Processes, precision: str) -> str:

@@ -66,7 +66,7 @@ def die(number=signal.SIGKILL):
 
 def child(words, console, fault, pipe):
     """A training command in this process, with a fault laid in; output goes to the file ``console``."""
-    stream = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    stream = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     torch.set_num_threads(1)

@@ -190,12 +190,23 @@ class StageTask:
     def _condition(self, xrays, seeds, draws) -> dict:
         """The earlier stages' volume with noise, and how much of it: what the stage will meet when it is used."""
         settings = self.run.conditioning
-        only_mean = self.has_mean and torch.rand((), generator=draws[0]) < settings.mean_fraction
-        generator = torch.Generator(xrays.device).manual_seed(seeds[0] ^ EARLIER)
-        previous = to_signed(self.earlier.sample(xrays, 1 if only_mean else settings.steps, generator))
+        means = [self.has_mean and bool(torch.rand((), generator=draw) < settings.mean_fraction) for draw in draws]
+        previous = self._earlier_volumes(xrays, seeds, means)
         level = torch.cat([settings.noise * torch.rand(1, generator=draw) for draw in draws]).to(xrays.device)
         noise = _noise(previous.shape, seeds, EARLIER_NOISE, xrays.device)
         return {"previous": augment_previous(previous, level, noise), "level": level}
+
+    def _earlier_volumes(self, xrays, seeds, means: list[bool]) -> torch.Tensor:
+        """The earlier stages' posterior mean or sample (``means``) of each sample, in [-1, 1], by its own seed."""
+        generators = [torch.Generator(xrays.device).manual_seed(seed ^ EARLIER) for seed in seeds]
+        volumes: list = [None] * len(seeds)
+        for mean, steps in ((True, 1), (False, self.run.conditioning.steps)):
+            chosen = [i for i, wanted in enumerate(means) if wanted == mean]
+            if chosen:
+                drawn = self.earlier.sample(xrays[chosen], steps, [generators[i] for i in chosen])
+                for i, volume in zip(chosen, drawn):
+                    volumes[i] = volume
+        return to_signed(torch.stack(volumes))
 
     def loss(self, model, batch):
         return self.criterion(model, batch)
@@ -272,8 +283,7 @@ class StageTask:
 
 def _noise(shape, seeds, purpose: int, device) -> torch.Tensor:
     """N(0, 1) of ``shape`` (B, ...), each sample from its own seed, drawn on the device."""
-    generators = [torch.Generator(device).manual_seed(seed ^ purpose) for seed in seeds]
-    return torch.cat([draw_noise((1, *shape[1:]), generator, device) for generator in generators])
+    return draw_noise(shape, [torch.Generator(device).manual_seed(seed ^ purpose) for seed in seeds], device)
 
 
 def stage_arguments(config: CascadeConfig, index: int) -> dict:
