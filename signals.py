@@ -89,9 +89,9 @@ def passed_on(send: Callable[[int], None]) -> Iterator[list[int]]:
 def exit_status(status: int, received: list[int]) -> int:
     """Status of a parent whose child ended with ``status`` (negative: by that signal) after the signals ``received``.
 
-    After a signal that is 128 + its number whatever the child said, except 0 (it was done) and 2 (one sentence, such
-    as on a full disk): torchrun ends with 1, a process that was still being started with a traceback.
+    After a signal, 1 and an end by a signal become 128 + its number: torchrun ends with 1 whatever its workers said, a
+    process that was still being started with a traceback. What a job chose itself stays, such as 2 on a full disk.
     """
-    if received and status not in (0, 2):
+    if received and (status == 1 or status < 0):
         return 128 + received[0]
     return status if status >= 0 else 128 - status
