@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+import toy_task
 from test_engine import build
 from tiny_data import make_dataset, make_hu
 
@@ -120,3 +121,11 @@ def test_a_loss_that_cannot_be_computed_is_named_with_its_weight(root):
     refuse_losses(config.loss, {"projection": "nothing"})
     with pytest.raises(InputError, match=r"loss\.multiscale_weight is 0\.3, but there is no aux: expected 0"):
         refuse_losses(config.loss, {"multiscale": "there is no aux"})
+
+
+def test_a_run_that_is_refused_leaves_the_settings_of_the_folder_as_they_were(tmp_path):
+    assert toy_task.main(toy_task.words(tmp_path, "training.num_epochs=1")) == 0
+    before = read_json(tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"training\.learning_rate 0\.002 -> 0\.1"):
+        toy_task.main(toy_task.words(tmp_path, "training.num_epochs=1", "training.learning_rate=0.1"))
+    assert read_json(tmp_path / "config.json") == before
