@@ -20,6 +20,7 @@ from files import run_cli
 from signals import SignalCatcher, exit_status, passed_on
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups are POSIX")
+LONG_STEPS = ("report", 1)  # two seconds: all copies of a signal come within one
 TWO = ("world_size=2", "logging.checkpoint_minutes=60")  # no state within an epoch but the signal's
 
 
@@ -114,8 +115,8 @@ def in_two_workers(words, console, fault, pipe):
     run_cli(lambda: spawn(run_worker, 2, words))
 
 
-def start(output, fault=REPORT, target=in_two_workers):
-    return Run(output, fault, TWO, target=target)
+def start(output, fault):
+    return Run(output, fault, TWO, target=in_two_workers)
 
 
 def to_group(run, number):
@@ -128,8 +129,9 @@ def to_parent(run, number):
 
 def test_a_signal_to_the_group_or_the_parent_leaves_the_state_and_the_same_command_goes_on(tmp_path):
     output, steps = tmp_path / "run", 0
-    for send, number in ((to_group, signal.SIGINT), (to_group, signal.SIGTERM), (to_parent, signal.SIGINT)):
-        run = start(output)
+    plan = [(to_group, signal.SIGINT, LONG_STEPS), (to_group, signal.SIGTERM, REPORT)]
+    for send, number, fault in (*plan, (to_parent, signal.SIGINT, LONG_STEPS)):
+        run = start(output, fault)
         run.wait_for_step()
         send(run, number)
         assert run.end() == 128 + number, run.text()
@@ -144,7 +146,7 @@ def test_a_signal_to_the_group_or_the_parent_leaves_the_state_and_the_same_comma
 
 
 def test_a_second_ctrl_c_some_time_later_stops_at_once(tmp_path):
-    run = start(tmp_path / "run", ("report", 1, "impatient"))  # its steps take two seconds
+    run = start(tmp_path / "run", (*LONG_STEPS, "impatient"))
     for _ in range(2):
         run.wait_for_step()
     to_group(run, signal.SIGINT)
