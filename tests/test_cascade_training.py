@@ -180,6 +180,19 @@ def test_dry_run_prints_sizes_and_writes_nothing(words, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("stage_1_done")
+def test_a_run_that_is_refused_leaves_the_folder_s_settings_as_they_were(words, trained, tmp_path):
+    """Stage 1 is done; stage 2 has begun with other settings."""
+    folder = shutil.copytree(trained / "high", tmp_path / "run" / "high").parent
+    state = load_checkpoint(folder / "high" / "last.pt")
+    state["training_state"]["epoch"] = 2  # not at its end
+    save_checkpoint(folder / "high" / "last.pt", state)
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(InputError, match=r"training\.learning_rate 0\.002 -> 0\.1"):
+        main(words("training.learning_rate=0.1"))
+    assert (folder / "config.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("stage_1_done")
 def test_earlier_stages_and_their_averages_do_not_move(words, tmp_path, monkeypatch):
     folder, kept = tmp_path / "run", {}
     files = {path: path.read_bytes() for path in (folder / "low").rglob("*") if path.is_file()}

@@ -358,8 +358,8 @@ class Chain:
     def stage_folder(self, index: int) -> Path:
         return self.folder / self.config.stages[index].name
 
-    def write_config(self) -> None:
-        """``config.json``: refuse a folder that another cascade uses."""
+    def check_config(self) -> None:
+        """Refuse a folder that another cascade uses."""
         recorded, ours = recorded_config(self.folder), self.config.stage_names
         found = [stage["name"] for stage in recorded["stages"]] if recorded else ours
         if found != ours:
@@ -367,8 +367,12 @@ class Chain:
                 f"{self.folder} holds a cascade with the stages {', '.join(found)}; the configuration's are"
                 f" {', '.join(ours)}: choose another --checkpoint_dir"
             )
-        if self.processes.is_main:
-            write_json(self.folder / "config.json", config_dict(self.config))
+
+    def write_config(self, replace: bool = True) -> None:
+        """Write ``config.json`` (rank 0), once it is clear that this run may go on in the folder."""
+        path = self.folder / "config.json"
+        if self.processes.is_main and (replace or not path.exists()):
+            write_json(path, config_dict(self.config))
 
     def is_frozen(self, index: int, run: StageRun) -> bool:
         """Whether a stage is trained to its end, or a later one already builds on it; notes what changed since."""
@@ -528,7 +532,7 @@ def train_stage(index: int, chain: Chain, run: StageRun, monitors: Monitors) -> 
         print(f"{place}: {run.stage.name}, {run.stage.volume_size}^3", flush=True)
     try:
         with monitors.stage(run.stage.name, folder) as stage_monitors:
-            fit(task.build_model(), task, run, folder, processes, stage_monitors)
+            fit(task.build_model(), task, run, folder, processes, stage_monitors, chain.write_config)
     except TrainingError as error:
         raise TrainingError(f"stage {run.stage.name}: {error}") from None
 
@@ -538,7 +542,7 @@ def train(args, config: CascadeConfig, root: Path, count: int, processes: Proces
     folder = Path(args.checkpoint_dir)
     chain = Chain(config, folder, root, processes)
     resumed = check_resume(args.resume_from, config, count)
-    chain.write_config()
+    chain.check_config()
     if resumed is not None and processes.is_main:
         place_resumed(args.resume_from, resumed, config, folder)
     processes.barrier()
@@ -551,8 +555,11 @@ def train(args, config: CascadeConfig, root: Path, count: int, processes: Proces
             if index < (resumed or 0) or chain.is_frozen(index, run):
                 if processes.is_main:
                     print(f"Stage {index + 1}, {run.stage.name}: done, used as it is", flush=True)
+                chain.write_config(replace=False)  # which the stages after it read
+                processes.barrier()
             else:
                 train_stage(index, chain, run, monitors)
+        chain.write_config()
 
 
 def worker(args: argparse.Namespace) -> int:
