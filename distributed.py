@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from files import InputError, run_cli, shown_name
-from signals import exit_status, passed_on
+from signals import PASSED_ON, exit_status, passed_on
 
 GRACE_SECONDS = 10.0  # see spawn()
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -190,7 +190,7 @@ def spawn(worker, count: int, *args) -> int:
     with passed_on(send) as received:
         context = mp.spawn(_spawned, args=(count, port, worker, args), nprocs=count, join=False)
         processes += context.processes
-        for number in received:  # while the workers were being started
+        for number in set(received) & set(PASSED_ON):  # while the workers were being started
             send(number)
         try:
             while not context.join(grace_period=GRACE_SECONDS):

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from signals import exit_status, passed_on
+from signals import PASSED_ON, exit_status, passed_on
 
 HERE = Path(__file__).resolve().parent
 TRAINING = {"stage1": "train_enhanced_4gpu.py", "stage2": "train_refinement_4gpu.py"}
@@ -192,7 +192,7 @@ def run_child(command: list[str]) -> int:
 
     with passed_on(send) as received:
         jobs.append(subprocess.Popen(command))
-        for number in received:  # while it was being started
+        for number in set(received) & set(PASSED_ON):  # while it was being started
             send(number)
         return exit_status(jobs[0].wait(), received)
 

@@ -9,12 +9,16 @@ as one; a later one stops at once. Standard library only: launch.py runs before 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 
 REPEAT_SECONDS = 5.0  # copies of a signal come within milliseconds; a person who asks again has waited
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+# What a parent passes on. Windows has no signals between processes: its console gives Ctrl-C to all of them, and
+# "sending" one would end the process at once.
+PASSED_ON = STOPPING if os.name != "nt" else (signal.SIGTERM,)
 
 
 class SignalCatcher:
@@ -71,12 +75,13 @@ class SignalCatcher:
 
 @contextlib.contextmanager
 def passed_on(send: Callable[[int], None]) -> Iterator[list[int]]:
-    """Within the block call ``send(number)`` for every SIGTERM and SIGINT; yields the list of those that came."""
+    """Within the block call ``send(number)`` for every SIGTERM and SIGINT (``PASSED_ON``); yields those that came."""
     received: list[int] = []
 
     def handle(number, _frame):
         received.append(number)
-        send(number)
+        if number in PASSED_ON:
+            send(number)
 
     old = {number: signal.signal(number, handle) for number in STOPPING}
     try:

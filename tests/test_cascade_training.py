@@ -645,6 +645,9 @@ def test_stages_of_another_split_or_geometry_are_refused(words, root, trained, t
     write_json(moved / "dataset.json", manifest)
     with pytest.raises(InputError, match=r"low.last\.pt: the checkpoint's geometry is not the data's.*1800"):
         main([*words(folder=trained), "--data", str(moved)])
+    write_json(moved / "dataset.json", {**read_json(root / "dataset.json"), "couch_removed": True})
+    with pytest.raises(InputError, match=r"low.last\.pt: .*couch_removed False against True; .*--checkpoint_dir"):
+        main([*words(folder=trained), "--data", str(moved)])
 
 
 # -- benchmark -------------------------------------------------------------------------------------

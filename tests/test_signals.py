@@ -94,6 +94,14 @@ def test_a_parent_passes_every_signal_on(earlier):
     assert earlier == []
 
 
+def test_on_windows_the_console_gives_ctrl_c_to_every_process(earlier, monkeypatch):
+    monkeypatch.setattr(signals, "PASSED_ON", (signal.SIGTERM,))
+    sent = []
+    with passed_on(sent.append) as received:
+        signal.raise_signal(signal.SIGINT)
+    assert (sent, received) == ([], [signal.SIGINT])
+
+
 @pytest.mark.parametrize(
     ("status", "received", "expected"),
     [(0, [15], 0), (2, [15], 2), (1, [15], 143), (-15, [2], 130), (77, [15], 77), (7, [], 7), (-9, [], 137)],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sys
 
@@ -16,8 +17,8 @@ from checkpoints import load_checkpoint
 from config import RefinementConfig, load_config
 from dataset import PatientDataset
 from distributed import Processes
-from engine import TrainingError, fit
-from files import InputError
+from engine import Trainer, TrainingError, fit
+from files import InputError, read_json, write_json
 from model_enhanced import RefinementNetwork, load_base_model, load_refinement, upsample
 
 TINY = (
@@ -266,6 +267,16 @@ class TestBadInput:
         task = make_task(root, path, "training.num_epochs=1", "data.repeats=1", "world_size=1")
         with pytest.raises(InputError, match=r"last\.pt was trained on a stage 1 with other weights"):
             fit(task.build_model(), task, task.config, tmp_path / "out", Processes(0, 1, torch.device("cpu")))
+
+    def test_a_run_does_not_go_on_with_other_voxels(self, root, base, tmp_path):
+        task, other = make_task(root, base), shutil.copytree(root, tmp_path / "other")
+        Trainer(task.build_model(), task, task.config, tmp_path, Processes()).save_last()
+        manifest = read_json(other / "dataset.json")
+        manifest["patients"]["p0"]["files"]["p0.nii.gz"] = "0" * 64
+        write_json(other / "dataset.json", manifest)
+        task = make_task(other, base)
+        with pytest.raises(InputError, match=r"last\.pt: the checkpoint's data_fingerprint is not the data's"):
+            Trainer(task.build_model(), task, task.config, tmp_path, Processes()).resume()
 
     def test_stage_1_of_another_geometry(self, root, tmp_path):
         path = make_checkpoint(tmp_path / "b.pt", root, geometry={"kind": "parallel", "fov_mm": 360.0})
