@@ -28,6 +28,8 @@ from files import InputError, run_cli, write_json
 from model_enhanced import CoarseModel, ResidualBlock, XrayEncoder, checked_sizes, group_norm, prepare_xrays
 from monitoring import monitors_from
 from projector import Geometry
+from run_identity import check_same_run
+from run_lock import locked_folder
 from training_cli import check_before_launch, run_context, run_training, training_parser
 
 DEFAULT_OUTPUT = "checkpoints_BASELINE"
@@ -160,6 +162,9 @@ class BaselineTask(train_enhanced.EnhancedTask):
     network: type[CoarseModel]
     settings: tuple[str, ...]  # of the configuration's ``model`` that the network has
 
+    def impossible_losses(self) -> dict[str, str]:
+        return {"multiscale": "a baseline predicts no volumes of lower resolution"}
+
     def model_config(self) -> dict:
         """The network's settings, as its checkpoints hold them."""
         return {name: getattr(self.config.model, name) for name in self.settings}
@@ -239,12 +244,12 @@ def worker(args: argparse.Namespace) -> int:
 def save_mean(args: argparse.Namespace) -> int:
     """Write the mean volume's checkpoint and its validation scores; returns the exit status.
 
-    Raises :class:`InputError` when the output folder holds another network's ``best_model.pt``.
+    Raises :class:`InputError` when the output folder holds a ``best_model.pt`` of another network, data or settings.
     """
     config, output = read_config(args), Path(args.output)
     best = output / MeanTask.best_name
     if best.exists():
-        load_checkpoint(best, kind=MeanTask.kind)
+        load_checkpoint(best, kind=MeanTask.kind)  # before the volumes are read
     with process_group() as processes:
         task = MeanTask(config, processes)
         model = task.build_model()
@@ -252,7 +257,12 @@ def save_mean(args: argparse.Namespace) -> int:
             print(f"Mean of {len(task.train_data)} training patients, {config.model.volume_size[0]}^3", flush=True)
         if args.dry_run:
             return 0
-        with run_context(args, config, output, processes, task.train_data.split_hash):
+        with (
+            locked_folder(output, processes),
+            run_context(args, config, output, processes, task.train_data.split_hash),
+        ):
+            if best.exists():
+                check_same_run(best, load_checkpoint(best, kind=MeanTask.kind), task.header(), config)
             if processes.is_main:
                 write_json(output / "config.json", config_dict(config))
             with monitors_from(args, config_dict(config), output, processes) as monitors:

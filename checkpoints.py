@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from files import InputError, atomic_path
+
+if os.name != "nt":
+    import fcntl
 
 FORMAT = 1  # raised when the meaning of a key changes
 LAST = "last.pt"  # the state a run goes on from
@@ -44,7 +49,7 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: dict, keep: str | os.Pa
     """
     path = Path(path)
     try:
-        with atomic_path(path) as temporary:
+        with atomic_path(path) as temporary, _marked_as_unfinished(temporary):
             torch.save(_on_cpu({"format": FORMAT, **checkpoint}), temporary)
             if keep is not None and path.exists():
                 _keep(path, Path(keep))
@@ -72,12 +77,37 @@ def _keep(path: Path, keep: Path) -> None:
 def remove_leftovers(folder: str | os.PathLike) -> int:
     """Delete the unfinished checkpoint files of processes that were killed while writing; returns how many.
 
-    Only for the process that writes into ``folder``, before it writes: nobody else may be writing there.
+    Those that a process is still writing stay.
     """
     leftovers = [path for path in Path(folder).glob(".*.pt.*.tmp.pt") if path.is_file()]
-    for path in leftovers:
+    return sum(map(_removed, leftovers))
+
+
+@contextlib.contextmanager
+def _marked_as_unfinished(path: Path) -> Iterator[None]:
+    """Hold a lock on a file while it is written; it ends with the process. None on Windows: open files stay there."""
+    with open(path, "rb") as stream:
+        if os.name != "nt":
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+def _removed(path: Path) -> bool:
+    """Delete an unfinished file unless a process holds it (see :func:`_marked_as_unfinished`)."""
+    try:
+        with open(path, "r+b") as stream:
+            if os.name != "nt":
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:  # a file system without locks
+        pass
+    try:
         path.unlink(missing_ok=True)
-    return len(leftovers)
+    except PermissionError:  # open in another process, on Windows
+        return False
+    return True
 
 
 def _on_cpu(value):

@@ -29,8 +29,10 @@ from checkpoints import LAST, PREVIOUS, WriteError, find_state, remove_leftovers
 from config import config_dict, config_hash
 from distributed import Processes, lost_peer
 from environment import reduced_precision_defects
-from files import InputError
+from files import InputError, runs_as_command
 from monitoring import Monitors
+from run_identity import check_same_run
+from signals import SignalCatcher
 
 LABELS = {
     "l1": "L1",
@@ -47,14 +49,6 @@ LOG = "log.jsonl"
 CHECKED_DEVICES = ("cuda", "cpu")  # where reduced precision is compared with float32 before training
 NUMERIC_ADVICE = "Try a lower training.learning_rate, or training.precision=float32"
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the scaler may skip while it finds its scale
-# Settings that may change between a run and its continuation: they do not change the result.
-FREE_ON_RESUME = (
-    "logging.",
-    "data.num_workers",
-    "data.prefetch_factor",
-    "data.cache_dir",
-    "data.dataset_path",
-)
 
 
 class TrainingError(InputError):
@@ -177,8 +171,11 @@ def keep_freed_memory() -> None:
     """Make glibc reuse freed blocks instead of giving them back to the kernel after every operation.
 
     Activations are tens of megabytes, which malloc otherwise maps and unmaps each time: page faults
-    were a fifth of a CPU training step. No effect where the C library has no ``mallopt``.
+    were a fifth of a CPU training step. No effect where the C library has no ``mallopt``, nor outside this project's
+    own commands: a notebook that uses these modules keeps its process as it is.
     """
+    if not runs_as_command():
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX of malloc.h
@@ -254,26 +251,6 @@ class _Positions(Dataset):
         return len(self.order)
 
 
-class SignalCatcher:
-    """Turns SIGTERM and SIGINT into a flag, so that the step in progress is finished first."""
-
-    def __init__(self):
-        self.received: int | None = None
-
-    def __enter__(self):
-        self._old = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _receive(self, number, _frame):
-        if self.received is not None:
-            raise KeyboardInterrupt  # asked twice: stop at once
-        self.received = number
-
-    def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
 # ------------------------------------------------------------------------------------------------
 # Trainer
 
@@ -327,7 +304,7 @@ class Trainer:
         if found is None:
             return False
         path, data, notes = found
-        self._check_same_run(path, data, header)
+        check_same_run(path, data, header, self.config)
         state = data["training_state"]
         self.model.load_state_dict(state["model"] if state["model"] else data[self.task.weights_key])
         if self.average:
@@ -348,19 +325,6 @@ class Trainer:
                 # Or the next save would put it in the place of the one that can be read.
                 os.replace(self.output / LAST, self.output / f"{LAST}.damaged")
         return True
-
-    def _check_same_run(self, path: Path, data: dict, header: dict) -> None:
-        """Refuse to go on with other settings, data or earlier stages."""
-        changed = changed_settings(data["config"], config_dict(self.config))
-        if changed:
-            raise InputError(
-                f"{path} was trained with other settings ({'; '.join(changed)});"
-                " choose another --output, or restore these settings to go on"
-            )
-        if data["split_hash"] != header["split_hash"]:
-            raise InputError(f"{path} was trained on another split of the data; choose another --output")
-        if data.get("base_fingerprint") != header.get("base_fingerprint"):
-            raise InputError(f"{path} was trained on a stage 1 with other weights; choose another --output")
 
     def _agree_on(self, path: Path) -> None:
         """Refuse to go on when the processes do not read the same state: a folder that is not shared between nodes."""
@@ -464,12 +428,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        # Losses that draw at random (perceptual slices) draw the same on every rank and after a resume.
-        torch.manual_seed(sample_seed(training.seed, self.epoch, -1 - self.step_in_epoch))
         sums: dict[str, torch.Tensor] = {}
         for micro in range(self.plan.accumulation):
             raw = self._read(iterator)
             seeds = [sample_seed(training.seed, self.epoch, int(p)) for p in raw["position"]]
+            # What draws from torch's own generator (perceptual slices, dropout) draws the same for a micro-batch
+            # whichever process takes it, and after a resume.
+            torch.manual_seed(sample_seed(training.seed, self.epoch, -1 - int(raw["position"][0])))
             batch = task.make_batch(raw, seeds, self.processes.device)
             last = micro == self.plan.accumulation - 1
             hold = self.processes.world_size > 1 and not last
@@ -531,13 +496,15 @@ class Trainer:
         return f"{place}: {what}. Stopped; {state}. {advice}"
 
     def _maybe_stop(self, catcher: SignalCatcher) -> None:
-        stop = self.processes.any(catcher.received is not None)
+        number = int(self.processes.largest(catcher.received or 0))
+        if number:
+            catcher.receive(number)
         minutes = (time.monotonic() - self.last_save) / 60
         due = self.processes.any(minutes >= self.config.logging.checkpoint_minutes)
-        if stop or (due and self.step_in_epoch < self.plan.steps):
+        if number or (due and self.step_in_epoch < self.plan.steps):
             self.save_last()
-        if stop:
-            raise Interrupted(catcher.received or signal.SIGTERM)
+        if number:
+            raise Interrupted(number)
 
     def check_precision(self) -> None:
         """Fall back to float32 where this machine computes the model's 3D convolutions wrongly in less.
@@ -677,23 +644,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Settings that differ and matter for the result, as ``key old -> new``."""
-    changed = []
-    for key in sorted(old.keys() | new.keys()):
-        name = f"{prefix}{key}"
-        if name.startswith(FREE_ON_RESUME):
-            continue
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changed += changed_settings(a, b, f"{name}.")
-        elif a != b:
-            changed.append(f"{name} {a} -> {b}")
-    return changed
-
-
-def fit(model: nn.Module, task: Task, config, output, processes: Processes, monitors=None) -> None:
+def fit(model: nn.Module, task: Task, config, output, processes: Processes, monitors=None, accepted=None) -> None:
     """Train ``model`` as ``config`` says; running the same command again resumes.
+
+    Nobody else may write into ``output`` (see :func:`run_lock.locked_folder`). accepted: called by rank 0 once it is
+    clear that ``output`` is empty or holds the same run.
 
     monitors: :class:`monitoring.Monitors` that draw the curves of ``log.jsonl``, and pictures of ``task.samples`` (a
     list of validation cases that the task's ``validate`` leaves; optional).
@@ -711,6 +666,8 @@ def fit(model: nn.Module, task: Task, config, output, processes: Processes, moni
         print(f"Removed unfinished checkpoint files of an interrupted run from {output}", flush=True)
     trainer.mend_log()
     trainer.resume()
+    if processes.is_main and accepted is not None:
+        accepted()
     if processes.is_main and trainer.epoch > config.training.num_epochs:
         print(f"Nothing to do: {output / 'last.pt'} has all {config.training.num_epochs} epochs")
     trainer.monitors.start(trainer.updates)

@@ -247,11 +247,21 @@ def stays_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
     return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
+_as_command = False  # see runs_as_command()
+
+
+def runs_as_command() -> bool:
+    """True in a process that is one of this project's commands: there what concerns the whole process may be set."""
+    return _as_command
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit.
 
     An :class:`InputError`, and an ``OSError`` that names a file, print one line and exit with 2.
     """
+    global _as_command
+    _as_command = True
     try:
         sys.exit(main() or 0)
     except (InputError, OSError) as error:

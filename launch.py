@@ -14,10 +14,11 @@ import importlib.metadata
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from signals import PASSED_ON, exit_status, passed_on
 
 HERE = Path(__file__).resolve().parent
 TRAINING = {"stage1": "train_enhanced_4gpu.py", "stage2": "train_refinement_4gpu.py"}
@@ -163,8 +164,8 @@ def job_command(python: Path, word: str, options: list[str]) -> list[str]:
 def train_both(python: Path, options: list[str]) -> int:
     """Both stages, one after the other; a stage that is done ends at once, one that was stopped goes on.
 
-    Runs as the parent of the two jobs: a signal to the terminal reaches them directly, one to this process
-    is passed on. The first stage that does not end with 0 ends the sequence with its exit status.
+    Runs as the parent of the two jobs: signals to this process are passed on. The first stage that does not end
+    with 0 ends the sequence with its exit status.
     """
     own = [option for option in options if option.split("=")[0] in ("--output", "--config")]
     if own:
@@ -179,19 +180,21 @@ def train_both(python: Path, options: list[str]) -> int:
 
 
 def run_child(command: list[str]) -> int:
-    """Run a job to its end; SIGTERM and SIGINT are passed on, so that it saves before it ends."""
-    child = subprocess.Popen(command)
-    old = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # The terminal's Ctrl-C reaches the child by itself; here it must only not end the parent first.
-        handler = (lambda n, _: child.send_signal(n)) if number == signal.SIGTERM else (lambda *_: None)
-        old[number] = signal.signal(number, handler)
-    try:
-        status = child.wait()
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    """Run a job to its end; SIGTERM and SIGINT are passed on, so that it saves before it ends.
+
+    Returns its exit status, after a signal as :func:`signals.exit_status` has it.
+    """
+    jobs: list[subprocess.Popen] = []
+
+    def send(number):
+        for job in jobs:
+            job.send_signal(number)
+
+    with passed_on(send) as received:
+        jobs.append(subprocess.Popen(command))
+        for number in set(received) & set(PASSED_ON):  # while it was being started
+            send(number)
+        return exit_status(jobs[0].wait(), received)
 
 
 def run(command: list[str]) -> int:

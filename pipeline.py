@@ -17,15 +17,19 @@ from model_enhanced import RefinementNetwork, load_base_model, load_refinement
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, else the CPU; a device that is not there raises :class:`InputError`."""
+    """``auto`` is the first GPU, else the CPU; any other that is not there or not supported: :class:`InputError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device {name}: expected auto, cpu or cuda") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):  # torch knows others (mps, xpu, meta): not tested
+        raise InputError(f"--device {name}: expected auto, cpu or cuda (cuda:1, ... for another GPU)")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: no GPU is visible to this installation of torch")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
     return device
 
 

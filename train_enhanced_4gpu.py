@@ -22,7 +22,8 @@ from files import InputError, run_cli
 from losses import EnhancedLoss
 from metrics import psnr, ssim_3d
 from model_enhanced import KIND, EnhancedDirectModel
-from training_cli import check_before_launch, describe_processes, run_training, training_parser
+from run_identity import data_header
+from training_cli import check_before_launch, describe_processes, refuse_losses, run_training, training_parser
 
 SAMPLES = 2  # validation patients whose pictures go to the monitors
 
@@ -35,6 +36,7 @@ class EnhancedTask:
 
     def __init__(self, config: EnhancedConfig, processes: Processes):
         self.config = config
+        refuse_losses(config.loss, self.impossible_losses())
         size = config.model.volume_size
         if len(set(size)) != 1:
             raise InputError(
@@ -63,6 +65,7 @@ class EnhancedTask:
             self.train_data.hu_window,
             self.train_data.xray_scale,
         )
+        self.data_header = data_header(self.train_data)
         weights = {k: v for k, v in config_dict(config)["loss"].items() if k != "use_scan_mask"}
         acquisition = self.train_data.acquisition
         self.criterion = EnhancedLoss(**weights, **acquisition).to(processes.device)
@@ -70,6 +73,10 @@ class EnhancedTask:
             bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
             dataset.build_cache(processes.rank, processes.world_size, bar)
         processes.barrier()
+
+    def impossible_losses(self) -> dict[str, str]:
+        """Losses that this task cannot compute, each with the reason; see :func:`training_cli.refuse_losses`."""
+        return {}
 
     def build_model(self) -> EnhancedDirectModel:
         """The network for this data; its initial weights depend on the seed only."""
@@ -81,11 +88,8 @@ class EnhancedTask:
         return {
             "kind": KIND,
             "model_config": config_dict(self.config)["model"],
-            "geometry": data.geometry.to_dict(),
-            "hu_window": list(data.hu_window),
-            "xray_scale": data.xray_scale,
+            **self.data_header,
             "xray_size": self.config.model.xray_size,
-            "split_hash": data.split_hash,
             "train_patients": list(data.ids),
         }
 

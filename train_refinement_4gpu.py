@@ -28,7 +28,8 @@ from losses import EnhancedLoss
 from memory import choose_tile
 from metrics import psnr, ssim_3d
 from model_enhanced import REFINEMENT_KIND, RefinementNetwork, load_base_model, patch_window, upsample
-from training_cli import check_before_launch, describe_processes, run_training, training_parser
+from run_identity import data_header
+from training_cli import check_before_launch, describe_processes, refuse_losses, run_training, training_parser
 
 CONFIG_NAME = "config_refinement.json"
 
@@ -41,6 +42,10 @@ class RefinementTask:
 
     def __init__(self, config: RefinementConfig, processes: Processes):
         self.config, self.device = config, processes.device
+        impossible = {"multiscale": "stage 2 predicts no volumes of lower resolution"}
+        if config.patch.size:
+            impossible["projection"] = f"patches (patch.size is {config.patch.size}) have no X-ray of their own"
+        refuse_losses(config.loss, impossible)
         self.base, self.base_checkpoint = load_base_model(config.base_checkpoint, processes.device)
         self.base.requires_grad_(False)
         if config.training.channels_last:
@@ -56,6 +61,7 @@ class RefinementTask:
         data = config.data
         common = {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
         self.val_data = self._data("val", self.size, config.model.xray_size, **common)
+        self.data_header = data_header(self.val_data)
         self._check_base(processes)
         self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
         self.train_data = self._data(
@@ -96,6 +102,9 @@ class RefinementTask:
             hu_window=list(data.hu_window),
             xray_scale=data.xray_scale,
         )
+        couch = [entry.get("volumes", {}).get("couch_removed") for entry in (self.base_checkpoint, self.data_header)]
+        if None not in couch:  # unknown for data without a manifest, and in checkpoints of earlier versions
+            check_compatible(path, {"couch_removed": couch[0]}, couch_removed=couch[1])
         judges = set(data.splits["val"]) | set(data.splits["test"])
         seen = sorted(judges & set(self.base_checkpoint["train_patients"]))
         if seen:
@@ -120,12 +129,9 @@ class RefinementTask:
         return {
             "kind": REFINEMENT_KIND,
             "refinement_config": config_dict(self.config)["model"],
-            "geometry": data.geometry.to_dict(),
-            "hu_window": list(data.hu_window),
-            "xray_scale": data.xray_scale,
+            **self.data_header,
             "xray_size": self.config.model.xray_size,
             "coarse_size": list(self.base.volume_size),
-            "split_hash": data.split_hash,
             "train_patients": sorted({*data.ids, *self.base_checkpoint["train_patients"]}),
             "base_fingerprint": self.fingerprint,
             "base_epoch": self.base_checkpoint["epoch"],
@@ -222,7 +228,8 @@ class RefinementTask:
         whole = torch.rand(batch, 1, *[self.size] * 3, device=self.device)  # the augmented volumes, there all the time
         with self.precision.autocast():
             volume = network(coarse, xrays if config.model.guided else None, **region)
-            total, _ = self.criterion(volume, whole if volume.shape == whole.shape else torch.rand_like(volume))
+            target = torch.rand_like(volume) if patch.size else whole
+            total, _ = self.criterion(volume, target, xrays=None if patch.size else xrays)
         total.backward()
         del beside
 
@@ -285,7 +292,7 @@ def smaller_settings(config: RefinementConfig):
         batch = max(1, batch // 2)
         changes["training.batch_size"] = batch
         yield dict(changes)
-    for size in (32, 24, 16, 12):
+    for size in (32, 24, 16, 12) if not config.loss.projection_weight else ():  # patches have no X-ray of their own
         if not config.patch.size or size < config.patch.size:
             changes |= {"patch.size": size, "patch.per_volume": 1}
             yield dict(changes)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 from pathlib import Path
 
-from config import config_dict, config_hash
+from config import LossConfig, config_dict, config_hash
 from distributed import Processes, process_group
 from engine import Interrupted, accumulation_steps, fit
 from environment import deterministic, recorded_run
 from files import InputError, write_json
 from monitoring import add_arguments, check_arguments, monitors_from
+from run_lock import locked_folder
 
 
 def training_parser(description: str, config_name: str, output: str) -> argparse.ArgumentParser:
@@ -63,6 +65,17 @@ def check_before_launch(args: argparse.Namespace, config) -> None:
         )
 
 
+def refuse_losses(loss: LossConfig, reasons: dict[str, str]) -> None:
+    """Raise :class:`InputError` naming key and value when a loss is wanted that a task cannot compute.
+
+    reasons: why, by the name of each such loss (``{"multiscale": "..."}``).
+    """
+    for name, reason in reasons.items():
+        weight = getattr(loss, f"{name}_weight")
+        if weight:
+            raise InputError(f"loss.{name}_weight is {weight:g}, but {reason}: expected 0")
+
+
 def describe_processes(config, processes: Processes, precision: str) -> str:
     """How many processes, on what, and what the global batch is made of."""
     accumulation = accumulation_steps(config, processes.world_size)
@@ -87,11 +100,14 @@ def run_training(args: argparse.Namespace, config, make_task, describe) -> int:
         if args.dry_run:
             return 0
         try:
-            with run_context(args, config, args.output, processes, task.header()["split_hash"]):
-                if processes.is_main:
-                    write_json(Path(args.output) / "config.json", config_dict(config))
-                with monitors_from(args, config_dict(config), args.output, processes) as monitors:
-                    fit(model, task, config, args.output, processes, monitors)
+            with (
+                locked_folder(args.output, processes),
+                run_context(args, config, args.output, processes, task.header()["split_hash"]),
+            ):
+                settings = config_dict(config)
+                with monitors_from(args, settings, args.output, processes) as monitors:
+                    record = functools.partial(write_json, Path(args.output) / "config.json", settings)
+                    fit(model, task, config, args.output, processes, monitors, record)
         except Interrupted as interruption:
             if processes.is_main:
                 last = Path(args.output) / "last.pt"

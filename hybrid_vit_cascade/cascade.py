@@ -200,7 +200,7 @@ class Cascade:
         self,
         xrays: torch.Tensor,
         steps: int = DEFAULT_STEPS,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         stages: int | None = None,
         method: str = "dpmpp_2m",
         progress: Callable[[Iterable], Iterable] | None = None,
@@ -208,8 +208,9 @@ class Cascade:
         """One draw of the volume for each pair of X-rays.
 
         xrays: ``(B, num_views, H, W)`` in [0, 1]. steps: network evaluations per stage. generator: makes the noise; the
-        same seed gives the same volume (None: torch's global one). stages: how many of them to run (None: all).
-        method: ``dpmpp_2m`` or ``ddim``. progress: wraps each stage's iterable of steps (tqdm).
+        same seed gives the same volume (None: torch's global one; a list: one for each sample, whatever the others
+        draw). stages: how many of them to run (None: all). method: ``dpmpp_2m`` or ``ddim``. progress: wraps each
+        stage's iterable of steps (tqdm).
         Returns ``(B, 1, D, H, W)`` in [0, 1], float32, on the cascade's device. Raises :class:`InputError` for the
         wrong number of views, stages or steps, and naming the stage for NaN in what it makes.
         """

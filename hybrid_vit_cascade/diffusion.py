@@ -16,7 +16,7 @@ in the mean-square sense is E[x0 | condition]: a single sampling step returns th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -233,8 +233,17 @@ def timesteps(steps: int, schedule: Schedule) -> list[int]:
     return points[::-1]
 
 
-def draw_noise(shape, generator: torch.Generator | None = None, device="cpu") -> torch.Tensor:
-    """N(0, 1) in float32 on ``device``, drawn where the generator lives: a CPU generator gives a GPU the same noise."""
+def draw_noise(
+    shape, generator: torch.Generator | Sequence[torch.Generator] | None = None, device="cpu"
+) -> torch.Tensor:
+    """N(0, 1) in float32 on ``device``, drawn where the generator lives: a CPU generator gives a GPU the same noise.
+
+    Of several generators each draws one sample ``(1, *shape[1:])``, whatever the others draw.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} samples; expected one for each")
+        return torch.cat([draw_noise((1, *shape[1:]), one, device) for one in generator])
     source = generator.device if generator is not None else torch.device("cpu")
     return torch.randn(shape, generator=generator, device=source).to(device)
 

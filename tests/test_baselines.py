@@ -239,6 +239,12 @@ class TestTraining:
         one, other = (load_checkpoint(o / "best_model.pt")["model_state_dict"]["volume"] for o in (mean, tmp_path))
         assert torch.equal(one, other)
 
+    def test_the_mean_volume_of_other_data_is_not_overwritten(self, mean, tmp_path):
+        before, other = (mean / "best_model.pt").read_bytes(), make_dataset(tmp_path / "other", patients=7)
+        with pytest.raises(InputError, match=r"best_model\.pt was trained on another split"):
+            baselines.main(arguments("mean", other, mean))
+        assert (mean / "best_model.pt").read_bytes() == before
+
     @pytest.mark.parametrize("name", ["unet", "mean"])
     def test_a_dry_run_writes_nothing(self, root, tmp_path, capsys, name):
         assert baselines.main([*arguments(name, root, tmp_path / "out"), "--dry-run"]) == 0
@@ -263,6 +269,8 @@ class TestBadInput:
             ("mean", ["--set", "model.volume_size=[16,16,32]"], ["model.volume_size", "equal"]),
             ("unet", ["--set", "training.num_epoch=1"], ["did you mean training.num_epochs"]),
             ("unet", ["--set", "loss.mse_weight=0"], ["every weight is 0"]),
+            ("unet", ["--set", "loss.multiscale_weight=1"], ["loss.multiscale_weight is 1", "a baseline predicts no"]),
+            ("mean", ["--set", "loss.multiscale_weight=1"], ["loss.multiscale_weight is 1", "a baseline predicts no"]),
         ],
     )
     def test_it_is_named_and_nothing_is_written(self, root, tmp_path, name, changes, words):

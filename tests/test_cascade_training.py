@@ -125,7 +125,7 @@ def raw_batch(task, count=2):
 
 
 def test_stages_leave_what_they_promise(trained, root):
-    assert {p.name for p in trained.iterdir()} == {"config.json", "run.json", "low", "high"}
+    assert {p.name for p in trained.iterdir()} == {"config.json", "run.json", "run.lock", "low", "high"}
     for index, name in enumerate(("low", "high")):
         assert {"best.pt", "last.pt", "log.jsonl"} <= {p.name for p in (trained / name).iterdir()}
         data = load_checkpoint(trained / name / "best.pt", kind="hybrid_vit_cascade")
@@ -180,6 +180,19 @@ def test_dry_run_prints_sizes_and_writes_nothing(words, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("stage_1_done")
+def test_a_run_that_is_refused_leaves_the_folder_s_settings_as_they_were(words, trained, tmp_path):
+    """Stage 1 is done; stage 2 has begun with other settings."""
+    folder = shutil.copytree(trained / "high", tmp_path / "run" / "high").parent
+    state = load_checkpoint(folder / "high" / "last.pt")
+    state["training_state"]["epoch"] = 2  # not at its end
+    save_checkpoint(folder / "high" / "last.pt", state)
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(InputError, match=r"training\.learning_rate 0\.002 -> 0\.1"):
+        main(words("training.learning_rate=0.1"))
+    assert (folder / "config.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("stage_1_done")
 def test_earlier_stages_and_their_averages_do_not_move(words, tmp_path, monkeypatch):
     folder, kept = tmp_path / "run", {}
     files = {path: path.read_bytes() for path in (folder / "low").rglob("*") if path.is_file()}
@@ -208,19 +221,24 @@ def test_a_stage_is_conditioned_on_the_noisy_output_of_the_earlier_ones(trained,
     task = make_task(root, config_path, "conditioning.noise=0.2", index=1, folder=trained)
     calls, sample = [], task.earlier.sample
 
-    def spy(xrays, steps, generator):
-        calls.append((steps, sample(xrays, steps, generator)))
-        return calls[-1][1]
+    def spy(xrays, steps, generators):
+        volumes = sample(xrays, steps, generators)
+        calls.extend((steps, generator.initial_seed(), volume) for generator, volume in zip(generators, volumes))
+        return volumes
 
     monkeypatch.setattr(task.earlier, "sample", spy)
-    levels, errors = [], []
+    levels, errors, kinds = [], [], []
     for seed in range(40):
+        calls.clear()
         batch = task.make_batch(raw_batch(task), [seed, seed + 1000], torch.device("cpu"))
-        error = batch["previous"] - (2 * calls[-1][1] - 1)
+        calls.sort(key=lambda call: call[1] ^ train_progressive.EARLIER)  # the first sample has the smaller seed
+        kinds.append([steps for steps, _, _ in calls])
+        error = batch["previous"] - (2 * torch.stack([volume for _, _, volume in calls]) - 1)
         levels += batch["level"].tolist()
         errors += (error.flatten(1).std(dim=1) / batch["level"]).tolist()
-    assert {steps for steps, _ in calls} == {1, 2}  # the posterior mean, and samples
-    assert 10 <= sum(steps == 1 for steps, _ in calls) <= 30
+    # The posterior mean (one step) or a sample, each sample of a micro-batch for itself.
+    assert {tuple(kind) for kind in kinds} == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    assert 25 <= sum(steps == 1 for kind in kinds for steps in kind) <= 55
     assert all(0 < level < 0.2 for level in levels)
     assert max(levels) > 0.18
     assert min(levels) < 0.02
@@ -249,6 +267,20 @@ def test_everything_drawn_follows_from_the_samples_seeds(trained, root, config_p
     assert torch.equal(one["noise"][1], other["noise"][1])
     assert torch.equal(one["x0"][1], other["x0"][1])
     assert -1 <= one["x0"].min() < one["x0"].max() <= 1
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_sample_is_the_same_alone_and_as_one_of_two(trained, root, config_path, index):
+    """So that two processes are one: nothing depends on who shares the micro-batch (float32 summation apart)."""
+    task = make_task(root, config_path, "conditioning.noise=0.2", index=index, folder=trained)
+    raw, device = raw_batch(task), torch.device("cpu")
+    for seeds in ((3, 4), (4, 3), (5, 9), (1, 6)):
+        both = task.make_batch(raw, list(seeds), device)
+        for place in range(2):
+            one = {name: values[place : place + 1] for name, values in raw.items()}
+            alone = task.make_batch(one, [seeds[place]], device)
+            for name, value in alone.items():
+                assert torch.allclose(value[0], both[name][place], atol=1e-5), (seeds, place, name)
 
 
 @pytest.mark.parametrize(("fraction", "low", "high"), [(0.0, 0, 2), (0.5, 75, 125), (1.0, 200, 200)])
@@ -612,6 +644,9 @@ def test_stages_of_another_split_or_geometry_are_refused(words, root, trained, t
     moved = shutil.copytree(root, tmp_path / "moved")
     write_json(moved / "dataset.json", manifest)
     with pytest.raises(InputError, match=r"low.last\.pt: the checkpoint's geometry is not the data's.*1800"):
+        main([*words(folder=trained), "--data", str(moved)])
+    write_json(moved / "dataset.json", {**read_json(root / "dataset.json"), "couch_removed": True})
+    with pytest.raises(InputError, match=r"low.last\.pt: .*couch_removed False against True; .*--checkpoint_dir"):
         main([*words(folder=trained), "--data", str(moved)])
 
 

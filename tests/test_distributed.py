@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed import Processes, lost_peer, process_group, spawn
+from distributed import MPI_SIZES, Processes, launch, launched_place, lost_peer, process_group, spawn
 from files import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -96,3 +96,70 @@ def test_errors_of_a_lost_process_are_told_from_others():
     assert lost_peer(torch.distributed.DistBackendError("anything"), two)
     assert not lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), two)
     assert not lost_peer(RuntimeError(lost[0]), Processes())
+
+
+# -- the launcher's environment --------------------------------------------------------------------
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+SECOND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+STEP = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets exactly these variables of launchers."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *MPI_SIZES)
+
+    def change(**values):
+        for name in (*names, *(name for name in os.environ if name.startswith("SLURM_"))):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({}, None),
+        ({"RANK": "", "WORLD_SIZE": " "}, None),
+        (ALONE, (0, 1, 0)),
+        (SECOND, (1, 2, 1)),
+        ({**SECOND, **STEP, "SLURM_STEP_ID": "0"}, (1, 2, 1)),  # torchrun under srun
+        (STEP, None),  # a batch script runs once, whatever its allocation has
+        ({**STEP, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),  # srun -n 1 in such an allocation
+        ({"SLURM_NTASKS": "2"}, None),  # salloc's shell
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+    ],
+)
+def test_a_launcher_s_environment_is_read_whole(environment, values, place):
+    environment(**values)
+    assert launched_place() == place
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT", "torchrun"]),
+        ({"WORLD_SIZE": "1"}, ["WORLD_SIZE=1 without RANK, LOCAL_RANK;", "unset them"]),
+        ({"LOCAL_RANK": "0"}, ["LOCAL_RANK=0 without RANK, WORLD_SIZE"]),
+        ({**SECOND, "LOCAL_RANK": ""}, ["without LOCAL_RANK;"]),
+        ({**SECOND, "MASTER_PORT": ""}, ["without MASTER_PORT;"]),
+        ({**SECOND, "RANK": "2"}, ["RANK=2, but WORLD_SIZE=2"]),
+        ({**SECOND, "LOCAL_RANK": "7"}, ["LOCAL_RANK=7, but WORLD_SIZE=2"]),
+        ({**SECOND, "RANK": "-1"}, ["RANK=-1; expected a whole number"]),
+        ({**SECOND, "WORLD_SIZE": "two"}, ["WORLD_SIZE=two; expected a whole number"]),
+        ({**SECOND, "MASTER_PORT": "99999"}, ["MASTER_PORT=99999; expected a whole number"]),
+        ({**STEP, "SLURM_STEP_ID": "0"}, ["SLURM_NTASKS=2", "docs/clusters.md"]),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "2"}, ["SLURM_STEP_NUM_TASKS=2", "torchrun"]),
+        ({**STEP, "SLURM_PROCID": "1"}, ["SLURM_NTASKS=2", "a whole run of its own"]),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, ["OMPI_COMM_WORLD_SIZE=4", "4 processes"]),
+    ],
+)
+def test_an_incomplete_or_contradictory_environment_is_one_sentence(environment, values, words):
+    environment(**values)
+    for start in (process_group().__enter__, lambda: launch(meet, 2)):  # nothing is started
+        with pytest.raises(InputError) as error:
+            start()
+        assert all(word in str(error.value) for word in words)

@@ -3,13 +3,16 @@
 import itertools
 import json
 import math
+import os
 
 import pytest
 import torch
-from tiny_data import TINY_MODEL, make_dataset
+import toy_task
+from tiny_data import TINY_MODEL, largest_difference, make_dataset
 from torch import nn
 
 import engine
+import files
 from checkpoints import load_checkpoint
 from config import EnhancedConfig, config_dict, load_config
 from distributed import Processes
@@ -18,13 +21,14 @@ from engine import (
     MovingAverage,
     TrainingError,
     accumulation_steps,
-    changed_settings,
     fit,
     learning_rate_at,
     parameter_groups,
     sample_seed,
 )
 from files import InputError
+from run_identity import changed_settings
+from signals import SignalCatcher
 from train_enhanced_4gpu import EnhancedTask
 
 TINY = [
@@ -70,6 +74,23 @@ def test_every_number_of_processes_takes_the_same_samples_at_each_step(world, ac
     assert step_samples(world, accumulation) == step_samples(1, 4)
 
 
+@pytest.mark.parametrize(("patients", "repeats", "batch", "accumulation", "world"), [(7, 3, 2, 2, 2), (2, 1, 3, 2, 4)])
+@pytest.mark.parametrize("first_step", [0, 1])
+def test_every_position_is_taken_exactly_once(patients, repeats, batch, accumulation, world, first_step):
+    """Over ranks, micro-batches and steps, with padding, also of an epoch that is resumed."""
+    taken = []
+    for rank in range(world):
+        plan = EpochPlan(patients, repeats, batch, accumulation, Processes(rank, world), seed=1)
+        batches = plan.batches(first_step)
+        assert all(len(positions) == batch for positions in batches)
+        for number, positions in enumerate(batches):
+            step = first_step + number // accumulation
+            assert {position // plan.global_batch for position in positions} == {step}
+            taken += positions
+    assert sorted(taken) == list(range(first_step * plan.global_batch, plan.steps * plan.global_batch))
+    assert len(plan.order(1)) == plan.steps * plan.global_batch
+
+
 def test_an_epoch_draws_every_patient_equally_often_in_an_order_of_its_own():
     plan = EpochPlan(6, 2, 2, 1, Processes(), seed=0)
     assert sorted(plan.order(1)) == sorted([*range(6)] * 2)
@@ -95,6 +116,85 @@ def test_accumulation_keeps_the_global_batch_or_says_why_not():
 def test_sample_seeds_differ():
     seeds = {sample_seed(s, e, p) for s in range(3) for e in range(5) for p in range(100)}
     assert len(seeds) == 3 * 5 * 100
+
+
+class Recording(toy_task.ToyTask):
+    """Notes positions and patients as they are read, and whether the network validates in training mode."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.read, self.modes = [], []
+
+    def make_batch(self, raw, seeds, device):
+        self.read += zip(raw["position"].tolist(), raw["id"])
+        return super().make_batch(raw, seeds, device)
+
+    def validate(self, model, processes, precision):
+        self.modes += [module.training for module in model.modules()]
+        return super().validate(model, processes, precision)
+
+
+def recording_trainer(output, *overrides):
+    _, config = toy_task.parse(toy_task.words(output, *overrides))
+    task = Recording(config, Processes())
+    return engine.Trainer(task.build_model(), task, config, output, Processes())
+
+
+def test_an_epoch_reads_every_patient_at_its_positions(tmp_path):
+    trainer = recording_trainer(tmp_path, "training.batch_size=2", "data.repeats=2", "world_size=2")
+    trainer.train_epoch(SignalCatcher())
+    order = trainer.plan.order(1)
+    assert trainer.task.read == [(position, f"p{patient}") for position, patient in enumerate(order)]
+    patients = [patient for _, patient in trainer.task.read]
+    assert {patient: patients.count(patient) for patient in patients} == {f"p{i}": 2 for i in range(6)}
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(1e-3, True), (0.0, False)])
+def test_gradients_are_clipped_to_the_limit_before_the_step(tmp_path, limit, clipped):
+    trainer, norms = recording_trainer(tmp_path, f"training.grad_clip_max_norm={limit}"), []
+
+    def note(optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+
+    trainer.optimizer.register_step_pre_hook(note)
+    trainer.train_epoch(SignalCatcher())
+    assert len(norms) == 6
+    assert all((norm <= 1e-3 * 1.001) == clipped for norm in norms)
+    assert min(norms) > 0.5e-3  # scaled down to the limit, not to nothing
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_validation_is_in_evaluation_mode_and_training_goes_on_in_its_own(tmp_path, decay):
+    trainer = recording_trainer(tmp_path, f"training.ema_decay={decay}")
+    trainer.model.train()
+    torch.manual_seed(0)
+    one = trainer.validate()
+    torch.manual_seed(1)  # other drop-out, if there was any
+    assert trainer.validate() == one
+    assert not any(trainer.task.modes)
+    assert all(module.training for module in trainer.model.modules())
+
+
+def test_what_draws_from_the_global_generator_draws_the_same_on_any_number_of_processes(tmp_path):
+    """Two micro-batches of one process, and one of each of two: the same drop-out, so the same losses."""
+
+    def drawn(rank, world):
+        trainer = recording_trainer(tmp_path, "training.batch_size=1", "world_size=2")
+        trainer.plan = EpochPlan(6, 1, 1, 2 // world, Processes(rank, world), 0)
+        draws, make_batch = {}, trainer.task.make_batch
+
+        def spy(raw, seeds, device):
+            draws[int(raw["position"][0])] = torch.rand(()).item()
+            return make_batch(raw, seeds, device)
+
+        trainer.task.make_batch = spy
+        trainer.train_epoch(SignalCatcher())
+        return draws
+
+    alone = drawn(0, 1)
+    assert len(set(alone.values())) == 6
+    assert drawn(0, 2) | drawn(1, 2) == alone
 
 
 # -- schedule, averages, groups ------------------------------------------------------------------
@@ -275,3 +375,48 @@ def test_each_epoch_logs_the_gpu_memory_of_its_own(root, tmp_path, monkeypatch):
     trainer.processes = Processes(device=torch.device("cuda", 0))
     assert trainer._gpu_memory() == {"gpu_memory_gib": 1.5}
     assert resets == [torch.device("cuda", 0)]
+
+
+@pytest.fixture
+def mallopt(monkeypatch):
+    """Calls of the C library's ``mallopt``, which is not called really."""
+    calls = []
+
+    class Library:
+        mallopt = staticmethod(lambda *values: calls.append(values))
+
+    monkeypatch.setattr(engine.ctypes, "CDLL", lambda _: Library)
+    monkeypatch.setattr(files, "_as_command", False)
+    return calls
+
+
+@pytest.mark.skipif(os.name != "posix", reason="mallopt is glibc's")
+def test_the_allocator_is_set_in_our_own_commands_only(tmp_path, mallopt):
+    recording_trainer(tmp_path)  # as a notebook does
+    assert mallopt == []
+    with pytest.raises(SystemExit):
+        files.run_cli(lambda: recording_trainer(tmp_path) and 0)
+    assert mallopt == [(-4, 0), (-1, 2**31 - 1), (-2, 2**28)]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda state: None, 0.0),
+        (lambda state: state["weight"].add_(0.25), 0.25),
+        (lambda state: state["extra"].update(scale=3.5), 1.5),
+        (lambda state: state["extra"].update(kind="other"), math.inf),
+        (lambda state: state.pop("extra"), math.inf),
+        (lambda state: state.update(weight=torch.zeros(3)), math.inf),
+        (lambda state: state["weight"].fill_(math.nan), math.inf),
+    ],
+)
+def test_states_are_compared_whatever_they_hold(change, difference):
+    """The helper of the GPU's tests: a state may hold dictionaries (``_extra_state``)."""
+
+    def state():
+        return {"weight": torch.ones(2), "extra": {"scale": 2, "kind": "a", "list": [1, True]}}
+
+    other = state()
+    change(other)
+    assert largest_difference(state(), other) == difference

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_engine import build
 from test_reproducibility import PLAIN, spoiled
-from tiny_data import TINY_REFINEMENT, make_dataset, make_model
+from tiny_data import TINY_REFINEMENT, largest_difference, make_dataset, make_model
 
 import train_enhanced_4gpu
 from augment import AugmentConfig, PairMaker
@@ -102,7 +102,9 @@ def test_a_wrong_convolution_is_noticed_on_the_gpu():
     assert convolution_defect(PLAIN, torch.bfloat16, "cuda", functools.partial(spoiled, None)) is None
 
 
-def test_a_deterministic_run_repeats_bit_for_bit_unless_it_names_operations(root, tmp_path):
+def test_a_deterministic_run_repeats_up_to_the_operations_it_names(root, tmp_path):
+    """Bit for bit when it names none; those that it names add up in another order."""
+
     def run(output):
         config, task, model = build(root, "training.num_epochs=2", "training.precision=float32")
         with deterministic() as unsafe:
@@ -110,9 +112,7 @@ def test_a_deterministic_run_repeats_bit_for_bit_unless_it_names_operations(root
         return load_checkpoint(output / "last.pt")["training_state"]["model"], unsafe
 
     (one, unsafe), (other, _) = run(tmp_path / "one"), run(tmp_path / "other")
-    differing = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not differing or unsafe
-    assert all(torch.allclose(one[name], other[name], atol=1e-2) for name in one)
+    assert largest_difference(one, other) <= (1e-2 if unsafe else 0.0)
 
 
 def test_plain_python_uses_the_gpus_there_are(root, tmp_path, capfd):

@@ -17,7 +17,7 @@ import reconstruct
 from dataset import PatientDataset
 from files import InputError
 from model_enhanced import RefinementNetwork
-from pipeline import DirectSystem, check_finite
+from pipeline import DirectSystem, check_finite, pick_device
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,20 @@ def refinement(root, base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def xrays(root):
     return PatientDataset(root, "test", 16, 64)[0]["xrays"][None]
+
+
+@pytest.mark.parametrize("name", ["mps", "mps:0", "xpu", "meta", "gpu", ""])
+def test_a_device_that_is_not_supported_is_one_sentence(base, name):
+    with pytest.raises(InputError, match=f"^--device {name}: expected auto, cpu or cuda"):
+        DirectSystem(base, device=name)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="--device cuda:2: there are 2 GPUs"):
+        pick_device("cuda:2")
 
 
 class TestSystem:

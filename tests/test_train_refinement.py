@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sys
 
@@ -16,8 +17,8 @@ from checkpoints import load_checkpoint
 from config import RefinementConfig, load_config
 from dataset import PatientDataset
 from distributed import Processes
-from engine import TrainingError, fit
-from files import InputError
+from engine import Trainer, TrainingError, fit
+from files import InputError, read_json, write_json
 from model_enhanced import RefinementNetwork, load_base_model, load_refinement, upsample
 
 TINY = (
@@ -245,6 +246,8 @@ class TestBadInput:
             (["--set", "patch.sise=8"], ["patch.sise", "did you mean patch.size"]),
             (["--set", "base_checkpoint=3"], ["base_checkpoint is 3", "str"]),
             (["--set", "model.guide_widths=[8,8]"], ["guide_widths", "four widths"]),
+            (["--set", "loss.multiscale_weight=0.3"], ["loss.multiscale_weight is 0.3", "stage 2 predicts no volumes"]),
+            (["--set", "loss.projection_weight=2"], ["loss.projection_weight is 2", "patch.size is 8", "no X-ray"]),
         ],
     )
     def test_is_named_and_nothing_is_written(self, root, base, tmp_path, changes, words):
@@ -265,6 +268,16 @@ class TestBadInput:
         with pytest.raises(InputError, match=r"last\.pt was trained on a stage 1 with other weights"):
             fit(task.build_model(), task, task.config, tmp_path / "out", Processes(0, 1, torch.device("cpu")))
 
+    def test_a_run_does_not_go_on_with_other_voxels(self, root, base, tmp_path):
+        task, other = make_task(root, base), shutil.copytree(root, tmp_path / "other")
+        Trainer(task.build_model(), task, task.config, tmp_path, Processes()).save_last()
+        manifest = read_json(other / "dataset.json")
+        manifest["patients"]["p0"]["files"]["p0.nii.gz"] = "0" * 64
+        write_json(other / "dataset.json", manifest)
+        task = make_task(other, base)
+        with pytest.raises(InputError, match=r"last\.pt: the checkpoint's data_fingerprint is not the data's"):
+            Trainer(task.build_model(), task, task.config, tmp_path, Processes()).resume()
+
     def test_stage_1_of_another_geometry(self, root, tmp_path):
         path = make_checkpoint(tmp_path / "b.pt", root, geometry={"kind": "parallel", "fov_mm": 360.0})
         with pytest.raises(InputError, match=r"b\.pt.*geometry is not the data's.*kind parallel against cone"):
@@ -274,6 +287,13 @@ class TestBadInput:
         path = make_checkpoint(tmp_path / "b.pt", root, hu_window=[-1000.0, 1000.0])
         with pytest.raises(InputError, match="hu_window"):
             make_task(root, path)
+
+    def test_stage_1_of_volumes_with_the_couch(self, root, tmp_path):
+        path = make_checkpoint(tmp_path / "b.pt", root, volumes={"cube_size": 128, "couch_removed": True})
+        with pytest.raises(InputError, match=r"b\.pt: .*couch_removed is not the data's: True against False"):
+            make_task(root, path)
+        path = make_checkpoint(tmp_path / "b.pt", root, volumes={"cube_size": 128, "couch_removed": False})
+        make_task(root, path)
 
     def test_stage_1_that_has_seen_the_judges(self, root, tmp_path):
         path = make_checkpoint(tmp_path / "b.pt", root, train_patients=["p0", "p4"])
@@ -319,6 +339,13 @@ class TestShortMemory:
     def test_the_step_that_is_tried_really_runs(self, root, base):
         task = make_task(root, base)
         assert task._fits({"model.activation_checkpointing": True, "patch.per_volume": 1})
+
+    def test_a_projection_loss_is_computed_and_patches_are_no_advice_for_it(self, root, base):
+        task = make_task(root, base, "patch.size=0", "loss.projection_weight=1")
+        assert task._fits({"model.activation_checkpointing": True})
+        assert all("patch.size" not in changes for changes in script.smaller_settings(task.config))
+        batch = task.make_batch(next(iter(torch.utils.data.DataLoader(task.train_data))), [1], torch.device("cpu"))
+        assert task.loss(task.build_model(), batch)[1]["projection"] > 0
 
     def test_the_engine_stops_once_with_the_advice(self, root, base, tmp_path, monkeypatch):
         task = make_task(root, base, "world_size=1")

@@ -9,6 +9,7 @@ The layout is that of prepare_data.py, the anatomy asymmetric in all three axes.
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,22 @@ def make_checkpoint(path, root, model: EnhancedDirectModel | None = None, settin
     }
     save_checkpoint(path, {**checkpoint, **changes})
     return Path(path)
+
+
+def largest_difference(one, other) -> float:
+    """Largest difference of two nested values of tensors and plain types; infinite where more than numbers differ."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return max((largest_difference(one[key], other[key]) for key in one), default=0.0)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return max(map(largest_difference, one, other), default=0.0)
+    if torch.is_tensor(one) and torch.is_tensor(other) and one.shape == other.shape:
+        difference = (one.double() - other.double()).abs().max().item() if one.numel() else 0.0
+        return difference if math.isfinite(difference) else math.inf
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return float(abs(one - other))
+    if torch.is_tensor(one) or torch.is_tensor(other):
+        return math.inf
+    return 0.0 if one == other else math.inf
 
 
 TINY_REFINEMENT = {

@@ -30,7 +30,7 @@ from checkpoints import check_compatible, find_state, load_checkpoint, save_chec
 from config import config_dict
 from dataset import PatientDataset
 from distributed import Processes, launch, process_group
-from engine import Interrupted, Precision, TrainingError, changed_settings, fit
+from engine import Interrupted, Precision, TrainingError, fit
 from files import InputError, atomic_path, is_plain_name, read_json, run_cli, write_json
 from hybrid_vit_cascade import PACKAGE
 from hybrid_vit_cascade.cascade import KIND, Cascade, Stage, to_signed, to_unit
@@ -47,6 +47,8 @@ from hybrid_vit_cascade.settings import (
 )
 from metrics import psnr
 from monitoring import Monitors, add_arguments, check_arguments, monitors_from
+from run_identity import changed_settings, check_same_data, data_header
+from run_lock import locked_folder
 from training_cli import add_run_arguments, describe_processes, run_context
 
 SAMPLES = 2  # validation patients whose pictures go to the monitors
@@ -128,7 +130,7 @@ class StageTask:
         if not self.renders:
             kind = {"volume_size": size, "xray_size": xray_size}
         self.train_data = PatientDataset(root, "train", max_patients=data.max_patients, **kind, **common)
-        self.acquisition = self.train_data.acquisition
+        self.acquisition, self.data_header = self.train_data.acquisition, data_header(self.train_data)
         augment = dataclasses.replace(augment, source_size=source)
         self.pairs = PairMaker(volume_size=(size,) * 3, xray_size=xray_size, config=augment, **self.acquisition)
         for dataset in (self.train_data, self.val_data):
@@ -154,11 +156,8 @@ class StageTask:
             "num_timesteps": run.num_timesteps,
             "shift": run.shift,
             "num_views": run.num_views,
-            "geometry": data.geometry.to_dict(),
-            "hu_window": list(data.hu_window),
-            "xray_scale": data.xray_scale,
+            **self.data_header,
             "xray_size": run.xray_img_size,
-            "split_hash": data.split_hash,
             "train_patients": list(data.ids),
         }
 
@@ -191,12 +190,23 @@ class StageTask:
     def _condition(self, xrays, seeds, draws) -> dict:
         """The earlier stages' volume with noise, and how much of it: what the stage will meet when it is used."""
         settings = self.run.conditioning
-        only_mean = self.has_mean and torch.rand((), generator=draws[0]) < settings.mean_fraction
-        generator = torch.Generator(xrays.device).manual_seed(seeds[0] ^ EARLIER)
-        previous = to_signed(self.earlier.sample(xrays, 1 if only_mean else settings.steps, generator))
+        means = [self.has_mean and bool(torch.rand((), generator=draw) < settings.mean_fraction) for draw in draws]
+        previous = self._earlier_volumes(xrays, seeds, means)
         level = torch.cat([settings.noise * torch.rand(1, generator=draw) for draw in draws]).to(xrays.device)
         noise = _noise(previous.shape, seeds, EARLIER_NOISE, xrays.device)
         return {"previous": augment_previous(previous, level, noise), "level": level}
+
+    def _earlier_volumes(self, xrays, seeds, means: list[bool]) -> torch.Tensor:
+        """The earlier stages' posterior mean or sample (``means``) of each sample, in [-1, 1], by its own seed."""
+        generators = [torch.Generator(xrays.device).manual_seed(seed ^ EARLIER) for seed in seeds]
+        volumes: list = [None] * len(seeds)
+        for mean, steps in ((True, 1), (False, self.run.conditioning.steps)):
+            chosen = [i for i, wanted in enumerate(means) if wanted == mean]
+            if chosen:
+                drawn = self.earlier.sample(xrays[chosen], steps, [generators[i] for i in chosen])
+                for i, volume in zip(chosen, drawn):
+                    volumes[i] = volume
+        return to_signed(torch.stack(volumes))
 
     def loss(self, model, batch):
         return self.criterion(model, batch)
@@ -273,8 +283,7 @@ class StageTask:
 
 def _noise(shape, seeds, purpose: int, device) -> torch.Tensor:
     """N(0, 1) of ``shape`` (B, ...), each sample from its own seed, drawn on the device."""
-    generators = [torch.Generator(device).manual_seed(seed ^ purpose) for seed in seeds]
-    return torch.cat([draw_noise((1, *shape[1:]), generator, device) for generator in generators])
+    return draw_noise(shape, [torch.Generator(device).manual_seed(seed ^ purpose) for seed in seeds], device)
 
 
 def stage_arguments(config: CascadeConfig, index: int) -> dict:
@@ -323,10 +332,7 @@ def check_stage_checkpoint(path, checkpoint: dict, config: CascadeConfig, data: 
         shift=run.shift,
     )
     if data is not None:
-        acquisition = {"geometry": data.geometry.to_dict(), "hu_window": list(data.hu_window)}
-        check_compatible(path, checkpoint, **acquisition, xray_scale=data.xray_scale)
-        if checkpoint["split_hash"] != data.split_hash:
-            raise InputError(f"{path} was trained on another split of the data; choose another --checkpoint_dir")
+        check_same_data(path, checkpoint, data_header(data), "choose another --checkpoint_dir")
     return index
 
 
@@ -352,8 +358,8 @@ class Chain:
     def stage_folder(self, index: int) -> Path:
         return self.folder / self.config.stages[index].name
 
-    def write_config(self) -> None:
-        """``config.json``: refuse a folder that another cascade uses."""
+    def check_config(self) -> None:
+        """Refuse a folder that another cascade uses."""
         recorded, ours = recorded_config(self.folder), self.config.stage_names
         found = [stage["name"] for stage in recorded["stages"]] if recorded else ours
         if found != ours:
@@ -361,8 +367,12 @@ class Chain:
                 f"{self.folder} holds a cascade with the stages {', '.join(found)}; the configuration's are"
                 f" {', '.join(ours)}: choose another --checkpoint_dir"
             )
-        if self.processes.is_main:
-            write_json(self.folder / "config.json", config_dict(self.config))
+
+    def write_config(self, replace: bool = True) -> None:
+        """Write ``config.json`` (rank 0), once it is clear that this run may go on in the folder."""
+        path = self.folder / "config.json"
+        if self.processes.is_main and (replace or not path.exists()):
+            write_json(path, config_dict(self.config))
 
     def is_frozen(self, index: int, run: StageRun) -> bool:
         """Whether a stage is trained to its end, or a later one already builds on it; notes what changed since."""
@@ -522,7 +532,7 @@ def train_stage(index: int, chain: Chain, run: StageRun, monitors: Monitors) -> 
         print(f"{place}: {run.stage.name}, {run.stage.volume_size}^3", flush=True)
     try:
         with monitors.stage(run.stage.name, folder) as stage_monitors:
-            fit(task.build_model(), task, run, folder, processes, stage_monitors)
+            fit(task.build_model(), task, run, folder, processes, stage_monitors, chain.write_config)
     except TrainingError as error:
         raise TrainingError(f"stage {run.stage.name}: {error}") from None
 
@@ -532,7 +542,7 @@ def train(args, config: CascadeConfig, root: Path, count: int, processes: Proces
     folder = Path(args.checkpoint_dir)
     chain = Chain(config, folder, root, processes)
     resumed = check_resume(args.resume_from, config, count)
-    chain.write_config()
+    chain.check_config()
     if resumed is not None and processes.is_main:
         place_resumed(args.resume_from, resumed, config, folder)
     processes.barrier()
@@ -545,8 +555,11 @@ def train(args, config: CascadeConfig, root: Path, count: int, processes: Proces
             if index < (resumed or 0) or chain.is_frozen(index, run):
                 if processes.is_main:
                     print(f"Stage {index + 1}, {run.stage.name}: done, used as it is", flush=True)
+                chain.write_config(replace=False)  # which the stages after it read
+                processes.barrier()
             else:
                 train_stage(index, chain, run, monitors)
+        chain.write_config()
 
 
 def worker(args: argparse.Namespace) -> int:
@@ -562,7 +575,8 @@ def worker(args: argparse.Namespace) -> int:
         if args.dry_run:
             return 0
         try:
-            train(args, config, root, count, processes)
+            with locked_folder(args.checkpoint_dir, processes):
+                train(args, config, root, count, processes)
         except Interrupted as interruption:
             if processes.is_main:
                 print(f"{interruption}: saved; the same command goes on from there", file=sys.stderr)
