@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, render_xrays
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, area_average, render_xrays
 
 
 @dataclass
@@ -94,8 +94,7 @@ class PairMaker:
             volumes = self._change_density(volumes, generators)
         xrays = render_xrays(volumes, self.geometry, (self.render_size,) * 2, self.hu_window, self.xray_scale)
         if self.render_size != self.xray_size:
-            mode = "area" if self.render_size > self.xray_size else "bilinear"
-            xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode=mode)
+            xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode="bilinear")
         if self.config.enabled:
             xrays = self._degrade(xrays, generators)
         target = self._pool(volumes)
@@ -109,7 +108,7 @@ class PairMaker:
 
     def _pool(self, volumes):
         same = tuple(volumes.shape[2:]) == self.volume_size  # stage 2 trains at the source's own resolution
-        return volumes if same else F.adaptive_avg_pool3d(volumes, self.volume_size)
+        return volumes if same else area_average(volumes, self.volume_size)
 
     def _warp(self, volumes, masks, generators):
         size, fov = volumes.shape[-1], self.geometry.fov_mm

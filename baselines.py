@@ -27,7 +27,7 @@ from engine import Trainer
 from files import InputError, run_cli, write_json
 from model_enhanced import CoarseModel, ResidualBlock, XrayEncoder, checked_sizes, group_norm, prepare_xrays
 from monitoring import monitors_from
-from projector import Geometry
+from projector import Geometry, pooled_to
 from training_cli import check_before_launch, run_context, run_training, training_parser
 
 DEFAULT_OUTPUT = "checkpoints_BASELINE"
@@ -55,8 +55,7 @@ def replicate(pa: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
 
 def to_grid(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Feature maps ``(B, C, h, w)`` at the resolution of a volume's face: finer pixels are averaged."""
-    factors = tuple(max(1, have // want) for have, want in zip(features.shape[-2:], size))
-    features = F.avg_pool2d(features, factors)
+    features = pooled_to(features, size)
     if tuple(features.shape[-2:]) == size:
         return features
     return F.interpolate(features, size=size, mode="bilinear", align_corners=False)

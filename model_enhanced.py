@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoints import load_checkpoint
 from files import InputError
 from losses import EnhancedLoss
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, lift_features, render_xrays
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, area_average, lift_pooled, render_xrays
 
 __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_base_model", "load_refinement"]
 
@@ -146,13 +146,7 @@ class Lifting(nn.Module):
         """``volume_size`` covers the whole cube; ``grid_mm`` (z, y, x in mm) picks the voxels of a part of it."""
         x = features.unflatten(0, (-1, 2))
         x = torch.stack([reduce(x[:, v]) for v, reduce in enumerate(self.reduce)], dim=1)
-        # Finer pixels than voxels would alias: average them first.
-        target = [max(volume_size[0], 1), max(volume_size[1:])]
-        if x.shape[-2] >= 2 * target[0] and x.shape[-1] >= 2 * target[1]:
-            x = F.avg_pool2d(x.flatten(0, 1), (x.shape[-2] // target[0], x.shape[-1] // target[1])).unflatten(
-                0, (-1, 2)
-            )
-        pa, lateral = lift_features(x, geometry, volume_size, grid_mm).unbind(1)  # (B, c, D, H, W) each
+        pa, lateral = lift_pooled(x, geometry, volume_size, grid_mm).unbind(1)  # (B, c, D, H, W) each
         return self.fuse(torch.cat([pa, lateral, pa * lateral], dim=1))
 
 
@@ -187,8 +181,10 @@ def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torc
         wanted = "(B, 2, H, W): PA, then lateral" if views == 2 else "(B, 1, H, W): PA alone"
         raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected {wanted}")
     if size is not None and tuple(xrays.shape[-2:]) != (size, size):
-        mode = "area" if min(xrays.shape[-2:]) > size else "bilinear"
-        xrays = F.interpolate(xrays, size=(size, size), mode=mode)
+        if min(xrays.shape[-2:]) > size:
+            xrays = area_average(xrays, (size, size))
+        else:
+            xrays = F.interpolate(xrays, size=(size, size), mode="bilinear")
     if xrays.shape[-2] % 32 or xrays.shape[-1] % 32:
         raise ValueError(f"X-rays have size {tuple(xrays.shape[-2:])}; expected multiples of 32")
     return xrays

@@ -30,7 +30,7 @@ from model_enhanced import (
     pixel_unshuffle_3d,
     prepare_xrays,
 )
-from projector import Geometry, lift_features
+from projector import Geometry, lift_pooled
 
 BANDS = ("anterior", "mid", "posterior")  # of a view's depth axis; right, mid, left for the lateral view
 PRIOR_BINS = 16  # depth bins of a prior, and pixels along each edge of its detector grid
@@ -249,9 +249,7 @@ def lift_views(reduce, features, geometry, size) -> list[torch.Tensor]:
     num_views = len(reduce)
     x = features.unflatten(0, (-1, num_views))
     x = torch.stack([layer(x[:, v]) for v, layer in enumerate(reduce)], dim=1)  # (B, V, c, h, w)
-    if x.shape[-1] >= 2 * size:  # finer pixels than voxels would alias: average them first
-        x = F.avg_pool2d(x.flatten(0, 1), x.shape[-1] // size).unflatten(0, (-1, num_views))
-    lifted = lift_features(x.expand(-1, 2, -1, -1, -1), geometry, (size, size, size))
+    lifted = lift_pooled(x.expand(-1, 2, -1, -1, -1), geometry, (size, size, size))
     return list(lifted.unbind(1))[:num_views]
 
 
