@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from files import InputError
 from projector import HU_WINDOW, XRAY_SCALE, Geometry, area_average, render_xrays
 
 
@@ -70,6 +71,7 @@ class PairMaker:
 
     ``__call__(volumes (B, 1, S, S, S) in [0, 1] or uint16, masks, seeds)``: one seed per sample. Returns xrays
     ``(B, 2, xray_size, xray_size)``, ct_volume and mask ``(B, 1, *volume_size)``; no mask for masks None.
+    Volumes coarser than ``volume_size`` raise :class:`InputError`.
     """
 
     def __init__(
@@ -86,6 +88,11 @@ class PairMaker:
 
     @torch.no_grad()
     def __call__(self, volumes, masks, seeds) -> dict[str, torch.Tensor]:
+        if any(have < want for have, want in zip(volumes.shape[2:], self.volume_size)):
+            raise InputError(
+                f"augment.source_size is {self.config.source_size}, the source volumes have {tuple(volumes.shape[2:])}"
+                f" voxels; expected at least the {self.volume_size} that training wants"
+            )
         volumes = volumes.float() / 65535.0 if volumes.dtype == torch.uint16 else volumes.float()
         masks = masks.float() if masks is not None else None
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]

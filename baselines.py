@@ -25,7 +25,15 @@ from dataset import mean_volume
 from distributed import launch, process_group
 from engine import Trainer
 from files import InputError, run_cli, write_json
-from model_enhanced import CoarseModel, ResidualBlock, XrayEncoder, checked_sizes, group_norm, prepare_xrays
+from model_enhanced import (
+    CoarseModel,
+    ResidualBlock,
+    XrayEncoder,
+    check_shape,
+    group_norm,
+    in_full_precision,
+    prepare_xrays,
+)
 from monitoring import monitors_from
 from projector import Geometry, pooled_to
 from training_cli import check_before_launch, run_context, run_training, training_parser
@@ -103,7 +111,8 @@ class LiftingUNet(CoarseModel):
         decoder_blocks=(3, 2, 1),
         activation_checkpointing: bool = False,
     ):
-        super().__init__(checked_sizes(volume_size, base_channels, stem_stride), geometry, xray_size)
+        super().__init__(volume_size, geometry, xray_size)
+        check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks)
         self.activation_checkpointing = activation_checkpointing
         c = base_channels
         widths = (c // 2, c, 2 * c, 4 * c)
@@ -132,7 +141,7 @@ class LiftingUNet(CoarseModel):
         for scale, divisor, level in zip(self.decoder, (8, 4, 2, 1), (3, 3, 2, 1)):
             size = tuple(n // divisor for n in self.volume_size)
             x = self._run(scale, x, pa[level], lateral[level], size)
-        volume = self.head(F.silu(self.norm(x)))
+        volume = in_full_precision(self.head, F.silu(in_full_precision(self.norm, x)))
         return (volume if self.training else volume.clamp(0.0, 1.0)), {}
 
 
