@@ -26,7 +26,9 @@ class AugmentConfig:
     rotation_deg: float = 6.0  # each axis, uniform in +-
     scale: float = 0.10  # each axis, uniform in 1 +-
     translation_mm: float = 15.0  # each axis, uniform in +-
-    elastic_mm: float = 8.0  # standard deviation of the displacement at the control points
+    # Standard deviation of the control points' displacement along each axis; interpolation between them averages
+    # that to about half within the cube (it is kept at the corners).
+    elastic_mm: float = 8.0
     elastic_points: int = 5  # control points per axis
     hu_shift: float = 20.0  # offset of everything but air, uniform in +- HU
     hu_scale: float = 0.03  # stretch of HU + 1000 (density), uniform in 1 +-

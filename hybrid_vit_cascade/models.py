@@ -557,8 +557,8 @@ def _check_settings(volume_size, voxel_dim, vit_depth, num_heads, xray_size, num
     if voxel_dim % whole_number("num_heads", num_heads, 1):
         raise InputError(f"num_heads is {num_heads}; expected a divisor of voxel_dim, {voxel_dim}")
     whole_number("vit_depth", vit_depth, 1)
-    if num_views not in (1, 2):
+    if whole_number("num_views", num_views, 1) > 2:
         raise InputError(f"num_views is {num_views}; expected 1 (PA) or 2 (PA and lateral)")
-    if xray_channels != 1:
+    if whole_number("xray_channels", xray_channels, 1) != 1:
         raise InputError(f"xray_channels is {xray_channels}; expected 1: X-rays are grey")
     whole_number("xray_size", xray_size, 32, multiple=32)

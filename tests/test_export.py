@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,15 @@ def test_the_readmes_script_writes_reconstructs_nifti_without_torch(direct, tmp_
     image = nib.load(output)
     assert np.abs(np.asarray(image.dataobj).transpose(2, 1, 0).astype(int) - hu).max() <= 1
     assert np.allclose(image.affine, affine)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["model.onnx", "pa.png", "lateral.png"]])
+def test_the_script_says_how_it_is_called(arguments, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT))
+    assert stopped.value.code == "usage: python onnx_inference.py model.onnx PA.png LATERAL.png ct.nii.gz"
 
 
 def test_the_path_through_a_cascade_is_its_posterior_mean(work):
