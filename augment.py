@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from files import InputError
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, area_average, render_xrays
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, averaged_to, render_xrays
 
 
 @dataclass
@@ -117,7 +117,7 @@ class PairMaker:
 
     def _pool(self, volumes):
         same = tuple(volumes.shape[2:]) == self.volume_size  # stage 2 trains at the source's own resolution
-        return volumes if same else area_average(volumes, self.volume_size)
+        return volumes if same else averaged_to(volumes, self.volume_size)
 
     def _warp(self, volumes, masks, generators):
         size, fov = volumes.shape[-1], self.geometry.fov_mm

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import InputError
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, area_average, render_xrays
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, averaged_to, render_xrays
 
 SSIM_SIGMA = 1.5
 SSIM_TAPS = 11
@@ -204,7 +204,7 @@ class ProjectionLoss(nn.Module):
         size = min(max(prediction.shape[-3:]), *xrays.shape[-2:])
         rendered = render_xrays(prediction, self.geometry, (2 * size, 2 * size), self.hu_window, self.xray_scale)
         rendered = F.avg_pool2d(rendered, 2)
-        return (rendered - area_average(xrays.float(), (size, size))).abs().mean()
+        return (rendered - averaged_to(xrays.float(), (size, size))).abs().mean()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoints import load_checkpoint
 from files import InputError, whole_number, whole_numbers
 from losses import EnhancedLoss
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, area_average, lift_pooled, render_xrays
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, averaged_to, lift_pooled, render_xrays
 
 __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_base_model", "load_refinement"]
 
@@ -203,7 +203,7 @@ def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torc
         raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected {wanted}")
     if size is not None and tuple(xrays.shape[-2:]) != (size, size):
         if min(xrays.shape[-2:]) > size:
-            xrays = area_average(xrays, (size, size))
+            xrays = averaged_to(xrays, (size, size))
         else:
             xrays = F.interpolate(xrays, size=(size, size), mode="bilinear")
     if xrays.shape[-2] % 32 or xrays.shape[-1] % 32:

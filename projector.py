@@ -380,10 +380,10 @@ def lift_pooled(features: torch.Tensor, geometry: Geometry, volume_size, grid_mm
 
 def pooled_to(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Average maps ``(B, C, h, w)`` to ``size`` (rows, columns) along each axis with at least twice as many pixels."""
-    return area_average(maps, [want if have >= 2 * want else have for have, want in zip(maps.shape[-2:], size)])
+    return averaged_to(maps, [want if have >= 2 * want else have for have, want in zip(maps.shape[-2:], size)])
 
 
-def area_average(x: torch.Tensor, size) -> torch.Tensor:
+def averaged_to(x: torch.Tensor, size) -> torch.Tensor:
     """Average ``(B, C, *axes)`` over equal cells, ``size`` of them along the two or three axes, none finer than ``x``.
 
     Cells span the same extent as the pixels, whatever the ratio: a pixel that lies in two cells counts in both by

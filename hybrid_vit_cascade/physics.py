@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import InputError
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, area_average, line_integrals, unit_to_mu
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, averaged_to, line_integrals, unit_to_mu
 
 
 class PhysicsLoss(nn.Module):
@@ -74,7 +74,7 @@ class PhysicsLoss(nn.Module):
             )
         rendered = self._render(x0_hat)[:, :views]
         size = (min(rendered.shape[-1], *xrays.shape[-2:]),) * 2
-        difference = area_average(rendered, size) - area_average(xrays.float(), size)
+        difference = averaged_to(rendered, size) - averaged_to(xrays.float(), size)
         return difference.abs().flatten(1).mean(dim=1)
 
     def _render(self, x0_hat):

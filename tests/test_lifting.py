@@ -7,7 +7,7 @@ from torch import nn
 from baselines import to_grid
 from hybrid_vit_cascade.models import PriorLifting, lift_views
 from model_enhanced import Lifting
-from projector import Geometry, area_average, lift_features, lift_pooled
+from projector import Geometry, averaged_to, lift_features, lift_pooled
 
 ADMITTED = [24, 40, 48, 80, 64]  # volume sizes; the networks also work at a half, a quarter and an eighth of them
 MAPS = [32, 64, 128]  # of X-ray features
@@ -161,17 +161,17 @@ def test_where_both_views_agree_is_more_than_the_sum(layer):
 def test_area_average_by_hand():
     three = torch.tensor([0.0, 3.0, 6.0]).expand(1, 1, 3, 3)
     halves = [(0.0 + 1.5) / 1.5, (1.5 + 6.0) / 1.5]  # the middle pixel lies half in each
-    assert area_average(three, (3, 2))[0, 0, 0].tolist() == pytest.approx(halves)
-    assert area_average(three, (1, 1)).item() == pytest.approx(3.0)
-    assert torch.equal(area_average(three, (3, 3)), three)
+    assert averaged_to(three, (3, 2))[0, 0, 0].tolist() == pytest.approx(halves)
+    assert averaged_to(three, (1, 1)).item() == pytest.approx(3.0)
+    assert torch.equal(averaged_to(three, (3, 3)), three)
     with pytest.raises(ValueError, match=r"\(3, 3\) pixels cannot be averaged to \(4, 3\)"):
-        area_average(three, (4, 3))
+        averaged_to(three, (4, 3))
 
 
 @pytest.mark.parametrize(("have", "want"), [((32, 20), (10, 7)), ((12, 9, 10), (5, 9, 4)), ((12, 9, 10), (4, 3, 5))])
 def test_averages_keep_sums_and_extents(have, want):
     values = torch.rand(2, 3, *have, generator=torch.Generator().manual_seed(0))
-    averaged = area_average(values, want)
+    averaged = averaged_to(values, want)
     assert averaged.shape == (2, 3, *want)
     assert torch.allclose(averaged.flatten(2).mean(-1), values.flatten(2).mean(-1), atol=1e-6)
     fine = values
@@ -184,5 +184,5 @@ def test_averages_keep_sums_and_extents(have, want):
 def test_averages_stay_in_float32_under_autocast():
     values = 0.7 + 0.001 * torch.rand(1, 1, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = area_average(values, (10, 10))
-    assert torch.equal(mixed, area_average(values, (10, 10)))
+        mixed = averaged_to(values, (10, 10))
+    assert torch.equal(mixed, averaged_to(values, (10, 10)))
