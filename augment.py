@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, render_xrays
+from files import InputError
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, averaged_to, render_xrays
 
 
 @dataclass
@@ -25,7 +26,9 @@ class AugmentConfig:
     rotation_deg: float = 6.0  # each axis, uniform in +-
     scale: float = 0.10  # each axis, uniform in 1 +-
     translation_mm: float = 15.0  # each axis, uniform in +-
-    elastic_mm: float = 8.0  # standard deviation of the displacement at the control points
+    # Standard deviation of the control points' displacement along each axis; interpolation between them averages
+    # that to about half within the cube (it is kept at the corners).
+    elastic_mm: float = 8.0
     elastic_points: int = 5  # control points per axis
     hu_shift: float = 20.0  # offset of everything but air, uniform in +- HU
     hu_scale: float = 0.03  # stretch of HU + 1000 (density), uniform in 1 +-
@@ -70,6 +73,7 @@ class PairMaker:
 
     ``__call__(volumes (B, 1, S, S, S) in [0, 1] or uint16, masks, seeds)``: one seed per sample. Returns xrays
     ``(B, 2, xray_size, xray_size)``, ct_volume and mask ``(B, 1, *volume_size)``; no mask for masks None.
+    Volumes coarser than ``volume_size`` raise :class:`InputError`.
     """
 
     def __init__(
@@ -86,6 +90,11 @@ class PairMaker:
 
     @torch.no_grad()
     def __call__(self, volumes, masks, seeds) -> dict[str, torch.Tensor]:
+        if any(have < want for have, want in zip(volumes.shape[2:], self.volume_size)):
+            raise InputError(
+                f"augment.source_size is {self.config.source_size}, the source volumes have {tuple(volumes.shape[2:])}"
+                f" voxels; expected at least the {self.volume_size} that training wants"
+            )
         volumes = volumes.float() / 65535.0 if volumes.dtype == torch.uint16 else volumes.float()
         masks = masks.float() if masks is not None else None
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -94,8 +103,7 @@ class PairMaker:
             volumes = self._change_density(volumes, generators)
         xrays = render_xrays(volumes, self.geometry, (self.render_size,) * 2, self.hu_window, self.xray_scale)
         if self.render_size != self.xray_size:
-            mode = "area" if self.render_size > self.xray_size else "bilinear"
-            xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode=mode)
+            xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode="bilinear")
         if self.config.enabled:
             xrays = self._degrade(xrays, generators)
         target = self._pool(volumes)
@@ -109,7 +117,7 @@ class PairMaker:
 
     def _pool(self, volumes):
         same = tuple(volumes.shape[2:]) == self.volume_size  # stage 2 trains at the source's own resolution
-        return volumes if same else F.adaptive_avg_pool3d(volumes, self.volume_size)
+        return volumes if same else averaged_to(volumes, self.volume_size)
 
     def _warp(self, volumes, masks, generators):
         size, fov = volumes.shape[-1], self.geometry.fov_mm

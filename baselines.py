@@ -25,9 +25,17 @@ from dataset import mean_volume
 from distributed import launch, process_group
 from engine import Trainer
 from files import InputError, run_cli, write_json
-from model_enhanced import CoarseModel, ResidualBlock, XrayEncoder, checked_sizes, group_norm, prepare_xrays
+from model_enhanced import (
+    CoarseModel,
+    ResidualBlock,
+    XrayEncoder,
+    check_shape,
+    group_norm,
+    in_full_precision,
+    prepare_xrays,
+)
 from monitoring import monitors_from
-from projector import Geometry
+from projector import Geometry, pooled_to
 from run_identity import check_same_run
 from run_lock import locked_folder
 from training_cli import check_before_launch, run_context, run_training, training_parser
@@ -57,8 +65,7 @@ def replicate(pa: torch.Tensor, lateral: torch.Tensor) -> torch.Tensor:
 
 def to_grid(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Feature maps ``(B, C, h, w)`` at the resolution of a volume's face: finer pixels are averaged."""
-    factors = tuple(max(1, have // want) for have, want in zip(features.shape[-2:], size))
-    features = F.avg_pool2d(features, factors)
+    features = pooled_to(features, size)
     if tuple(features.shape[-2:]) == size:
         return features
     return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
@@ -106,7 +113,8 @@ class LiftingUNet(CoarseModel):
         decoder_blocks=(3, 2, 1),
         activation_checkpointing: bool = False,
     ):
-        super().__init__(checked_sizes(volume_size, base_channels, stem_stride), geometry, xray_size)
+        super().__init__(volume_size, geometry, xray_size)
+        check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks)
         self.activation_checkpointing = activation_checkpointing
         c = base_channels
         widths = (c // 2, c, 2 * c, 4 * c)
@@ -135,7 +143,7 @@ class LiftingUNet(CoarseModel):
         for scale, divisor, level in zip(self.decoder, (8, 4, 2, 1), (3, 3, 2, 1)):
             size = tuple(n // divisor for n in self.volume_size)
             x = self._run(scale, x, pa[level], lateral[level], size)
-        volume = self.head(F.silu(self.norm(x)))
+        volume = in_full_precision(self.head, F.silu(in_full_precision(self.norm, x)))
         return (volume if self.training else volume.clamp(0.0, 1.0)), {}
 
 

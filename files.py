@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,29 @@ def shown(value) -> str:
 def shown_name(name: str) -> str:
     """A key or name for an error message: as it is, or by :func:`shown` when it is long or not printable."""
     return name if name.isprintable() and len(name) <= 80 else shown(name)
+
+
+def whole_number(name: str, value, least: int, multiple: int = 1) -> int:
+    """A setting as an int: a whole ``multiple``, not below ``least``; else :class:`InputError` naming it."""
+    if not _is_whole(value, least, multiple):
+        kind = "a whole number" if multiple == 1 else f"a multiple of {multiple}"
+        raise InputError(f"{name} is {shown(value)}; expected {kind}, at least {least}")
+    return int(value)
+
+
+def whole_numbers(name: str, values, count: int, least: int, multiple: int = 1) -> list[int]:
+    """A setting as ``count`` ints, each as :func:`whole_number` takes it; else :class:`InputError` naming it."""
+    values = list(values) if isinstance(values, tuple) else values
+    fits = isinstance(values, list) and len(values) == count
+    if not fits or not all(_is_whole(value, least, multiple) for value in values):
+        kind = "whole numbers" if multiple == 1 else f"multiples of {multiple}"
+        raise InputError(f"{name} is {shown(values)}; expected {count} {kind}, at least {least}")
+    return [int(value) for value in values]
+
+
+def _is_whole(value, least: int, multiple: int) -> bool:
+    number = isinstance(value, Integral) and not isinstance(value, bool)
+    return number and value >= least and value % multiple == 0
 
 
 def read_npy(path: str | os.PathLike) -> np.ndarray:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import InputError
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, render_xrays
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, averaged_to, render_xrays
 
 SSIM_SIGMA = 1.5
 SSIM_TAPS = 11
@@ -128,10 +128,15 @@ def ssim_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor
 
 
 def masked_mean(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Mean of ``values`` weighted by ``weight`` (same shape); 0, with zero gradient, where nothing counts."""
+    """Mean over the samples of their means of ``values``, weighted by ``weight`` (both ``(B, ...)``, of one shape).
+
+    Each sample counts the same, however much of it counts, so that the loss of a batch is the mean of its parts'
+    losses, on whichever processes they are. A sample of which nothing counts adds 0, with zero gradient.
+    """
     if weight is None:
         return values.mean()
-    return (values * weight).sum() / weight.sum().clamp_min(1e-6)
+    values, weight = values.flatten(1), weight.flatten(1)
+    return ((values * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1e-6)).mean()
 
 
 def _crop(mask, margin):
@@ -199,7 +204,7 @@ class ProjectionLoss(nn.Module):
         size = min(max(prediction.shape[-3:]), *xrays.shape[-2:])
         rendered = render_xrays(prediction, self.geometry, (2 * size, 2 * size), self.hu_window, self.xray_scale)
         rendered = F.avg_pool2d(rendered, 2)
-        return (rendered - F.adaptive_avg_pool2d(xrays.float(), size)).abs().mean()
+        return (rendered - averaged_to(xrays.float(), (size, size))).abs().mean()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -453,7 +458,7 @@ class EnhancedLoss(nn.Module):
 
         aux: lower-resolution predictions ``{name: (B, 1, d, h, w)}``.
         mask: ``(B, 1, D, H, W)`` in {0, 1}; what the prediction holds where it is 0 has no influence
-            on any term but the projection.
+            on any term but the projection. Terms are means over each sample's mask, then over the samples.
         xrays: ``(B, 2, H, W)`` in [0, 1].
         Returns ``(total, {term: unweighted 0-d float32 tensor})``. Shapes that differ raise ``ValueError``.
         """

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_checkpoint
-from files import InputError
+from files import InputError, whole_number, whole_numbers
 from losses import EnhancedLoss
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, lift_features, render_xrays
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, averaged_to, lift_pooled, render_xrays
 
 __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_base_model", "load_refinement"]
 
@@ -39,7 +39,19 @@ BASE_MODELS = {
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm, because batches are small; groups of at least 8 channels keep its statistics steady."""
-    return nn.GroupNorm(max(1, min(16, channels // 8)), channels)
+    return nn.GroupNorm(_groups(channels), channels)
+
+
+def _groups(channels: int) -> int:
+    return max(1, min(16, channels // 8))
+
+
+def checked_width(name: str, channels) -> int:
+    """A number of channels that :func:`group_norm` can divide; else :class:`InputError` naming the setting."""
+    width = whole_number(name, channels, 1)
+    if width % _groups(width):
+        raise InputError(f"{name} is {width}; expected a multiple of {8 if width < 128 else 16}")
+    return width
 
 
 class ResidualBlock(nn.Module):
@@ -146,14 +158,17 @@ class Lifting(nn.Module):
         """``volume_size`` covers the whole cube; ``grid_mm`` (z, y, x in mm) picks the voxels of a part of it."""
         x = features.unflatten(0, (-1, 2))
         x = torch.stack([reduce(x[:, v]) for v, reduce in enumerate(self.reduce)], dim=1)
-        # Finer pixels than voxels would alias: average them first.
-        target = [max(volume_size[0], 1), max(volume_size[1:])]
-        if x.shape[-2] >= 2 * target[0] and x.shape[-1] >= 2 * target[1]:
-            x = F.avg_pool2d(x.flatten(0, 1), (x.shape[-2] // target[0], x.shape[-1] // target[1])).unflatten(
-                0, (-1, 2)
-            )
-        pa, lateral = lift_features(x, geometry, volume_size, grid_mm).unbind(1)  # (B, c, D, H, W) each
+        pa, lateral = lift_pooled(x, geometry, volume_size, grid_mm).unbind(1)  # (B, c, D, H, W) each
         return self.fuse(torch.cat([pa, lateral, pa * lateral], dim=1))
+
+
+def in_full_precision(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``layer(x)`` in the precision of its weights (float32), also under autocast: for layers that end in a volume.
+
+    In bfloat16 a value of 0.5 to 1 is rounded to steps of 1/256, of 2,500 HU that is 10.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(next(layer.parameters()).dtype))
 
 
 class DecoderStage(nn.Module):
@@ -173,7 +188,7 @@ class DecoderStage(nn.Module):
         x = F.interpolate(self.reduce(coarse), size=size, mode="trilinear", align_corners=False)
         x = x + self.lift(features, geometry, size)
         x = self.blocks(x)
-        return x, self.head(F.silu(self.norm(x)))
+        return x, in_full_precision(self.head, F.silu(in_full_precision(self.norm, x)))
 
 
 def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torch.Tensor:
@@ -187,8 +202,10 @@ def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torc
         wanted = "(B, 2, H, W): PA, then lateral" if views == 2 else "(B, 1, H, W): PA alone"
         raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected {wanted}")
     if size is not None and tuple(xrays.shape[-2:]) != (size, size):
-        mode = "area" if min(xrays.shape[-2:]) > size else "bilinear"
-        xrays = F.interpolate(xrays, size=(size, size), mode=mode)
+        if min(xrays.shape[-2:]) > size:
+            xrays = averaged_to(xrays, (size, size))
+        else:
+            xrays = F.interpolate(xrays, size=(size, size), mode="bilinear")
     if xrays.shape[-2] % 32 or xrays.shape[-1] % 32:
         raise ValueError(f"X-rays have size {tuple(xrays.shape[-2:])}; expected multiples of 32")
     return xrays
@@ -198,16 +215,26 @@ def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torc
 # Stage 1
 
 
-def checked_sizes(volume_size, base_channels: int, stem_stride: int) -> tuple[int, int, int]:
-    """``volume_size`` as a tuple; :class:`InputError` naming the setting that a stage-1 network cannot have."""
-    size = tuple(int(n) for n in volume_size)
-    if len(size) != 3 or any(n < 16 or n % 8 for n in size):
-        raise InputError(f"model.volume_size is {list(volume_size)}; expected three multiples of 8, at least 16")
-    if base_channels < 16 or base_channels % 16:
-        raise InputError(f"model.base_channels is {base_channels}; expected a multiple of 16")
-    if stem_stride not in (1, 2, 4):
+def check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks=0) -> None:
+    """Raise :class:`InputError` naming the setting that a stage-1 network cannot have."""
+    whole_number("model.base_channels", base_channels, 16, multiple=16)
+    if base_channels >= 256:  # the narrowest features, half of them, are normalised in groups of at least 16
+        whole_number("model.base_channels", base_channels, 256, multiple=32)
+    check_stem_stride(stem_stride)
+    whole_numbers("model.encoder_blocks", encoder_blocks, 4, 0)
+    whole_numbers("model.decoder_blocks", decoder_blocks, 3, 0)
+    whole_number("model.transformer_blocks", transformer_blocks, 0)
+
+
+def check_stem_stride(stem_stride) -> None:
+    if whole_number("model.stem_stride", stem_stride, 1) not in (1, 2, 4):
         raise InputError(f"model.stem_stride is {stem_stride}; expected 1, 2 or 4")
-    return size
+
+
+def check_xray_size(xray_size) -> None:
+    """Raise :class:`InputError` unless X-rays of this size, or of any (None), can be encoded."""
+    if xray_size is not None:
+        whole_number("model.xray_size", xray_size, 32, multiple=32)
 
 
 class CoarseModel(Recomputing):
@@ -215,7 +242,8 @@ class CoarseModel(Recomputing):
 
     def __init__(self, volume_size, geometry: Geometry | None, xray_size: int | None):
         super().__init__()
-        self.volume_size = tuple(int(n) for n in volume_size)
+        self.volume_size = tuple(whole_numbers("model.volume_size", volume_size, 3, 16, multiple=8))
+        check_xray_size(xray_size)
         self.geometry, self.xray_size = geometry or Geometry(), xray_size
 
     def get_extra_state(self) -> dict:
@@ -255,7 +283,8 @@ class EnhancedDirectModel(CoarseModel):
         transformer_blocks: int = 6,
         activation_checkpointing: bool = False,
     ):
-        super().__init__(checked_sizes(volume_size, base_channels, stem_stride), geometry, xray_size)
+        super().__init__(volume_size, geometry, xray_size)
+        check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks)
         self.activation_checkpointing = activation_checkpointing
         c = base_channels
         widths = (c // 2, c, 2 * c, 4 * c)
@@ -525,6 +554,7 @@ class RefinementNetwork(Recomputing):
         super().__init__()
         self.hu_window, self.xray_scale = tuple(hu_window), xray_scale
         self.activation_checkpointing = activation_checkpointing
+        check_xray_size(xray_size)
         self.geometry, self.xray_size = geometry or Geometry(), xray_size
         self._build(
             {
@@ -532,25 +562,17 @@ class RefinementNetwork(Recomputing):
                 "channels": channels,
                 "growth": growth,
                 "rrdb_blocks": rrdb_blocks,
-                "head_channels": list(head_channels),
-                "guide_widths": list(guide_widths),
-                "guide_channels": list(guide_channels),
+                "head_channels": head_channels,
+                "guide_widths": guide_widths,
+                "guide_channels": guide_channels,
                 "stem_stride": stem_stride,
             }
         )
 
     def _build(self, settings: dict) -> None:
-        self.settings = settings
+        self.settings = settings = _checked_refinement(settings)
         channels, (c1, c2, c4) = settings["channels"], settings["head_channels"]
         g1, g2, g4 = settings["guide_channels"] if settings["guided"] else (0, 0, 0)
-        for name, value in (("channels", channels), ("growth", settings["growth"]), ("head_channels", min(c1, c2, c4))):
-            if value < 1:
-                raise InputError(f"model.{name} is {settings[name]}; expected at least 1")
-        if len(settings["guide_widths"]) != 4 or settings["stem_stride"] not in (1, 2, 4):
-            raise InputError(
-                f"model.guide_widths is {settings['guide_widths']}, model.stem_stride {settings['stem_stride']};"
-                " expected four widths, and a stride of 1, 2 or 4"
-            )
         self.guidance = None
         if settings["guided"]:
             self.guidance = Guidance(settings["guide_widths"], settings["stem_stride"], {1: g1, 2: g2, 4: g4})
@@ -699,6 +721,18 @@ class RefinementNetwork(Recomputing):
             box = [slice(self.scale * o, self.scale * (o + s)) for o, s in zip(origin, size)]
             volume[:, :, box[0], box[1], box[2]] = part.to(device)
         return volume
+
+
+def _checked_refinement(settings: dict) -> dict:
+    """Stage 2's settings with lists for tuples; :class:`InputError` naming the one that it cannot have."""
+    for name in ("channels", "growth", "rrdb_blocks"):
+        whole_number(f"model.{name}", settings[name], 1)
+    check_stem_stride(settings["stem_stride"])
+    lists = {name: whole_numbers(f"model.{name}", settings[name], 3, 1) for name in ("head_channels", "guide_channels")}
+    widths = whole_numbers("model.guide_widths", settings["guide_widths"], 4, 1)
+    for index, width in enumerate(widths):
+        checked_width(f"model.guide_widths[{index}]", width)
+    return {**settings, **lists, "guide_widths": widths}
 
 
 def shuffle_conv(in_channels: int, out_channels: int) -> nn.Sequential:

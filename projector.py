@@ -26,6 +26,7 @@ from functools import lru_cache
 from numbers import Real
 
 import torch
+import torch.nn.functional as F
 
 HU_WINDOW = (-1024.0, 1476.0)  # HU mapped to [0, 1]; X2CT-GAN's 2,500 HU
 MU_WATER = 0.02  # 1/mm, water at about 65 keV effective energy (NIST XCOM: 0.0206 at 60 keV, 0.0193 at 70 keV)
@@ -360,19 +361,74 @@ def lift_features(
     Rows and columns of the bilinear interpolation factor for a fixed depth, so lifting is two
     matrix products; unlike ``grid_sample`` its backward pass is deterministic on a GPU.
     """
+    _check_features(features)
+    return _lift_views(features.unbind(1), geometry, volume_size, grid_mm)
+
+
+def lift_pooled(features: torch.Tensor, geometry: Geometry, volume_size, grid_mm=None) -> torch.Tensor:
+    """:func:`lift_features` without aliasing: where pixels are finer than voxels, their averages are sampled.
+
+    Along each axis of a view with at least two pixels per voxel, pixels are averaged to as many cells as the cube
+    has voxels there (:func:`pooled_to`). ``volume_size`` is always that of the whole cube; ``grid_mm`` picks voxels
+    of it. Shapes as there.
+    """
+    _check_features(features)
+    depth, height, width = volume_size
+    views = [pooled_to(features[:, v], (depth, across)) for v, across in enumerate((width, height))]
+    return _lift_views(views, geometry, volume_size, grid_mm)
+
+
+def pooled_to(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Average maps ``(B, C, h, w)`` to ``size`` (rows, columns) along each axis with at least twice as many pixels."""
+    return averaged_to(maps, [want if have >= 2 * want else have for have, want in zip(maps.shape[-2:], size)])
+
+
+def averaged_to(x: torch.Tensor, size) -> torch.Tensor:
+    """Average ``(B, C, *axes)`` over equal cells, ``size`` of them along the two or three axes, none finer than ``x``.
+
+    Cells span the same extent as the pixels, whatever the ratio: a pixel that lies in two cells counts in both by
+    its share. (Torch's adaptive pooling lets it count in both fully, its plain pooling drops the remainder.)
+    """
+    size = tuple(size)
+    if any(cells > pixels for cells, pixels in zip(size, x.shape[2:])):
+        raise ValueError(f"{tuple(x.shape[2:])} pixels cannot be averaged to {size} cells; expected at most as many")
+    axes = range(2, x.ndim)
+    for axis, cells in zip(axes, size):
+        if x.shape[axis] % cells:
+            shares = _area_shares(x.shape[axis], cells, x.device).to(x.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                x = (x.movedim(axis, -1) @ shares.T).movedim(-1, axis)
+    if tuple(x.shape[2:]) == size:
+        return x
+    pool = F.avg_pool2d if len(size) == 2 else F.avg_pool3d
+    return pool(x, tuple(x.shape[axis] // cells for axis, cells in zip(axes, size)))
+
+
+def _area_shares(pixels: int, cells: int, device) -> torch.Tensor:
+    """``(cells, pixels)``: the share of each pixel in each of ``cells`` larger cells; rows sum to 1."""
+    edges = torch.arange(cells + 1, device=device, dtype=torch.float64) * pixels / cells
+    start = torch.arange(pixels, device=device, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:, None], start + 1) - torch.maximum(edges[:-1, None], start)
+    return overlap.clamp_min(0.0) * (cells / pixels)
+
+
+def _check_features(features):
     if features.ndim != 5 or features.shape[1] != 2:
         raise ValueError(f"features have shape {tuple(features.shape)}; expected (B, 2, C, h, w)")
+
+
+def _lift_views(views, geometry, volume_size, grid_mm):
+    """Both views' features ``(B, C, h, w)``, each of its own size -> ``(B, 2, C, D, H, W)``."""
+    device = views[0].device
     if grid_mm is None and torch.compiler.is_compiling():  # no cache: traced tensors belong to their trace
-        grid_mm = tuple(geometry.voxel_centres_mm(n, device=features.device) for n in volume_size)
+        grid_mm = tuple(geometry.voxel_centres_mm(n, device=device) for n in volume_size)
     if grid_mm is None:
-        weights = [
-            _lift_weights(geometry, v, tuple(volume_size), tuple(features.shape[-2:]), features.device) for v in (0, 1)
-        ]
+        size = tuple(volume_size)
+        weights = [_lift_weights(geometry, v, size, tuple(x.shape[-2:]), device) for v, x in enumerate(views)]
     else:
-        grid_mm = tuple(axis.to(features.device, torch.float32) for axis in grid_mm)
-        weights = [_lift_weights_at(geometry, v, grid_mm, features.shape[-2:]) for v in (0, 1)]
-    lifted = [_lift_view(features[:, v], *weights[v], view=v) for v in (0, 1)]
-    return torch.stack(lifted, dim=1)
+        grid_mm = tuple(axis.to(device, torch.float32) for axis in grid_mm)
+        weights = [_lift_weights_at(geometry, v, grid_mm, x.shape[-2:]) for v, x in enumerate(views)]
+    return torch.stack([_lift_view(x, *weights[v], view=v) for v, x in enumerate(views)], dim=1)
 
 
 def _lift_weights_at(geometry, view, grid_mm, feature_size):

@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+if len(sys.argv) != 5:
+    sys.exit("usage: python onnx_inference.py model.onnx PA.png LATERAL.png ct.nii.gz")
 path, pa, lateral, output = sys.argv[1:]
 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}

@@ -20,17 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import InputError
+from files import InputError, whole_number
 from model_enhanced import (
     Recomputing,
     ResidualBlock,
     XrayEncoder,
     group_norm,
+    in_full_precision,
     pixel_shuffle_3d,
     pixel_unshuffle_3d,
     prepare_xrays,
 )
-from projector import Geometry, lift_features
+from projector import Geometry, lift_pooled
 
 BANDS = ("anterior", "mid", "posterior")  # of a view's depth axis; right, mid, left for the lateral view
 PRIOR_BINS = 16  # depth bins of a prior, and pixels along each edge of its detector grid
@@ -249,9 +250,7 @@ def lift_views(reduce, features, geometry, size) -> list[torch.Tensor]:
     num_views = len(reduce)
     x = features.unflatten(0, (-1, num_views))
     x = torch.stack([layer(x[:, v]) for v, layer in enumerate(reduce)], dim=1)  # (B, V, c, h, w)
-    if x.shape[-1] >= 2 * size:  # finer pixels than voxels would alias: average them first
-        x = F.avg_pool2d(x.flatten(0, 1), x.shape[-1] // size).unflatten(0, (-1, num_views))
-    lifted = lift_features(x.expand(-1, 2, -1, -1, -1), geometry, (size, size, size))
+    lifted = lift_pooled(x.expand(-1, 2, -1, -1, -1), geometry, (size, size, size))
     return list(lifted.unbind(1))[:num_views]
 
 
@@ -332,11 +331,13 @@ class CascadeStage(Recomputing):
         _check_settings(volume_size, voxel_dim, vit_depth, num_heads, xray_size, num_views, xray_channels)
         self.fold = 1 if volume_size <= 64 else 2
         grid = volume_size // self.fold
-        token_grid = token_grid or default_token_grid(volume_size)
+        if token_grid is None:
+            token_grid = default_token_grid(volume_size)
+        whole_number("token_grid", token_grid, 1)
         self.grids = _grids(volume_size, grid, token_grid)
-        base_channels = base_channels or whole_groups(voxel_dim // (8 if grid <= 64 else 16))
-        if base_channels < 8 or base_channels % 8:
-            raise InputError(f"base_channels is {base_channels}; expected a multiple of 8")
+        if base_channels is None:
+            base_channels = whole_groups(voxel_dim // (8 if grid <= 64 else 16))
+        whole_number("base_channels", base_channels, 8, multiple=8)
         self.settings = {
             "volume_size": volume_size,
             "voxel_dim": voxel_dim,
@@ -486,8 +487,8 @@ class CascadeStage(Recomputing):
         x = self._run(self.middle, self._transform(skips.pop(), embedding, condition), embedding)
         for up in reversed(self.up):
             x = self._run(up, x, skips.pop(), embedding)
-        residual = OUTPUT_SCALE * self._run(self._output, x, embedding).float()  # (B, 1, D, H, W)
-        mix = self.mix(embedding).float()[:, :, None, None, None]
+        residual = OUTPUT_SCALE * self._run(self._output, x, embedding)  # (B, 1, D, H, W), float32
+        mix = in_full_precision(self.mix, embedding)[:, :, None, None, None]
         output = torch.addcmul(residual, mix[:, :1], x_t.float())
         if condition.previous is not None:
             output = torch.addcmul(output, mix[:, 1:], condition.previous)
@@ -502,7 +503,7 @@ class CascadeStage(Recomputing):
 
     def _output(self, x, embedding):
         scale, shift = self.out_modulation(embedding).chunk(2, dim=1)
-        x = self.out(F.silu(modulate(normalise(x, self.out_norm), scale, shift)))
+        x = in_full_precision(self.out, F.silu(modulate(normalise(x, self.out_norm), scale, shift)))
         return x if self.fold == 1 else pixel_shuffle_3d(x, self.fold)
 
     def forward(self, x_t, position, xrays, previous=None, previous_noise_level=None):
@@ -551,18 +552,13 @@ def _grids(volume_size: int, finest: int, coarsest: int) -> list[int]:
 
 
 def _check_settings(volume_size, voxel_dim, vit_depth, num_heads, xray_size, num_views, xray_channels):
-    if volume_size < 16 or volume_size % 8:
-        raise InputError(f"volume_size is {volume_size}; expected a multiple of 8, at least 16")
-    if num_heads < 1 or voxel_dim % num_heads:
+    whole_number("volume_size", volume_size, 16, multiple=8)
+    whole_number("voxel_dim", voxel_dim, 32, multiple=16)
+    if voxel_dim % whole_number("num_heads", num_heads, 1):
         raise InputError(f"num_heads is {num_heads}; expected a divisor of voxel_dim, {voxel_dim}")
-    if voxel_dim < 32 or voxel_dim % 16:
-        raise InputError(f"voxel_dim is {voxel_dim}; expected a multiple of 16, at least 32")
-    if vit_depth < 1:
-        raise InputError(f"vit_depth is {vit_depth}; expected at least 1")
-    if num_views not in (1, 2):
+    whole_number("vit_depth", vit_depth, 1)
+    if whole_number("num_views", num_views, 1) > 2:
         raise InputError(f"num_views is {num_views}; expected 1 (PA) or 2 (PA and lateral)")
-    if xray_channels != 1:
+    if whole_number("xray_channels", xray_channels, 1) != 1:
         raise InputError(f"xray_channels is {xray_channels}; expected 1: X-rays are grey")
-    multiple = 8 * stem_stride_of(xray_size)
-    if xray_size < 32 or xray_size % multiple:
-        raise InputError(f"xray_size is {xray_size}; expected a multiple of {multiple}, at least 32")
+    whole_number("xray_size", xray_size, 32, multiple=32)

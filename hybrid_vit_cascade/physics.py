@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import InputError
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, line_integrals, unit_to_mu
+from projector import HU_WINDOW, XRAY_SCALE, Geometry, averaged_to, line_integrals, unit_to_mu
 
 
 class PhysicsLoss(nn.Module):
@@ -73,9 +73,9 @@ class PhysicsLoss(nn.Module):
                 f"X-rays have shape {tuple(xrays.shape)}; expected ({batch}, 2, H, W) or ({batch}, 1, H, W)"
             )
         rendered = self._render(x0_hat)[:, :views]
-        size = min(rendered.shape[-1], *xrays.shape[-2:])
-        given = F.adaptive_avg_pool2d(xrays.float(), size)
-        return (F.adaptive_avg_pool2d(rendered, size) - given).abs().flatten(1).mean(dim=1)
+        size = (min(rendered.shape[-1], *xrays.shape[-2:]),) * 2
+        difference = averaged_to(rendered, size) - averaged_to(xrays.float(), size)
+        return difference.abs().flatten(1).mean(dim=1)
 
     def _render(self, x0_hat):
         """Both X-rays of the estimate, ``(B, 2, n, n)`` with n at most ``size``, float32 even under autocast."""

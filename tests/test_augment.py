@@ -4,7 +4,9 @@ import pytest
 import torch
 from tiny_data import make_hu
 
-from augment import AugmentConfig, PairMaker
+import augment
+from augment import AugmentConfig, PairMaker, random_affine, random_displacement
+from files import InputError
 from projector import Geometry, hu_to_unit, render_xrays
 
 OFF = {
@@ -95,6 +97,103 @@ def test_translation_stays_in_its_range(seed):
     moved = centroid_mm(make(ball, (seed,), translation_mm=40.0)["ct_volume"])
     assert all(abs(m) <= 40.5 for m in moved)
     assert any(abs(m) > 2 for m in moved)
+
+
+def draws(function, count=400, **changes):
+    """Random changes of one kind from ``count`` seeds, stacked."""
+    config = AugmentConfig(**{**OFF, **changes})
+    return torch.stack([function(config, Geometry().fov_mm, torch.Generator().manual_seed(s)) for s in range(count)])
+
+
+def assert_uniform(values, limit):
+    """Values ``(N, 3)`` fill +-limit evenly along each axis: nothing beyond, and a uniform distribution's deviation."""
+    assert values.abs().max() <= limit * 1.0001
+    assert (values.std(dim=0) / (limit / 3**0.5) - 1).abs().max() < 0.1
+    assert values.amax(dim=0).min() > 0.95 * limit
+    assert values.amin(dim=0).max() < -0.95 * limit
+    correlation = torch.corrcoef(values.T) - torch.eye(3)
+    assert correlation.abs().max() < 0.2  # each axis is drawn on its own
+
+
+def test_rotations_fill_their_range_about_each_axis():
+    matrix = draws(random_affine, rotation_deg=6.0)[:, :, :3].double()
+    assert torch.allclose(matrix @ matrix.mT, torch.eye(3, dtype=torch.float64).expand_as(matrix), atol=1e-6)
+    # R = Rx(a) Ry(b) Rz(c): b, then a and c, from three of its entries (Euler angles).
+    b = matrix[:, 0, 2].asin()
+    a, c = torch.atan2(-matrix[:, 1, 2], matrix[:, 2, 2]), torch.atan2(-matrix[:, 0, 1], matrix[:, 0, 0])
+    assert_uniform(torch.stack([a, b, c], dim=1).rad2deg(), 6.0)
+
+
+def test_scales_and_shifts_fill_their_ranges():
+    theta = draws(random_affine, scale=0.1)
+    assert_uniform(theta.diagonal(dim1=1, dim2=2) - 1.0, 0.1)
+    half_cube_mm = Geometry().fov_mm / 2  # what 1 is to affine_grid
+    assert_uniform(draws(random_affine, translation_mm=15.0)[:, :, 3] * half_cube_mm, 15.0)
+
+
+def test_mirroring_follows_its_probability():
+    sides = draws(random_affine, mirror_probability=0.3).diagonal(dim1=1, dim2=2)
+    assert 0.23 < (sides[:, 0] < 0).float().mean() < 0.37
+    assert (sides[:, 1:] > 0).all()
+
+
+def test_a_ball_moves_by_the_millimetres_drawn():
+    ball = torch.zeros(1, 1, 64, 64, 64)
+    ball[..., 28:36, 28:36, 28:36] = 1.0
+    for seed in range(3):
+        shift = draws(random_affine, count=seed + 1, translation_mm=40.0)[seed, :, 3] * 180.0  # x, y, z
+        moved = centroid_mm(make(ball, (seed,), translation_mm=40.0)["ct_volume"])
+        assert moved == pytest.approx((-shift.flip(0)).tolist(), abs=0.3)  # the grid says where to read
+
+
+def test_elastic_displacements_have_the_stated_deviation():
+    """elastic_mm along each axis at the corners; about half of it over the cube, where control points are averaged."""
+    config = AugmentConfig(elastic_mm=8.0, elastic_points=5)
+    fields = [random_displacement(config, 360.0, 9, torch.Generator().manual_seed(seed)) for seed in range(150)]
+    fields = torch.cat(fields) * 180.0  # mm
+    ends = fields[:, :: fields.shape[1] - 1, :: fields.shape[2] - 1, :: fields.shape[3] - 1]
+    for axis in range(3):
+        assert ends[..., axis].std().item() == pytest.approx(8.0, rel=0.06)
+        assert 0.45 * 8.0 < fields[..., axis].std() < 0.65 * 8.0  # the outermost of nine samples are corners and edges
+    assert fields.mean().abs() < 0.2
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])  # of the volume: D, H, W
+def test_displacements_act_along_their_axis_at_their_place(axis, monkeypatch):
+    """Only component ``axis`` is drawn, and only on one side of the next axis: that ball moves, along that axis."""
+    side = (axis + 1) % 3
+
+    def one_sided(*shape, generator=None):
+        drawn = torch.zeros(*shape)
+        if len(shape) == 5:  # (1, components x y z, D, H, W)
+            drawn[0, 2 - axis].movedim(side, 0)[shape[-1] // 2 :] = 2.0
+        return drawn
+
+    balls = []
+    for place in (10, 52):
+        ball = torch.zeros(64, 64, 64)
+        ball[27:37, 27:37, 27:37] = 1.0
+        balls.append(ball.roll(place - 32, dims=side))
+    before = [centroid_mm(ball[None, None]) for ball in balls]
+    monkeypatch.setattr(augment.torch, "randn", one_sided)
+    after = [centroid_mm(make(ball[None, None], elastic_mm=8.0)["ct_volume"]) for ball in balls]
+    still, moved = ([a - b for a, b in zip(*pair)] for pair in zip(after, before))
+    assert max(abs(v) for v in still) < 0.5
+    assert moved[axis] == pytest.approx(-16.0, abs=1.5)  # the grid says where to read: content moves the other way
+    assert max(abs(v) for k, v in enumerate(moved) if k != axis) < 1.5
+
+
+def test_sources_coarser_than_the_target_are_named(volume):
+    with pytest.raises(InputError, match=r"augment\.source_size is 64.*\(64, 64, 64\).*at least the \(80, 80, 80\)"):
+        PairMaker(Geometry(), (80, 80, 80), 64, AugmentConfig(source_size=64))(volume, None, [1])
+
+
+def test_any_target_size_shows_the_same_place(volume):
+    """Sizes that do not divide the source's: no shift, no stretch."""
+    expected = centroid_mm(volume)
+    for size in (24, 40, 48):
+        maker = PairMaker(Geometry(), (size,) * 3, 64, AugmentConfig(enabled=False, source_size=64))
+        assert centroid_mm(maker(volume, None, [1])["ct_volume"]) == pytest.approx(expected, abs=0.02)
 
 
 def test_density_changes_leave_air_alone_and_stay_small(volume):

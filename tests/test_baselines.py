@@ -14,7 +14,7 @@ from torch import nn
 import baselines
 import evaluate
 import model_enhanced
-from baselines import LiftingUNet, UNetTask, replicate, to_grid
+from baselines import LiftingUNet, MeanVolume, UNetTask, replicate, to_grid
 from checkpoints import load_checkpoint, save_checkpoint
 from config import EnhancedConfig, RefinementConfig, config_dict, load_config
 from dataset import PatientDataset, mean_volume
@@ -172,9 +172,24 @@ class TestNetwork:
             ({"volume_size": (16, 16, 20)}, "volume_size"),
             ({"base_channels": 20}, "base_channels"),
             ({"stem_stride": 3}, "stem_stride"),
+            ({"xray_size": 48}, "xray_size"),
+            ({"encoder_blocks": (1, 1, 1)}, "encoder_blocks"),
+            ({"decoder_blocks": (1, 1)}, "decoder_blocks"),
         ):
             with pytest.raises(InputError, match=f"model.{key}"):
                 small(**changes)
+        with pytest.raises(InputError, match=r"model\.volume_size is \[16, 16\]; expected 3 multiples of 8"):
+            MeanVolume((16, 16))
+
+    def test_the_volume_is_made_in_float32_whatever_the_convolutions_run_in(self):
+        model, xrays = small(), torch.rand(1, 2, 64, 64)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            fine = model(xrays)[0]
+            torch.nn.init.zeros_(model.head.weight)
+            model.head.bias.fill_(0.4334)
+            flat = model(xrays)[0]
+        assert fine.unique().numel() > 0.9 * fine.numel()  # bfloat16 has a few hundred numbers there, 5 HU apart
+        assert 2500 * (flat - 0.4334).abs().max() < 0.01
 
 
 def events(output, kind):

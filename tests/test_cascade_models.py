@@ -380,7 +380,20 @@ def test_channels_last_and_bfloat16_agree_with_float32():
         last = to_channels_last(model)(*values)
     assert torch.allclose(last, reference, atol=1e-5)
     assert low.dtype == torch.float32
-    assert (low - reference).abs().mean() < 0.02 * reference.abs().mean()
+    assert 1250 * (low - reference).abs().mean() < 5.0  # HU, half of a CT's noise, with weights drawn at random
+
+
+def test_the_output_s_parts_are_summed_in_float32_whatever_the_convolutions_run_in():
+    """Output layer and shares as biases: a volume of a few HU's difference stays exact to 0.01 HU in bfloat16."""
+    model, values = stage(awake=False, conditioned=True), inputs(previous=8)
+    with torch.no_grad():
+        model.mix.bias.copy_(torch.tensor([0.3007, -0.9003]))
+        model.out.bias.fill_(0.1003)
+        reference = model(*values)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = model(*values)
+    assert reference.abs().mean() > 0.3
+    assert 1250 * (low - reference).abs().max() < 0.01
 
 
 def test_it_learns_the_posterior_mean_at_pure_noise():
@@ -416,9 +429,15 @@ def test_it_learns_the_posterior_mean_at_pure_noise():
         ({"num_heads": 0}, r"num_heads is 0"),
         ({"voxel_dim": 24}, r"voxel_dim is 24"),
         ({"vit_depth": 0}, r"vit_depth is 0"),
-        ({"xray_size": 36}, r"xray_size is 36.*multiple of 8"),
+        ({"xray_size": 40}, r"xray_size is 40.*multiple of 32"),  # what forward() asks of X-rays
         ({"xray_size": 520}, r"xray_size is 520.*multiple of 32"),
         ({"num_views": 3}, r"num_views is 3"),
+        ({"num_views": 1.0}, r"num_views is 1\.0; expected a whole number"),
+        ({"vit_depth": -1}, r"vit_depth is -1; expected a whole number, at least 1"),
+        ({"voxel_dim": "32"}, r"voxel_dim is '32'"),
+        ({"volume_size": (16, 16, 16)}, r"volume_size is \(16, 16, 16\)"),
+        ({"token_grid": 0}, r"token_grid is 0"),
+        ({"base_channels": 0}, r"base_channels is 0"),
         ({"xray_channels": 3}, r"xray_channels is 3"),
         ({"token_grid": 5}, r"token_grid is 5 for volume_size 16"),
         ({"token_grid": 16}, r"token_grid is 16"),

@@ -49,6 +49,11 @@ def test_file_then_set_options_override_defaults(tmp_path):
         ({"training": {"learning_rate": -1.0}}, ["training.learning_rate"]),
         ({"training": {"precision": "half"}}, ["training.precision", "bfloat16"]),
         ({"world_size": 0}, ["world_size"]),
+        ({"model": {"transformer_blocks": -1}}, ["model.transformer_blocks", "at least 0"]),
+        ({"augment": {"elastic_points": 1}}, ["augment.elastic_points", "at least 2"]),
+        ({"augment": {"source_size": 0}}, ["augment.source_size", "at least 16"]),
+        ({"augment": {"translation_mm": -15.0}}, ["augment.translation_mm", "at least 0"]),
+        ({"augment": {"scale": 1.0}}, ["augment.scale", "at most 0.9"]),
     ],
 )
 def test_bad_settings_name_file_and_key(tmp_path, data, words):

@@ -276,6 +276,17 @@ def test_a_folder_with_xrays_alone_and_ids_that_differ_by_case_are_refused(tmp_p
         quiet(tmp_path, "all", 16, None)
 
 
+def test_hounsfield_units_are_windowed_before_they_are_averaged(tmp_path):
+    """A coarse voxel half of air and half of metal is half full, however far beyond the window metal lies."""
+    root = make_dataset(tmp_path, patients=3, cube_size=32, xray_size=32)
+    hu = np.zeros((32, 32, 32), dtype=np.int16)
+    hu[::2, :16], hu[1::2, :16] = -1024, 3071
+    write_cube(root / "p0" / "p0.nii.gz", hu, cube_affine((0.0, -20.0, 30.0), 360.0, 32))
+    volume = PatientDataset(root, "all", 16, None)[0]["ct_volume"][0]
+    assert torch.allclose(volume[:, :8], torch.tensor(0.5), atol=1e-4)
+    assert torch.allclose(volume[:, 8:], torch.tensor(1024 / 2500), atol=1e-4)
+
+
 # -- bad input -----------------------------------------------------------------------------------
 
 

@@ -138,6 +138,15 @@ def test_the_readmes_script_refuses_pictures_that_it_would_misread(direct, tmp_p
     assert not (tmp_path / "ct.nii").exists()
 
 
+@pytest.mark.parametrize("arguments", [["--help"], [], ["model.onnx", "pa.png", "lateral.png"]])
+def test_the_script_says_how_it_is_called(arguments, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT))
+    assert stopped.value.code == "usage: python onnx_inference.py model.onnx PA.png LATERAL.png ct.nii.gz"
+
+
 def test_the_path_through_a_cascade_is_its_posterior_mean(work):
     """Untraced: tracing is tested on one stage, and by hand on whole cascades."""
     subject = export_onnx.CascadeSubject(work / "cascade")

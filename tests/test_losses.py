@@ -218,24 +218,74 @@ def test_nothing_outside_the_mask_counts():
     assert all(unmasked[term].item() != before[term].item() for term in before)
 
 
-def test_masked_means_are_means_over_the_mask():
-    prediction, target = volumes()
+def uneven_masks(target):
+    """A mask of many voxels for the first sample, of few for the second."""
     mask = torch.zeros_like(target)
-    mask[0, :, :, :, 8:] = 1
-    mask[1, :, 1::2] = 1
+    mask[0, :, :, :, 2:] = 1
+    mask[1, :, 4:11:2, 6:] = 1
+    return mask
+
+
+MASKED = [term for term in TERMS if term != "projection"]  # an X-ray knows no mask
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_of_a_batch_is_the_mean_of_its_samples_losses(masked):
+    """Whoever shares a batch: two processes with one sample each train as one process with both."""
+    prediction, target = volumes()
+    prediction.requires_grad_()
+    aux, xrays = inputs_of_all_terms(prediction, target)
+    mask = uneven_masks(target) if masked else None
+    loss = all_terms().eval()
+
+    def part(chosen):
+        some = {name: volume[chosen] for name, volume in aux.items()}
+        own = None if mask is None else mask[chosen]
+        total, parts = loss(prediction[chosen], target[chosen], aux=some, mask=own, xrays=xrays[chosen])
+        (gradient,) = torch.autograd.grad(total, prediction, retain_graph=True)
+        return parts, gradient
+
+    (whole, gradient), *halves = part(slice(0, 2)), part(slice(0, 1)), part(slice(1, 2))
+    for term in TERMS:
+        mean = (halves[0][0][term] + halves[1][0][term]) / 2
+        assert whole[term].item() == pytest.approx(mean.item(), rel=1e-5), term
+        assert halves[0][0][term].item() != pytest.approx(halves[1][0][term].item(), rel=1e-3)
+    torch.testing.assert_close(gradient, (halves[0][1] + halves[1][1]) / 2, rtol=1e-4, atol=1e-9)
+
+
+def test_a_sample_of_which_nothing_counts_adds_nothing():
+    prediction, target = volumes()
+    prediction.requires_grad_()
+    aux, _ = inputs_of_all_terms(prediction, target)
+    mask = uneven_masks(target)
+    mask[1] = 0
+    loss = criterion(**{f"{term}_weight": 1.0 for term in MASKED}).eval()
+    total, parts = loss(prediction, target, aux=aux, mask=mask)
+    _, alone = loss(prediction[:1], target[:1], aux={k: v[:1] for k, v in aux.items()}, mask=mask[:1])
+    for term in MASKED:
+        assert parts[term].item() == pytest.approx(alone[term].item() / 2, rel=1e-5), term
+    total.backward()
+    assert prediction.grad[0].any()
+    assert not prediction.grad[1].any()
+
+
+def test_masked_means_are_means_over_each_samples_mask():
+    prediction, target = volumes()
+    mask = uneven_masks(target)
     loss = criterion(l1_weight=1, mse_weight=1, ssim_weight=1, edge_weight=1)
     _, parts = loss(prediction, target, mask=mask)
-    difference = (prediction - target)[mask > 0]
-    assert parts["l1"].item() == pytest.approx(difference.abs().mean().item(), rel=1e-5)
-    assert parts["mse"].item() == pytest.approx(difference.square().mean().item(), rel=1e-5)
     inside = torch.where(mask > 0, prediction, target)
-    similarity = losses.ssim_map(inside, target)[mask[..., 5:-5, 5:-5, 5:-5] > 0]
-    assert parts["ssim"].item() == pytest.approx(1 - similarity.mean().item(), abs=1e-5)
-    selected = []
-    for sample, weight in zip((inside - target)[:, 0].numpy(), mask[:, 0].numpy()):
+    similarity = losses.ssim_map(inside, target)
+    expected = {"l1": [], "mse": [], "ssim": [], "edge": []}
+    for sample, weight, similar in zip((inside - target)[:, 0].numpy(), mask[:, 0].numpy(), similarity[:, 0].numpy()):
+        difference = sample[weight > 0]
+        expected["l1"].append(np.abs(difference).mean())
+        expected["mse"].append(np.square(difference).mean())
+        expected["ssim"].append(1 - similar[weight[5:-5, 5:-5, 5:-5] > 0].mean())
         centre = ndimage.binary_erosion(np.ones(weight.shape)) & (weight > 0)  # where the kernel fits
-        selected += [np.abs(ndimage.sobel(sample, axis)[centre]) / 32 for axis in range(3)]
-    assert parts["edge"].item() == pytest.approx(np.concatenate(selected).mean(), rel=1e-5)
+        expected["edge"].append(np.mean([np.abs(ndimage.sobel(sample, axis)[centre]) / 32 for axis in range(3)]))
+    for term, values in expected.items():
+        assert parts[term].item() == pytest.approx(np.mean(values), rel=1e-4), term
 
 
 def test_multiscale_mask_weighs_coarse_voxels_by_their_share():
@@ -252,7 +302,7 @@ def test_an_empty_mask_gives_zero_and_no_nan():
     prediction, target = volumes()
     prediction.requires_grad_()
     aux, _ = inputs_of_all_terms(prediction, target)
-    loss = criterion(**{f"{term}_weight": 1.0 for term in TERMS if term != "projection"})
+    loss = criterion(**{f"{term}_weight": 1.0 for term in MASKED})
     total, parts = loss(prediction, target, aux=aux, mask=torch.zeros_like(target))
     assert total.item() == 0
     assert len(parts) == 6

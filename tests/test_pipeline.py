@@ -101,6 +101,13 @@ class TestSystem:
         with pytest.raises(InputError, match=r"r\.pt refines volumes of \[32, 32, 32\] voxels; .*have \[16, 16, 16\]"):
             DirectSystem(base, path, "cpu")
 
+    @pytest.mark.parametrize(("key", "other"), [("hu_window", [-1000.0, 1000.0]), ("xray_scale", 8.0)])
+    def test_other_units_are_refused(self, root, base, tmp_path, key, other):
+        """What stage 1 calls 0.5 would be other Hounsfield units, or other X-rays, to stage 2."""
+        path = make_refinement_checkpoint(tmp_path / "r.pt", root, base, **{key: other})
+        with pytest.raises(InputError, match=rf"r\.pt.*{key}"):
+            DirectSystem(base, path, "cpu")
+
     def test_swapped_checkpoints_are_refused(self, base, refinement):
         with pytest.raises(InputError, match="'refinement'; expected 'enhanced_direct'"):
             DirectSystem(refinement, base, "cpu")
