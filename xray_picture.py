@@ -82,9 +82,7 @@ def _check_kind(path, picture) -> None:
     for key in ("dpi", "resolution", "aspect", "jfif_density"):
         across, down = (float(value) for value in picture.info.get(key) or (1, 1))
         if across > 0 and down > 0 and abs(across - down) > 0.01 * down:
-            raise InputError(
-                f"{path}: its resolution is {across:g} across and {down:g} down; expected square pixels"
-            )
+            raise InputError(f"{path}: its resolution is {across:g} across and {down:g} down; expected square pixels")
 
 
 def _decode(path, picture) -> StoredXray:
