@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,22 +150,29 @@ def _dicom_files(paths, left_out):
 
 def _not_read(paths, headers) -> list[str]:
     """A sentence for each of ``paths`` that may hold a CT; ``headers``: MetaImage and NRRD files beside them."""
-    suspects = [path for path in paths if suffix_of(path) in OTHER_VOLUMES]
+    suspects = [path for path in paths if suffix_of(path) in OTHER_VOLUMES or _named_like_a_slice(path)]
     used: set[Path] = set()
     for header in headers if suspects else []:
         try:
             used |= set(data_files(header))
         except (InputError, OSError):  # the header's own error comes when it is read
             continue
+    other = "may hold a CT, in a format that is not read"
     expected = "; expected .nii.gz, .nii, .mhd, .mha, .nrrd, .nhdr or DICOM"
     texts = {".img": "half of a pair .hdr and .img", ".hdr": "half of a pair .hdr and .img"}
     texts |= dict.fromkeys((".dcm", ".dicom", ".dic", ".ima"), "not a DICOM file (empty or damaged?)")
     texts |= dict.fromkeys((".raw", ".zraw", ".raw.gz"), "no MetaImage or NRRD header beside it says what it holds")
     return [
-        f"{path}: {texts.get(suffix_of(path), 'may hold a CT, in a format that is not read')}{expected}"
+        f"{path}: {texts.get('.dcm' if _named_like_a_slice(path) else suffix_of(path), other)}{expected}"
         for path in suspects
         if path not in used
     ]
+
+
+def _named_like_a_slice(path) -> bool:
+    """True for names as scanners and archives give them to DICOM files: IM0001, 00000012, 1.2.840.113619.2.55."""
+    suffix = path.suffix[1:]
+    return not may_lie_beside_slices(path) and (not suffix or suffix.isdigit()) and bool(re.search(r"\d", path.name))
 
 
 def _series(slices) -> dict[Path, dict[Path, SeriesInfo]]:

@@ -518,7 +518,7 @@ def sitk():
     return pytest.importorskip("SimpleITK")
 
 
-@pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nrrd"])
+@pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nrrd", ".nhdr"])
 def test_metaimage_and_nrrd_equal_the_nifti(tmp_path, sitk, suffix):
     image = sitk_image(sitk, rotation(10, 20, -30))
     sitk.WriteImage(image, str(tmp_path / "ct.nii.gz"))

@@ -52,11 +52,15 @@ def test_linked_folders_are_searched_once(tmp_path):
         ("x.raw", "no MetaImage or NRRD header"),
         ("x.dcm", "not a DICOM file"),
         ("x.IMA", "not a DICOM file"),
+        ("IM0001", "not a DICOM file"),
+        ("1.2.840.55", "not a DICOM file"),
+        ("x.h5", "a format that is not read"),
     ],
 )
 def test_what_may_hold_a_ct_but_is_not_read_is_named(tmp_path, name, words):
     touch(tmp_path / "a.nii")
-    touch(tmp_path / "notes.txt")
+    for harmless in ("notes.txt", "LICENSE", "scores.2.json", "Makefile"):
+        touch(tmp_path / harmless)
     path = touch(tmp_path / "sub" / name)
     sources, (text,) = search_cts(tmp_path)
     assert [source.patient_id for source in sources] == ["a"]
