@@ -318,6 +318,13 @@ def test_compressed_xrays_are_decoded_by_pydicom_or_simpleitk(tmp_path, compress
             assert read_xray(path, "percentile").pixels == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
+def test_an_unknown_transfer_syntax_is_not_quoted(tmp_path):
+    path, syntax = compressed(tmp_path / "x.dcm", "JPEG")
+    path.write_bytes(path.read_bytes().replace(syntax.encode(), b"1.2.3.4.5.6.7.8.9.10.11"[: len(syntax)]))
+    refused(path, "no decoder for its transfer syntax, unknown, or its pixels are damaged; run: pip install")
+
+
 def test_a_damaged_compressed_xray_is_refused(tmp_path):
     path, _ = compressed(tmp_path / "x.dcm", "JPEG")
     content = bytearray(path.read_bytes())
