@@ -214,8 +214,6 @@ def _decoded(path, data) -> np.ndarray:
             return data.pixel_array
     except (NotImplementedError, RuntimeError):  # a syntax that pydicom does not know; a decoder that is not enough
         pass
-    if not syntax.is_compressed:
-        raise InputError(f"{path}: its pixels cannot be decoded; expected an uncompressed or compressed DICOM picture")
     return _decoded_by_simpleitk(path, data, syntax)
 
 
@@ -240,7 +238,7 @@ def _decoded_by_simpleitk(path, data, syntax) -> np.ndarray:
             plain.save_as(f"{folder}/x.dcm", enforce_file_format=True)
             SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
             return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(f"{folder}/x.dcm"))[0]
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError, ValueError):
         name = f"{syntax.name} ({syntax})" if syntax in UID_dictionary else "unknown"
         tried = "" if SimpleITK is None else ", or its pixels are damaged"
         raise InputError(

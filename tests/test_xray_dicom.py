@@ -92,6 +92,9 @@ def test_a_table_starts_at_its_first_mapped_value(tmp_path):
         assert xray.pixels == pytest.approx(ramp[(STORED.astype(int) - 100).clip(0, 999)] / 4095, abs=1e-6)
     tags["VOILUTSequence"] = [lut(ramp, -900 + 65536, 12)]  # the same number, written as an unsigned one
     assert np.array_equal(read_xray(write_dicom(tmp_path / "y.dcm", STORED, **tags)).pixels, xray.pixels)
+    tags = {"RescaleSlope": "-1", "RescaleIntercept": "0", "VOILUTSequence": [lut(ramp, -4095 + 65536, 12)]}
+    falling = read_xray(write_dicom(tmp_path / "z.dcm", 4095 - STORED, **tags)).pixels
+    assert falling == pytest.approx(ramp[STORED.clip(0, 999)] / 4095, abs=1e-6)
 
 
 def test_a_table_of_8_bits_may_hold_two_entries_in_a_word(tmp_path):
@@ -294,10 +297,10 @@ def compressed(path, compressor):
     writer.SetFileName(str(path))
     writer.UseCompressionOn()
     writer.SetCompressor(compressor)
-    writer.Execute(sitk.GetImageFromArray(4095 - STORED[None] // 2))
+    writer.Execute(sitk.GetImageFromArray(60000 - 8 * STORED[None]))
     data = pydicom.dcmread(path)
     data.PhotometricInterpretation, data.Modality = "MONOCHROME1", "DX"
-    data.RescaleSlope, data.RescaleIntercept, data.RescaleType = "2", "100", "US"
+    data.RescaleSlope, data.RescaleIntercept, data.RescaleType = "0.5", "100", "US"
     data.save_as(path)
     return path, data.file_meta.TransferSyntaxUID
 
@@ -306,8 +309,8 @@ def compressed(path, compressor):
 def test_compressed_xrays_are_decoded_by_pydicom_or_simpleitk(tmp_path, compressor, monkeypatch):
     path, syntax = compressed(tmp_path / "x.dcm", compressor)
     assert syntax.is_compressed
-    plain = write_dicom(tmp_path / "plain.dcm", 4095 - STORED // 2, "MONOCHROME1", BitsStored=16, HighBit=15)
-    expected = read_xray(plain, "percentile").pixels
+    shown = 0.5 * (60000.0 - 8 * STORED) + 100  # of 100 to 32867.5, the range of 16 bits after the rescale
+    expected = (100 + 32867.5 - shown) / 65535
     for decoders in ("as installed", "SimpleITK alone", "none"):
         if decoders == "SimpleITK alone":
             monkeypatch.setattr("pydicom.pixels.get_decoder", lambda uid: SimpleNamespace(is_available=False))
@@ -315,7 +318,14 @@ def test_compressed_xrays_are_decoded_by_pydicom_or_simpleitk(tmp_path, compress
             monkeypatch.setitem(sys.modules, "SimpleITK", None)
             refused(path, rf"its transfer syntax, JPEG.* \({re.escape(syntax)}\); run: pip install SimpleITK pylibjpeg")
         else:
-            assert read_xray(path, "percentile").pixels == pytest.approx(expected, abs=1e-6)
+            assert read_xray(path).pixels == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
+def test_an_unknown_transfer_syntax_is_not_quoted(tmp_path):
+    path, syntax = compressed(tmp_path / "x.dcm", "JPEG")
+    path.write_bytes(path.read_bytes().replace(syntax.encode(), b"1.2.3.4.5.6.7.8.9.10.11"[: len(syntax)]))
+    refused(path, "no decoder for its transfer syntax, unknown, or its pixels are damaged; run: pip install")
 
 
 def test_a_damaged_compressed_xray_is_refused(tmp_path):

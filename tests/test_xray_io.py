@@ -223,17 +223,18 @@ def test_the_projects_own_xrays_fill_the_field_exactly(tmp_path):
         {"PixelSpacing": [1.0, 1.0]},
         {"NominalScannedPixelSpacing": [1.0, 1.0], "PixelSpacing": [3.0, 3.0]},
         {"PixelSpacing": [1600 / 1800] * 2, "PixelSpacingCalibrationType": "GEOMETRY"},  # of the patient's plane
-        {"ImagerPixelSpacing": [1.0, 1.0], "EstimatedRadiographicMagnificationFactor": "1.125"},  # 1800 / 1600
+        {"ImagerPixelSpacing": [1.0, 1.0], "EstimatedRadiographicMagnificationFactor": "1.25"},
     ],
 )
 def test_each_spacing_belongs_to_its_plane(tmp_path, header):
-    stored = box(100 * 1800 / 1600, 1.0, (500, 500))
+    magnified = float(header.get("EstimatedRadiographicMagnificationFactor", 1800 / 1600))
+    stored = box(100 * magnified, 1.0, (500, 500))
     path = write_dicom(tmp_path / "x.dcm", stored, **header)
     xray = read_xray(path, size=256, geometry=GEOMETRY)
     assert blob_width_mm(xray.pixels) == pytest.approx(100, abs=3)
     assert xray.spacing_known
     own = read_xray(path, size=256, geometry=GEOMETRY, acquisition=Acquisition(2.0)).pixels  # of the detector, always
-    assert blob_width_mm(own) == pytest.approx(200, abs=3)
+    assert blob_width_mm(own) == pytest.approx(200 * magnified / 1.125, abs=3)  # at the model's distances
 
 
 def test_a_spacing_of_one_file_only_is_refused_naming_the_other(tmp_path):
