@@ -139,13 +139,13 @@ class Manifest:
             )
         if mu_water != MU_WATER:
             raise InputError(f"{path}: mu_water {shown(mu_water)}; this version renders with {MU_WATER}")
-        missing = sorted(p for p in listed if p not in patients or patients[p].volume is None)
+        missing = sorted(p for p in listed if p not in patients or not patients[p].names(patients[p].volume))
         if missing:
             raise InputError(f"{path}: no volume for patient {missing[0]}")
         for patient in sorted(listed):
             _check_links(path.parent, patients[patient])
             for view, xray in zip(VIEW_NAMES, patients[patient].xrays):
-                if xray is None:
+                if not patients[patient].names(xray):
                     raise InputError(f"{path.parent / patient / (patient + view[0] + '.png')}: this view is missing")
         for extra in set(patients) - listed:
             warnings.warn(f"{path.parent / extra} is not in {MANIFEST}: left out", stacklevel=3)

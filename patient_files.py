@@ -123,6 +123,10 @@ class PatientFolder:
         """True when there is anything in it that could be a patient's: not only text, tables and empty folders."""
         return any(path.is_file() or visible(path) for path in self._all)
 
+    def names(self, path: Path | None) -> bool:
+        """True for a file that is called after the patient: what a manifest speaks of always is."""
+        return path is not None and path.name.lower().startswith(self.id.lower())
+
     def _sort(self, path: Path) -> bool:
         """Put a file where it belongs; True for a DICOM file of the CT."""
         suffix, name = suffix_of(path), xray_name(path.name)

@@ -271,13 +271,13 @@ def test_empty_and_missing_folders(tmp_path):
 
 
 def test_a_missing_view_is_named(root):
-    (root / "p3" / "p3_lat_drr.png").unlink()
+    (root / "p3" / "p3_lat_drr.png").rename(root / "p3" / "lat.png")
     with pytest.raises(InputError, match=r"p3_lat_drr\.png.*missing"):
         PatientDataset(root, "val", 16, 64)
 
 
 def test_a_missing_volume_is_named(root):
-    (root / "p3" / "p3.nii.gz").unlink()
+    (root / "p3" / "p3.nii.gz").rename(root / "p3" / "ct.nii.gz")
     with pytest.raises(InputError, match=r"no volume for patient p3"):
         PatientDataset(root, "val", 16, 64)
 
