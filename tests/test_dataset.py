@@ -230,7 +230,8 @@ def test_nothing_of_a_folder_made_by_hand_is_left_out_without_a_word(tmp_path):
     two_pictures(tmp_path / "a", ("a_pa.png", "a_lat.png"))
     shutil.copy(tmp_path / "a" / "a.nii.gz", tmp_path / "a" / "lesions.nii.gz")
     shutil.copy(tmp_path / "a" / "a.nii.gz", tmp_path / "flat.nii.gz")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
+    shutil.copy(tmp_path / "a" / "a.nii.gz", tmp_path / "empty" / "deep")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = PatientDataset(tmp_path, "all", 16, None)
@@ -253,6 +254,9 @@ def test_a_folder_with_xrays_alone_and_ids_that_differ_by_case_are_refused(tmp_p
     shutil.rmtree(tmp_path / "b")
     by_hand(tmp_path, "A", make_hu(1, 16), xrays=False)
     with pytest.raises(InputError, match="A and a differ only in upper and lower case"):
+        quiet(tmp_path, "all", 16, None)
+    (tmp_path / "A").rename(tmp_path / "\u00e4")
+    with pytest.raises(InputError, match="patient id"):
         quiet(tmp_path, "all", 16, None)
 
 
