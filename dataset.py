@@ -45,7 +45,7 @@ _verified: set[tuple] = set()  # cached files whose checksum this process has co
 
 
 def find_patients(root: Path) -> dict[str, PatientFolder]:
-    """All folders of ``root`` that hold anything of a patient, by id, whether usable or not: :func:`check_patients`.
+    """All folders of ``root`` that hold any file of a patient, by id, whether usable or not: :func:`check_patients`.
 
     A folder without and a file outside any patient's folder are left out with a warning that names them.
     Raises :class:`InputError` when ``root`` is missing or holds no volume, and for a folder's name that
@@ -54,9 +54,12 @@ def find_patients(root: Path) -> dict[str, PatientFolder]:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a data set (see prepare_data.py)")
     folders = [PatientFolder(path) for path in visible(root) if path.is_dir()]
-    patients = {check_patient_id(p.id, p.folder): p for p in folders if p.holds_data}
+    patients = {p.id: p for p in folders if p.holds_data}
+    for patient, folder in patients.items():
+        if folder.names(folder.volume):
+            check_patient_id(patient, folder.folder)
     if not any(p.volume is not None for p in patients.values()):
-        found = "".join(f". {problem}" for p in patients.values() for problem in p.problems[:1])
+        found = "".join(f". {problem}" for p in folders for problem in p.problems[:1])
         raise InputError(
             f"{root}: no patient folder found; expected {root}/ID/ID.nii.gz (or {', '.join(VOLUME_SUFFIXES[1:])})."
             f" A folder of CTs is turned into such a data set by prepare_data.py{found[:500]}"
@@ -77,7 +80,8 @@ def check_patients(patients: dict[str, PatientFolder], root: Path) -> None:
     Ids that differ only in upper and lower case are refused, too: on many systems they are one folder.
     """
     seen: dict[str, str] = {}
-    for patient in patients:
+    for patient, folder in patients.items():
+        check_patient_id(patient, folder.folder)
         other = seen.setdefault(patient.lower(), patient)
         if other != patient:
             raise InputError(f"{root}: {other} and {patient} differ only in upper and lower case; rename one of them")
@@ -139,13 +143,13 @@ class Manifest:
             )
         if mu_water != MU_WATER:
             raise InputError(f"{path}: mu_water {shown(mu_water)}; this version renders with {MU_WATER}")
-        missing = sorted(p for p in listed if p not in patients or patients[p].volume is None)
+        missing = sorted(p for p in listed if p not in patients or not patients[p].names(patients[p].volume))
         if missing:
             raise InputError(f"{path}: no volume for patient {missing[0]}")
         for patient in sorted(listed):
             _check_links(path.parent, patients[patient])
             for view, xray in zip(VIEW_NAMES, patients[patient].xrays):
-                if xray is None:
+                if not patients[patient].names(xray):
                     raise InputError(f"{path.parent / patient / (patient + view[0] + '.png')}: this view is missing")
         for extra in set(patients) - listed:
             warnings.warn(f"{path.parent / extra} is not in {MANIFEST}: left out", stacklevel=3)

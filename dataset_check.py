@@ -31,13 +31,12 @@ from ct_io import AIR_HU, MAX_HU, area_average, body_mask, cube_affine, read_arr
 from dataset import CUBE_SIZE, MANIFEST, MANIFEST_VERSION
 from files import InputError, check_writable, read_json, write_json
 from findings import FAILED, OK, SIDES, UNKNOWN, Finding, print_report, report_dict
-from patient_files import VIEW_NAMES, PatientFolder, loose_files, suffix_of, visible
+from patient_files import VIEW_LABELS, VIEW_NAMES, PatientFolder, loose_files, suffix_of, visible
 from prepare_data import RECORD, sha256
 from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, unit_to_hu
 from splits import SPLITS, split_hash
 from xray_comparison import (
     SAME_XRAY_COARSE,
-    VIEW_LABELS,
     compare_xray,
     miss_of,
     name_geometry,

@@ -110,7 +110,7 @@ class PatientFolder:
         self.mask = self._choose_mask()
         if self.volume is not None and self.volume.suffix.lower() in HEADERS:
             self.unused = [path for path in self.unused if suffix_of(path) in (*XRAY_SUFFIXES, *VOLUME_SUFFIXES)]
-        if self.volume is None and self.holds_data:
+        if self.volume is None and self._all:
             known = f"{self.id}.nii.gz (or {', '.join(VOLUME_SUFFIXES[1:])}) or a folder with a DICOM series"
             self.problems.append(f"{folder}: holds no volume, only {some(p.name for p in self._all)}; expected {known}")
 
@@ -120,8 +120,12 @@ class PatientFolder:
 
     @property
     def holds_data(self) -> bool:
-        """True when there is anything in it that could be a patient's: not only text, tables and empty folders."""
-        return any(path.is_file() or visible(path) for path in self._all)
+        """True when there is anything in it that could be a patient's: not only text, tables and other folders."""
+        return self.volume is not None or any(path.is_file() for path in self._all)
+
+    def names(self, path: Path | None) -> bool:
+        """True for a file that is called after the patient: what a manifest speaks of always is."""
+        return path is not None and path.name.lower().startswith(self.id.lower())
 
     def _sort(self, path: Path) -> bool:
         """Put a file where it belongs; True for a DICOM file of the CT."""

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from findings import FAILED, OK, UNKNOWN
+from patient_files import VIEW_LABELS
 from projector import Geometry, render_xrays
-
-VIEW_LABELS = ("PA", "lateral")
 
 # 1 - correlation of stored and re-rendered X-ray. Seen: 7e-5 at most where they belong together (the render is
 # coarser), 6e-4 at least with the source 300 mm nearer; a mirrored one at most 0.97 correlation.

@@ -457,6 +457,11 @@ def test_one_view_for_a_cascade_of_one_view(root, folder, single_view, tmp_path,
     assert notes[0].endswith("p4_pa_drr.png: resized from 64 x 64 to 32 x 32")
     with pytest.raises(InputError, match="trained with one view, but got 2; give the PA view alone"):
         inference.main(command(root, single_view, output))
+    capsys.readouterr()
+    all_pairs = ["--folder", str(root), "--checkpoint", str(single_view), "--output", str(tmp_path / "all")]
+    assert inference.main(all_pairs) == 0
+    assert "note: lateral X-rays are not used: the cascade was trained with the PA view" in capsys.readouterr().err
+    assert len(list((tmp_path / "all").iterdir())) == 6
     with pytest.raises(InputError, match="trained with two views, but got 1; give the PA and the lateral view"):
         inference.main([*one_view, "--checkpoint", str(folder)])
 

@@ -250,7 +250,8 @@ def test_nothing_of_a_folder_made_by_hand_is_left_out_without_a_word(tmp_path):
     two_pictures(tmp_path / "a", ("a_pa.png", "a_lat.png"))
     shutil.copy(tmp_path / "a" / "a.nii.gz", tmp_path / "a" / "lesions.nii.gz")
     shutil.copy(tmp_path / "a" / "a.nii.gz", tmp_path / "flat.nii.gz")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
+    shutil.copy(tmp_path / "a" / "a.nii.gz", tmp_path / "empty" / "deep")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = PatientDataset(tmp_path, "all", 16, None)
@@ -273,6 +274,9 @@ def test_a_folder_with_xrays_alone_and_ids_that_differ_by_case_are_refused(tmp_p
     shutil.rmtree(tmp_path / "b")
     by_hand(tmp_path, "A", make_hu(1, 16), xrays=False)
     with pytest.raises(InputError, match="A and a differ only in upper and lower case"):
+        quiet(tmp_path, "all", 16, None)
+    (tmp_path / "A").rename(tmp_path / "\u00e4")
+    with pytest.raises(InputError, match="patient id"):
         quiet(tmp_path, "all", 16, None)
 
 
@@ -302,13 +306,13 @@ def test_empty_and_missing_folders(tmp_path):
 
 
 def test_a_missing_view_is_named(root):
-    (root / "p3" / "p3_lat_drr.png").unlink()
+    (root / "p3" / "p3_lat_drr.png").rename(root / "p3" / "lat.png")
     with pytest.raises(InputError, match=r"p3_lat_drr\.png.*missing"):
         PatientDataset(root, "val", 16, 64)
 
 
 def test_a_missing_volume_is_named(root):
-    (root / "p3" / "p3.nii.gz").unlink()
+    (root / "p3" / "p3.nii.gz").rename(root / "p3" / "ct.nii.gz")
     with pytest.raises(InputError, match=r"no volume for patient p3"):
         PatientDataset(root, "val", 16, 64)
 

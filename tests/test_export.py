@@ -247,6 +247,11 @@ def test_a_phantoms_xrays_look_like_those_of_data(work):
         (["--base", "a.pt", "--output", "a.pt2", "--pt2", "a.pt"], "--pt2 a.pt: expected"),
         (["--base", "a.pt", "--output", "a.pt2", "--check-pa", "p.png"], "--check-pa and --check-lateral go together"),
         (["--base", "a.pt", "--output", "a.pt2", "--tolerance", "nan"], "--tolerance nan"),
+        (
+            ["--base", "a.pt", "--output", f"{__file__}/a.pt2"],
+            r"--output .*a\.pt2: cannot be written \(Not a directory",
+        ),
+        (["--base", "a.pt", "--output", "a.pt2", "--pt2", f"{__file__}/a.pt2"], r"--pt2 .*: cannot be written"),
         (["--base", "missing.pt", "--output", "a.pt2"], "missing.pt: no such checkpoint"),
         (["--base", "a.pt", "--output", "a.onnx"], "needs onnxruntime: pip install onnx onnxscript onnxruntime"),
     ],

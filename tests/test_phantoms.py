@@ -233,4 +233,6 @@ def test_output_that_is_a_file_is_refused(tmp_path):
     path.write_text("kept")
     with pytest.raises(InputError, match=r"notes\.txt is a file"):
         run(path)
+    with pytest.raises(InputError, match=r"--output .*cannot be written \(Not a directory\)"):
+        run(path / "phantoms")
     assert path.read_text() == "kept"

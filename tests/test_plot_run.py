@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -85,6 +86,8 @@ def test_bad_arguments_are_named(tmp_path, monkeypatch):
         plot_run.read_run(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"curves\.pdf: expected a name ending in \.png"):
         plot_run.main([str(tmp_path), "--output", str(tmp_path / "curves.pdf")])
+    with pytest.raises(InputError, match=r"--output .*curves\.png: cannot be written \(Not a directory\)"):
+        plot_run.main([str(tmp_path / "nowhere"), "--output", str(Path(__file__) / "curves.png")])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
         plot_run.draw([plot_run.Run("a", {1: 1.0})])

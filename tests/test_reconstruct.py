@@ -178,6 +178,8 @@ def test_options_that_cannot_work_are_named(root, base, tmp_path):
         reconstruct.main(command(*files(root), base, tmp_path / "out.nii", "--picture", "pic.jpg"))
     with pytest.raises(InputError, match=r"p4_pa_drr\.png is one of the X-rays"):
         reconstruct.main(command(*files(root), base, tmp_path / "out.nii", "--picture", str(files(root)[0])))
+    with pytest.raises(InputError, match="--skip-existing belongs to --folder"):
+        reconstruct.main(command(*files(root), base, tmp_path / "out.nii", "--skip-existing"))
     with pytest.raises(InputError, match=r"none\.pt: no such checkpoint"):
         reconstruct.main(command(*files(root), tmp_path / "none.pt", tmp_path / "out.nii"))
 

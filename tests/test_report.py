@@ -90,6 +90,17 @@ def written(tmp_path_factory):
     return path, given
 
 
+def test_intervals_are_called_what_they_are_and_few_patients_are_no_proof(written):
+    page = written[0].read_text(encoding="utf-8")
+    assert "below it the 95 % t interval of the mean" in page
+    assert (
+        "Minus mean_volume: mean, 95 % t interval (below 10 patients it does not show a difference by itself)" in page
+    )
+    summary = make_summary()
+    summary["minus_mean_volume"]["model"]["psnr_strict"]["n"] = 10
+    assert "does not show" not in report._differences(summary)
+
+
 # ------------------------------------------------------------------------------------------------
 # Volumes as text
 
