@@ -7,7 +7,7 @@ from torch import nn
 import model_enhanced
 from engine import to_channels_last
 from files import InputError
-from model_enhanced import DecoderStage, EnhancedDirectModel, EnhancedLoss, ResidualBlock
+from model_enhanced import DecoderStage, EnhancedDirectModel, EnhancedLoss, ResidualBlock, TransformerBlock
 from projector import Geometry, render_xrays
 
 SMALL = {"volume_size": (16, 16, 16), "base_channels": 16, "stem_stride": 1, "encoder_blocks": (1, 1, 1, 1)}
@@ -112,6 +112,8 @@ def test_every_parameter_gets_a_gradient():
 def test_a_residual_block_starts_as_the_identity():
     x = torch.randn(1, 16, 6, 6, 6)
     assert torch.equal(ResidualBlock(16, 3)(x), x)
+    tokens = torch.randn(2, 6, 16)
+    assert torch.equal(TransformerBlock(16, heads=2)(tokens), tokens)
 
 
 def test_the_views_are_kept_apart():
