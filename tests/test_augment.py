@@ -205,6 +205,40 @@ def test_density_changes_leave_air_alone_and_stay_small(volume):
     assert torch.allclose(make(air, hu_shift=40.0, hu_scale=0.05)["ct_volume"], air[..., :32, :32, :32], atol=1e-5)
 
 
+def many_pairs(value, count=300, **changes):
+    """Pairs of a small uniform volume from ``count`` seeds."""
+    config = AugmentConfig(source_size=8, **{**OFF, **changes})
+    maker = PairMaker(Geometry("parallel"), (8, 8, 8), 16, config)
+    return maker(torch.full((count, 1, 8, 8, 8), value), None, range(count))
+
+
+WATER = 1024 / 2500
+
+
+def test_density_changes_fill_their_ranges_in_hounsfield_units():
+    plain = many_pairs(WATER, 1)["ct_volume"].mean()
+    for changes in ({"hu_shift": 20.0}, {"hu_scale": 0.02}):  # 2 % of water's density is 20 HU, too
+        change = 2500 * (many_pairs(WATER, **changes)["ct_volume"].flatten(1)[:, 292] - plain)  # one inner voxel
+        assert change.abs().max() <= 20.01
+        assert change.std().item() == pytest.approx(20 / 3**0.5, rel=0.1)
+        assert change.mean().abs() < 2
+
+
+def test_noise_and_gain_of_the_x_rays_are_as_strong_as_stated():
+    plain = many_pairs(WATER / 2, 1)["xrays"]
+    noise = many_pairs(WATER / 2, xray_noise=0.003)["xrays"] - plain
+    assert noise.std().item() == pytest.approx(0.003, rel=0.03)
+    gain = (many_pairs(WATER / 2, xray_gain=0.2)["xrays"] / plain).mean((-2, -1)) - 1.0  # (samples, views)
+    assert gain.abs().max() <= 0.2001
+    assert gain.std(dim=0).tolist() == pytest.approx([0.2 / 3**0.5] * 2, rel=0.1)
+    assert torch.corrcoef(gain.T)[0, 1].abs() < 0.2  # two exposures, two gains
+
+
+def test_x_rays_stay_in_their_range():
+    assert many_pairs(1.0, 1, xray_noise=0.01)["xrays"].max() == 1.0  # 360 mm of bone
+    assert many_pairs(0.0, 1, xray_noise=0.01)["xrays"].min() == 0.0
+
+
 def test_the_mask_moves_with_the_volume(volume):
     masks = torch.ones_like(volume)
     masks[:, :, :20] = 0

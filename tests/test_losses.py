@@ -188,6 +188,14 @@ def test_projection_is_zero_at_the_truth_and_falls_towards_it():
     assert loss(target, render_xrays(target, geometry, (128, 128))).item() < 0.05 * values[0]
 
 
+@pytest.mark.parametrize("units", [{"hu_window": (-1000.0, 500.0)}, {"xray_scale": 5.0}])
+def test_projection_is_in_the_units_of_the_data(units):
+    _, target = volumes(size=16, batch=1)
+    xrays = render_xrays(target, Geometry(), (32, 32), **units)
+    assert ProjectionLoss(Geometry(), **units)(target, xrays).item() < 0.01
+    assert ProjectionLoss(Geometry())(target, xrays).item() > 0.05
+
+
 def test_projection_sees_which_view_is_wrong():
     _, target = volumes(size=16, batch=1)
     xrays = render_xrays(target, Geometry(), (16, 16))

@@ -7,7 +7,7 @@ from torch import nn
 import model_enhanced
 from engine import to_channels_last
 from files import InputError
-from model_enhanced import EnhancedDirectModel, EnhancedLoss, ResidualBlock
+from model_enhanced import DecoderStage, EnhancedDirectModel, EnhancedLoss, ResidualBlock, TransformerBlock
 from projector import Geometry, render_xrays
 
 SMALL = {"volume_size": (16, 16, 16), "base_channels": 16, "stem_stride": 1, "encoder_blocks": (1, 1, 1, 1)}
@@ -112,12 +112,50 @@ def test_every_parameter_gets_a_gradient():
 def test_a_residual_block_starts_as_the_identity():
     x = torch.randn(1, 16, 6, 6, 6)
     assert torch.equal(ResidualBlock(16, 3)(x), x)
+    tokens = torch.randn(2, 6, 16)
+    assert torch.equal(TransformerBlock(16, heads=2)(tokens), tokens)
 
 
 def test_the_views_are_kept_apart():
     model = small().eval()
     xrays = torch.rand(1, 2, 64, 64)
     assert not torch.allclose(model(xrays)[0], model(xrays.flip(1))[0], atol=1e-4)
+
+
+def test_samples_of_a_batch_do_not_mix():
+    model, xrays = small().eval(), torch.rand(3, 2, 64, 64)
+    together, alone = model(xrays)[0], torch.cat([model(xray[None])[0] for xray in xrays])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def coordinates(size):
+    """Places ``(1, 3, size, size, size)`` of the voxels of a cube from -1 to 1."""
+    axis = 2 * (torch.arange(size) + 0.5) / size - 1
+    return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))[None]
+
+
+def test_coarse_volumes_and_features_keep_their_place_on_finer_grids():
+    """Coordinates predicted at a quarter of the resolution are the voxels' own at full resolution."""
+    model = small().eval()
+    for index, stage in enumerate(model.decoder):
+        nn.init.zeros_(stage.head.weight)
+        nn.init.zeros_(stage.head.bias)
+        if index == 0:
+            stage.register_forward_hook(lambda _, inputs, output: (output[0], 0.5 + 0.4 * coordinates(4)[:, :1]))
+    wanted = 0.5 + 0.4 * coordinates(16)[0, 0]
+    inside = (slice(3, -3),) * 3  # beyond the outermost coarse centres, interpolation is constant
+    assert torch.allclose(model(torch.rand(1, 2, 64, 64))[0][0, 0][inside], wanted[inside], atol=1e-5)
+
+    stage = DecoderStage(3, 8, 8, 8, blocks=0)
+    nn.init.zeros_(stage.lift.fuse.weight)
+    nn.init.zeros_(stage.lift.fuse.bias)
+    with torch.no_grad():
+        stage.reduce.weight.copy_(torch.eye(8, 3).view(8, 3, 1, 1, 1))
+        stage.reduce.bias.zero_()
+        features, _ = stage(coordinates(8), torch.zeros(2, 8, 16, 16), Geometry(), (16, 16, 16))
+    inside = (slice(1, -1),) * 3
+    for axis in range(3):
+        assert torch.allclose(features[0, axis][inside], coordinates(16)[0, axis][inside], atol=1e-5)
 
 
 def test_a_mark_in_one_view_changes_the_voxels_on_its_rays_most():
