@@ -244,7 +244,7 @@ class TestBadInput:
             (["--set", "patch.size=-1"], ["patch.size is -1", "at least 0"]),
             (["--set", "patch.sise=8"], ["patch.sise", "did you mean patch.size"]),
             (["--set", "base_checkpoint=3"], ["base_checkpoint is 3", "str"]),
-            (["--set", "model.guide_widths=[8,8]"], ["guide_widths", "four widths"]),
+            (["--set", "model.guide_widths=[8,8]"], ["guide_widths", "expected 4 whole numbers"]),
         ],
     )
     def test_is_named_and_nothing_is_written(self, root, base, tmp_path, changes, words):
