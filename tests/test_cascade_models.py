@@ -16,6 +16,7 @@ from hybrid_vit_cascade.models import (
     CascadeStage,
     DepthPrior,
     ModulatedBlock,
+    PriorLifting,
     ViTBlock,
     default_token_grid,
     lift_views,
@@ -242,6 +243,20 @@ def test_the_depth_lifting_switch_really_switches():
         assert (with_prior(*values) - without(*values)).abs().max() > 1e-3
         with_prior.prior.depth_prior.zero_()  # an even spread is what being without a prior means
         assert torch.allclose(with_prior(*values), without(*values), atol=1e-5)
+
+
+def test_a_quarter_of_the_channels_belongs_to_each_band_and_the_last_to_all_depths():
+    lift, prior = PriorLifting(8, 8, 16, num_views=1), DepthPrior(1)
+    with torch.no_grad():
+        for layer in (lift.reduce[0], lift.fuse):
+            layer.bias.zero_()
+        lift.reduce[0].weight.copy_(torch.eye(8).view(8, 8, 1, 1))
+        lift.fuse.weight.copy_(torch.eye(16, 8).view(16, 8, 1, 1, 1))
+        found = lift(torch.ones(1, 8, 16, 16), prior, Geometry("parallel"), 8)[0, :8]
+        density = prior(Geometry("parallel"), 8)[0]
+    for band in range(3):
+        assert torch.allclose(found[2 * band : 2 * band + 2], density[band].expand(2, -1, -1, -1), atol=1e-5)
+    assert torch.allclose(found[6:], torch.ones(2, 8, 8, 8), atol=1e-5)
 
 
 def test_a_mark_in_one_view_reaches_the_voxels_on_its_rays_alone():

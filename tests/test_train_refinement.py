@@ -245,7 +245,7 @@ class TestBadInput:
             (["--set", "patch.size=-1"], ["patch.size is -1", "at least 0"]),
             (["--set", "patch.sise=8"], ["patch.sise", "did you mean patch.size"]),
             (["--set", "base_checkpoint=3"], ["base_checkpoint is 3", "str"]),
-            (["--set", "model.guide_widths=[8,8]"], ["guide_widths", "four widths"]),
+            (["--set", "model.guide_widths=[8,8]"], ["guide_widths", "expected 4 whole numbers"]),
             (["--set", "loss.multiscale_weight=0.3"], ["loss.multiscale_weight is 0.3", "stage 2 predicts no volumes"]),
             (["--set", "loss.projection_weight=2"], ["loss.projection_weight is 2", "patch.size is 8", "no X-ray"]),
         ],
