@@ -70,7 +70,7 @@ def test_the_files_of_a_patient_are_found_whatever_their_case(tmp_path, names, e
         (("P.nii.gz", "P_MASK.nii.gz"), r"P_MASK\.nii\.gz: would not be read.*expected P_mask\.nii\.gz"),
         (("P.npy", "P_mask.nii.gz"), r"P_mask\.nii\.gz: would not be read"),
         (("P_pa.png", "P_lat.png"), r"P: holds no volume, only P_lat\.png, P_pa\.png; expected P\.nii\.gz"),
-        (("P.nhdr",), r"holds no volume, only P\.nhdr"),
+        (("P.mnc",), r"holds no volume, only P\.mnc"),
     ],
 )
 def test_what_cannot_be_used_is_a_problem_that_names_it(tmp_path, names, words):
