@@ -14,177 +14,25 @@ import argparse
 import hashlib
 import json
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ct_io import cube_affine, read_array_cube, read_cube
-from files import InputError, atomic_path, check_patient_id, read_json, run_cli, shown, stays_inside
-from patient_files import HEADERS, VIEW_NAMES, VOLUME_SUFFIXES, PatientFolder, loose_files, some, visible
-from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
-from splits import SPLITS, check_split, split_by_hash, split_hash
-from xray_io import check_spacings, check_views, read_xray
+from xray2ct.conventions import MANIFEST
+from xray2ct.data.cache import UNREADABLE, open_cached, write_cached
+from xray2ct.data.manifest import Manifest, check_patients, find_patients
+from xray2ct.data.patient_files import HEADERS, PatientFolder, some, visible
+from xray2ct.data.splits import SPLITS, split_hash
+from xray2ct.files import InputError, run_cli
+from xray2ct.geometry.projector import HU_WINDOW, hu_to_unit, render_xrays
+from xray2ct.imaging.cube import cube_affine
+from xray2ct.imaging.cube_files import read_array_cube, read_cube
+from xray2ct.imaging.film import check_spacings, check_views
+from xray2ct.imaging.read_xray import read_xray
 
-MANIFEST = "dataset.json"
-MANIFEST_VERSION = 1
-CUBE_SIZE = 256  # resolution at which a CT without a manifest is sampled
-MAX_CUBE_SIZE = 1024  # 4 GiB as float32
 CACHE_VERSION = 2  # raised when the cached arrays' meaning changes
-CHECKSUM_BYTES = 4
-CHUNK = 1 << 20  # bytes read at a time for a checksum
-# What readers of images and arrays raise on damaged files, besides InputError.
-UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, zlib.error)
-_verified: set[tuple] = set()  # cached files whose checksum this process has compared
-
-
-# ------------------------------------------------------------------------------------------------
-# Patient folders
-
-
-def find_patients(root: Path) -> dict[str, PatientFolder]:
-    """All folders of ``root`` that hold any file of a patient, by id, whether usable or not: :func:`check_patients`.
-
-    A folder without and a file outside any patient's folder are left out with a warning that names them.
-    Raises :class:`InputError` when ``root`` is missing or holds no volume, and for a folder's name that
-    :func:`files.check_patient_id` does not take.
-    """
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; expected a data set (see prepare_data.py)")
-    folders = [PatientFolder(path) for path in visible(root) if path.is_dir()]
-    patients = {p.id: p for p in folders if p.holds_data}
-    for patient, folder in patients.items():
-        if folder.names(folder.volume):
-            check_patient_id(patient, folder.folder)
-    if not any(p.volume is not None for p in patients.values()):
-        found = "".join(f". {problem}" for p in folders for problem in p.problems[:1])
-        raise InputError(
-            f"{root}: no patient folder found; expected {root}/ID/ID.nii.gz (or {', '.join(VOLUME_SUFFIXES[1:])})."
-            f" A folder of CTs is turned into such a data set by prepare_data.py{found[:500]}"
-        )
-    empty = [p.folder.name for p in folders if not p.holds_data]
-    if empty:
-        warnings.warn(f"{root}: no volume in {some(empty)}: left out", stacklevel=3)
-    loose = loose_files(root)
-    if loose:
-        names = some(p.name for p in loose)
-        warnings.warn(f"{root}: {names}: outside the patients' folders, left out (expected ID/ID.nii.gz)", stacklevel=3)
-    return patients
-
-
-def check_patients(patients: dict[str, PatientFolder], root: Path) -> None:
-    """Raise :class:`InputError` naming the first file or folder that cannot be used; warn of files that are not taken.
-
-    Ids that differ only in upper and lower case are refused, too: on many systems they are one folder.
-    """
-    seen: dict[str, str] = {}
-    for patient, folder in patients.items():
-        check_patient_id(patient, folder.folder)
-        other = seen.setdefault(patient.lower(), patient)
-        if other != patient:
-            raise InputError(f"{root}: {other} and {patient} differ only in upper and lower case; rename one of them")
-    problems = [problem for folder in patients.values() for problem in folder.problems]
-    if problems:
-        more = f" ({len(problems) - 1} more such problems: dataset.py --check names them)" if problems[1:] else ""
-        raise InputError(f"{problems[0]}{more}")
-    unused = [path.relative_to(root) for folder in patients.values() for path in folder.unused]
-    if unused:
-        warnings.warn(f"{root}: not used: {some(unused)}", stacklevel=3)
-
-
-class Manifest:
-    """How a data set was made: read from ``dataset.json``, or stated defaults where there is none.
-
-    Raises :class:`InputError` naming file and key for anything missing or impossible, for patient ids and file
-    names that leave their folder, and for patients whose folder or files are links out of the data set: with a
-    manifest, everything it speaks of lies below ``root``. Folders without manifest may hold links.
-    """
-
-    def __init__(self, root: Path, patients: dict[str, PatientFolder]):
-        path = root / MANIFEST
-        self.present = path.exists()
-        if self.present:
-            self._read(path, patients)
-        else:
-            self.geometry, self.hu_window, self.xray_scale, self.cube_size = (
-                Geometry(),
-                HU_WINDOW,
-                XRAY_SCALE,
-                CUBE_SIZE,
-            )
-            self.split = split_by_hash(patients)
-
-    def _read(self, path, patients):
-        data = read_json(path)
-        if not isinstance(data, dict):
-            raise InputError(f"{path}: expected a JSON object, as prepare_data.py writes it")
-        version = data.get("format_version")
-        if version != MANIFEST_VERSION:
-            raise InputError(f"{path}: format_version {shown(version)}; this version reads {MANIFEST_VERSION}")
-        try:
-            self.geometry = Geometry.from_dict(data["geometry"])
-            self.hu_window = _numbers(data["hu_window"])
-            (self.xray_scale,) = _numbers([data["xray_scale"]])
-            self.cube_size = data["cube_size"]
-            mu_water, listed, split = data["mu_water"], _listed(data["patients"]), data["split"]
-        except KeyError as error:
-            raise InputError(f"{path}: key {error} is missing; prepare the data again") from None
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"{path}: {error}") from None
-        if len(self.hu_window) != 2 or not self.hu_window[0] < self.hu_window[1]:
-            raise InputError(f"{path}: hu_window is {shown(data['hu_window'])}; expected two HU, the lower first")
-        if not self.xray_scale > 0:
-            raise InputError(f"{path}: xray_scale is {self.xray_scale}; expected a number above 0")
-        if type(self.cube_size) is not int or not 1 <= self.cube_size <= MAX_CUBE_SIZE:
-            raise InputError(
-                f"{path}: cube_size is {shown(data['cube_size'])}; expected a whole number up to {MAX_CUBE_SIZE}"
-            )
-        if mu_water != MU_WATER:
-            raise InputError(f"{path}: mu_water {shown(mu_water)}; this version renders with {MU_WATER}")
-        missing = sorted(p for p in listed if p not in patients or not patients[p].names(patients[p].volume))
-        if missing:
-            raise InputError(f"{path}: no volume for patient {missing[0]}")
-        for patient in sorted(listed):
-            _check_links(path.parent, patients[patient])
-            for view, xray in zip(VIEW_NAMES, patients[patient].xrays):
-                if not patients[patient].names(xray):
-                    raise InputError(f"{path.parent / patient / (patient + view[0] + '.png')}: this view is missing")
-        for extra in set(patients) - listed:
-            warnings.warn(f"{path.parent / extra} is not in {MANIFEST}: left out", stacklevel=3)
-            del patients[extra]
-        self.split = check_split(split, listed, f"{path} (split)")
-
-
-def _numbers(values) -> tuple[float, ...]:
-    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        raise ValueError(f"{shown(values)}; expected numbers")
-    return tuple(float(value) for value in values)
-
-
-def _listed(entries) -> set[str]:
-    """Ids of the manifest's patients; ``ValueError`` for an id or a file name that leaves its folder."""
-    if not isinstance(entries, dict):
-        raise ValueError(f"patients is {shown(entries)}; expected an object of patients")
-    for patient, entry in entries.items():
-        check_patient_id(patient, "patients")
-        files = entry.get("files", {}) if isinstance(entry, dict) else None
-        if not isinstance(files, dict):
-            raise ValueError(f"the entry of patient {patient} is {shown(entry)}; expected an object with its files")
-        for name in files:
-            if not set(name).isdisjoint("/\\:\0") or name in ("", ".", ".."):
-                raise ValueError(f"patients: {patient} names the file {shown(name)}, which leaves its folder")
-    return set(entries)
-
-
-def _check_links(root: Path, patient: PatientFolder) -> None:
-    for path in (patient.folder, patient.volume, patient.mask, *patient.xrays):
-        if path is not None and path.is_symlink() and not stays_inside(path, root):
-            raise InputError(
-                f"{path}: is a link that leaves the data set {root}; expected the files themselves"
-                " (cp -al makes a copy that takes no space)"
-            )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -200,7 +48,7 @@ class PatientDataset(Dataset):
 
     split: "train", "val", "test" or "all". max_patients: the first so many (by id).
     hu_window: another window than the data set's own. xray_normalization: for X-rays of a data set
-    without manifest (see :func:`xray_io.read_xray`). raw: leave ct_volume as uint16 (65535 = 1) and
+    without manifest (see :func:`read_xray.read_xray`). raw: leave ct_volume as uint16 (65535 = 1) and
     mask as uint8, to be converted on the device.
     Raises :class:`InputError` naming file or folder for anything unusable.
     """
@@ -311,10 +159,10 @@ class PatientDataset(Dataset):
         ]
         key = hashlib.sha256(json.dumps([settings, stamps], sort_keys=True).encode()).hexdigest()[:16]
         path = self.cache / patient.id / f"{name}-{key}.npy"
-        array = _open_cached(path, tuple(shape), dtype)
+        array = open_cached(path, tuple(shape), dtype)
         if array is None:
             array = np.ascontiguousarray(self._made(patient, sources, make), dtype=dtype)
-            _write_cached(path, array)
+            write_cached(path, array)
         return array
 
     def _made(self, patient: PatientFolder, sources, make):
@@ -403,57 +251,6 @@ def _files_of(sources) -> list[Path]:
     return files
 
 
-def _open_cached(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray | None:
-    """Memory-map a cached array; None when it has to be made: absent, or its checksum is wrong (which is said).
-
-    The file is a ``.npy`` followed by the CRC-32 of all before it, compared once per process: that does little more
-    than bring the file into memory, where it is needed next.
-    """
-    try:
-        status = path.stat()
-        stamp = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
-        if stamp in _verified or _checksum_holds(path, status.st_size - CHECKSUM_BYTES):
-            array = np.load(path, mmap_mode="r")
-            if array.shape == shape and array.dtype == dtype:
-                _verified.add(stamp)
-                return array
-    except FileNotFoundError:
-        return None
-    except UNREADABLE:
-        pass
-    warnings.warn(f"{path}: damaged, or of an earlier version without checksum: made again", stacklevel=4)
-    return None
-
-
-def _checksum(stream, end: int) -> bytes:
-    """CRC-32 of the first ``end`` bytes of a stream, which is left there."""
-    code = 0
-    for start in range(0, end, CHUNK):
-        code = zlib.crc32(stream.read(min(CHUNK, end - start)), code)
-    return code.to_bytes(CHECKSUM_BYTES, "little")
-
-
-def _checksum_holds(path: Path, end: int) -> bool:
-    with open(path, "rb") as stream:
-        return end > 0 and _checksum(stream, end) == stream.read()
-
-
-def _write_cached(path: Path, array: np.ndarray) -> None:
-    """Write an array as :func:`_open_cached` reads it."""
-    try:
-        with atomic_path(path) as temporary, open(temporary, "w+b") as stream:
-            np.save(stream, array)
-            end = stream.tell()
-            stream.seek(0)
-            code = _checksum(stream, end)
-            stream.seek(end)  # between reading and writing
-            stream.write(code)
-    except OSError as error:
-        raise InputError(
-            f"{path}: the cache could not be written ({error}); free space, or give another folder (data.cache_dir)"
-        ) from error
-
-
 def mean_volume(dataset: PatientDataset) -> torch.Tensor:
     """Voxel-wise mean over a data set's volumes ``(1, N, N, N)``: the predictor every model must beat."""
     total = torch.zeros(1, *[dataset.volume_size] * 3, dtype=torch.float64)
@@ -471,7 +268,7 @@ def main(argv=None) -> int:
     parser.add_argument("--check", type=Path, required=True, metavar="ROOT", help="data set to check")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
     args = parser.parse_args(argv)
-    from dataset_check import check_command  # it imports this module
+    from xray2ct.data.checks.dataset_check import check_command
 
     return check_command(args.check, args.json)
 

@@ -1,4 +1,4 @@
-r"""Score one or both stages on a split, beside the mean-training-volume predictor.
+"""Score one or both stages on a split, beside the mean-training-volume predictor.
 
     python evaluate.py --data data --split test --base checkpoints_enhanced/best_model.pt --output evaluation
     python evaluate.py --data data --base checkpoints_enhanced/best_model.pt \
@@ -13,312 +13,50 @@ evaluation wrote there goes, its report and pictures too, when the new one has s
 from __future__ import annotations
 
 import argparse
-import csv
-import math
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
-from checkpoints import check_compatible, weights_fingerprint
-from config import config_hash
-from dataset import PatientDataset, mean_volume
-from figures import save_panel
-from files import (
-    InputError,
-    atomic_path,
-    check_writable,
-    is_plain_name,
-    read_json,
-    replaced_together,
-    run_cli,
-    write_json,
+from dataset import PatientDataset
+from hybrid_vit_cascade.cascade import Cascade
+from hybrid_vit_cascade.cascade import predictors as cascade_predictors
+from xray2ct.checkpoints import check_compatible, weights_fingerprint
+from xray2ct.data.splits import SPLITS
+from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS
+from xray2ct.evaluation.report import ReportCollector, choose_cases
+from xray2ct.evaluation.scoring import (
+    BASELINE,
+    Observer,
+    Subject,
+    acquisition,
+    check_patients,
+    differences,
+    load_direct_subject,
+    mean_predictor,
+    provenance,
+    score_patients,
+    summary_of,
 )
-from metrics import FEW, paired_interval, summarise
-from model_enhanced import RefinementNetwork, upsample
-from pipeline import DirectSystem, add_tile_argument, pick_device
-from protocols import COLUMNS, PROTOCOLS, Case, format_score, scanned_body, score
-from report import ReportCollector, choose_cases
-from splits import SPLITS
+from xray2ct.evaluation.statistics import expected_coverage, summarise
+from xray2ct.evaluation.tables import note_other_truth, print_coverage, print_table, read_rows, write_rows
+from xray2ct.files import InputError, check_writable, is_plain_name, read_json, replaced_together, run_cli, write_json
+from xray2ct.inference.system import add_tile_argument, pick_device
 
-# A method turns a data set's item into a volume (D, H, W) in [0, 1].
-Predictor = Callable[[dict], torch.Tensor]
-
-BASELINE = "mean_volume"
-TRILINEAR = "trilinear"
 FILES = ("per_patient.csv", "report.html", "summary.json")
-GAINS = ("psnr_strict", "ssim_3d", "mae_hu", "body_mae_hu", "psnr_x2ct", "projection_relative")  # printed by default
-
-
-def system_predictors(system: DirectSystem) -> dict[str, Predictor]:
-    """The trained system's methods: stage 1 alone, or stage 2 beside plain upsampling and its ceiling.
-
-    ``trilinear`` upsamples the same stage-1 volume; ``perfect_64`` the true volume at stage 1's resolution: what
-    interpolation alone would reach after a perfect stage 1.
-    """
-
-    def predict(item: dict) -> torch.Tensor:
-        return system.predict(item["xrays"].unsqueeze(0))[0, 0].float().cpu()
-
-    def trilinear(item: dict) -> torch.Tensor:
-        return upsample(system.coarse(item["xrays"].unsqueeze(0)))[0, 0].cpu()
-
-    def perfect(item: dict) -> torch.Tensor:
-        return upsample(F.avg_pool3d(item["ct_volume"].unsqueeze(0), RefinementNetwork.scale))[0, 0]
-
-    if system.refinement is None:
-        return {"model": predict}
-    return {"refined": predict, TRILINEAR: trilinear, f"perfect_{system.model.volume_size[0]}": perfect}
-
-
-def mean_predictor(data: PatientDataset) -> Predictor:
-    """The mean of the training split's volumes, whatever the X-rays show."""
-    data.build_cache(progress=partial(tqdm, desc="Training volumes", unit="patient", leave=False))
-    volume = mean_volume(data)[0]
-    return lambda item: volume
-
-
-def score_patients(data: PatientDataset, predictors: dict[str, Predictor], observe=None) -> list[dict]:
-    """Rows ``{"method", "id", <scores of protocols.COLUMNS>, "seconds"}`` for every method and patient.
-
-    A score that a patient cannot have (a tissue that is not there) is None. observe: called with ``(method, item,
-    prediction, its scores)`` for each of them; ``item["body"]`` is the scanned part of the true body, bool (D, H, W).
-    """
-    rows = []
-    common = {"geometry": data.geometry, "hu_window": data.hu_window, "xray_scale": data.xray_scale}
-    for index in tqdm(range(len(data)), desc="Evaluating", unit="patient"):
-        item = data[index]
-        target, mask = item["ct_volume"][0], item["mask"][0]
-        item["body"] = scanned_body(target, mask, data.hu_window, data.geometry.fov_mm)
-        for method, predict in predictors.items():
-            start = time.perf_counter()
-            volume = predict(item)
-            seconds = time.perf_counter() - start
-            scores = score(Case(volume, target, mask, item["body"], item.get("xrays"), **common))
-            rows.append({"method": method, "id": item["id"], **scores, "seconds": seconds})
-            if observe is not None:
-                observe(method, item, volume, scores)
-    return rows
-
-
-def summary_of(rows: list[dict]) -> dict:
-    """Statistics per method, and of each method's paired differences to the baselines."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    per_method = {m: [r for r in rows if r["method"] == m] for m in methods}
-    summary = {"methods": {m: summarise(r) for m, r in per_method.items()}}
-    for reference in (BASELINE, TRILINEAR):
-        if reference in methods:
-            summary[f"minus_{reference}"] = {
-                method: differences(per_method[method], per_method[reference])
-                for method in methods
-                if method != reference
-            }
-    return summary
-
-
-def differences(rows: list[dict], others: list[dict]) -> dict:
-    """Paired statistics of every common score's difference between two methods on the same patients."""
-    common = [column for column in COLUMNS if column in rows[0] and column in others[0]]
-    return {column: paired_interval([r[column] for r in rows], [r[column] for r in others]) for column in common}
-
-
-# ------------------------------------------------------------------------------------------------
-# Another run
-
-
-def read_rows(path, method: str, patients: list[str]) -> list[dict]:
-    """Another run's rows of one method, in the order of ``patients``, from its ``per_patient.csv``.
-
-    Columns that an earlier version did not write are said and left out; an empty cell is None.
-    Raises :class:`InputError` naming the file when it is missing, of another kind, or lacks the method or a patient.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--compare {path}: cannot be read ({error}); expected a per_patient.csv") from None
-    columns = [column for column in COLUMNS if rows and column in rows[0]]
-    if not columns or not {"method", "id"} <= rows[0].keys():
-        raise InputError(f"--compare {path}: not a per_patient.csv of evaluate.py (method, id, scores)")
-    found = {row["id"]: row for row in rows if row["method"] == method}
-    if not found:
-        names = ", ".join(dict.fromkeys(row["method"] for row in rows))
-        raise InputError(f"--compare {path}: has no method {method!r}, only {names} (choose by --compare-method)")
-    if set(found) != set(patients):
-        odd = sorted(set(found) ^ set(patients))
-        raise InputError(f"--compare {path}: other patients than scored here ({', '.join(odd[:5])})")
-    if len(columns) < len(COLUMNS):
-        missing = ", ".join(column for column in COLUMNS if column not in columns)
-        print(f"note: {path} is of an earlier version; not compared, since it does not have them: {missing}")
-    return [{column: _cell(path, found[patient], column) for column in columns} for patient in patients]
-
-
-def _cell(path, row: dict, column: str) -> float | None:
-    """A score; None for an empty cell. A cell that a cut-off line lacks is an error."""
-    text = row[column]
-    if text == "":
-        return None
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"--compare {path}: {column} of {row['id']} is {text!r}, not a number")
-    return value
-
-
-def note_other_truth(path, summary: dict) -> None:
-    """Say where the other run's ``summary.json`` (beside its CSV, if there) scored against other volumes than this."""
-    beside = Path(path).with_name("summary.json")
-    if not beside.exists():
-        return
-    other = read_json(beside)
-    for key in ("volume_size", "hu_window", "geometry"):
-        if key in other and other[key] != summary[key]:
-            print(f"note: {path} was scored with {key} {other[key]}, this with {summary[key]}: not the same task")
-
-
-# ------------------------------------------------------------------------------------------------
-# Where the weights come from
-
-
-def check_patients(data: PatientDataset, checkpoint: dict, path, split: str, allow_seen: bool) -> list[str]:
-    """Patients of ``data`` that the checkpoint was trained on; :class:`InputError` unless they are allowed.
-
-    Another split than the checkpoint's is only said: folders grow, and the patients themselves are compared.
-    """
-    seen = sorted(set(data.ids) & set(checkpoint["train_patients"]))
-    which = f"{', '.join(seen[:5])} ({len(seen)} of the {split} split's {len(data)} patients)"
-    if seen and not allow_seen:
-        raise InputError(
-            f"{path} was trained on {which};"
-            " scores on them mean nothing for new patients (--allow-seen scores them all the same)"
-        )
-    if seen:
-        print(f"note: {path} was trained on {which}: these scores mean nothing for new patients")
-    if checkpoint["split_hash"] != data.split_hash:
-        print(
-            f"note: {path} was trained with another split of its data; of the {len(data)} patients scored here"
-            f" {len(seen)} were in its training set, but some may have chosen its best epoch"
-        )
-    return seen
-
-
-def write_rows(path, rows: list[dict]) -> None:
-    """Write rows as CSV, atomically; numbers with six significant digits."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def print_table(summary: dict, full: bool = False) -> None:
-    """Mean +- sd per protocol and method, then the first method's paired gains with their intervals.
-
-    full: every column, not only each protocol's main ones. n is given where some patients lack a score.
-    """
-    methods = summary["methods"]
-    first = next(iter(methods))
-    patients = methods[first]["psnr_strict"]["n"]
-    print(f"{'':36}" + "".join(f"{name:>18}" for name in methods))
-    for name, protocol in PROTOCOLS.items():
-        for index, column in enumerate(protocol.columns if full else protocol.main):
-            cells = "".join(_mean(column, s[column], patients).rjust(18) for s in methods.values())
-            print(f"{name if index == 0 else '':15}{column:21}{cells}")
-    for key, gains in summary.items():
-        if key.startswith("minus_") and first in gains:
-            print(f"{first} minus {key.removeprefix('minus_')} (paired, 95 % t interval):")
-            for column in GAINS:
-                if column in gains[first]:
-                    print(f"  {column:20}{_gain(column, gains[first][column])}")
-            if patients < FEW:
-                print(f"  (below {FEW} patients an interval does not show a difference by itself)")
-
-
-def _mean(column: str, statistics: dict, patients: int) -> str:
-    spread = f" +- {format_score(column, statistics['sd'])}" if statistics["sd"] is not None else ""
-    count = f" (n {statistics['n']})" if statistics["n"] != patients else ""
-    return format_score(column, statistics["mean"]) + spread + count
-
-
-def _gain(column: str, statistics: dict) -> str:
-    mean, *interval = (
-        format_score(column, value, signed=True) for value in (statistics["mean"], *(statistics["ci95"] or ()))
-    )
-    limits = f" ({' to '.join(interval)})" if interval else ""
-    return f"{mean}{limits}, n = {statistics['n']}"
 
 
 # ------------------------------------------------------------------------------------------------
 # What is evaluated
 
 
-@dataclass
-class Subject:
-    """What is evaluated: its methods, what it was trained on, and what the summary says about it."""
-
-    predictors: dict[str, Predictor]
-    checkpoints: dict[str, dict]  # path -> header
-    weights: dict[str, str | dict[str, str]]  # path -> fingerprint, or of each stage
-    volume_size: tuple[int, int, int]
-    xray_size: int
-    xray_normalization: str
-    device: torch.device
-    precision: str
-    entries: dict
-    notes: list[str] = field(default_factory=list)
-    expected_coverage: dict | None = None
-
-
-def load_direct_subject(args) -> Subject:
-    """The direct system of ``--base`` and ``--refinement``."""
-    system = DirectSystem(args.base, args.refinement, args.device, args.precision, args.tile)
-    checkpoints = {args.base: system.checkpoint}
-    weights = {args.base: weights_fingerprint(system.checkpoint["model_state_dict"])}
-    entries = {
-        "checkpoint": Path(args.base).name,
-        "epoch": system.checkpoint["epoch"],
-        "parameters": sum(p.numel() for p in system.model.parameters()),
-    }
-    if system.refinement is not None:
-        checkpoints[args.refinement] = system.refinement_checkpoint
-        weights[args.refinement] = weights_fingerprint(system.refinement_checkpoint["refinement_state_dict"])
-        entries |= {
-            "refinement": Path(args.refinement).name,
-            "refinement_epoch": system.refinement_checkpoint["epoch"],
-            "refinement_parameters": sum(p.numel() for p in system.refinement.parameters()),
-            "guided": system.refinement.guidance is not None,
-        }
-    return Subject(
-        system_predictors(system),
-        checkpoints,
-        weights,
-        system.volume_size,
-        system.xray_size,
-        system.checkpoint["config"]["data"]["xray_normalization"],
-        system.device,
-        system.precision.name,
-        entries,
-        system.notes,
-    )
-
-
 def load_cascade_subject(args) -> Subject:
     """The cascade of ``--cascade``: its one-step posterior mean, with ``--samples`` also a sample and the mean of K."""
-    from hybrid_vit_cascade import cascade as module
-
-    cascade = module.Cascade.load(args.cascade, pick_device(args.device), args.max_stages, args.precision)
+    cascade = Cascade.load(args.cascade, pick_device(args.device), args.max_stages, args.precision)
     samples = args.samples or None
     header = cascade.header
     return Subject(
-        module.predictors(cascade, args.steps, samples, args.seed),
+        cascade_predictors(cascade, args.steps, samples, args.seed),
         {args.cascade: header},
         {args.cascade: {stage.name: weights_fingerprint(stage.model.state_dict()) for stage in cascade.stages}},
         cascade.volume_size,
@@ -335,83 +73,8 @@ def load_cascade_subject(args) -> Subject:
             "samples": args.samples,
             "seed": args.seed,
         },
-        expected_coverage=module.expected_coverage(samples) if samples and samples > 1 else None,
+        expected_coverage=expected_coverage(samples) if samples and samples > 1 else None,
     )
-
-
-def provenance(subject: Subject) -> list[dict]:
-    """What the summary says of each checkpoint: file, hash of its training configuration, split, weights.
-
-    The configuration's hash is None where the checkpoint holds no configuration; a cascade has its last stage's.
-    """
-    entries = []
-    for path, header in subject.checkpoints.items():
-        settings = header.get("config")
-        entries.append(
-            {
-                "file": Path(path).resolve().name,
-                "kind": header.get("kind"),
-                "epoch": header["epoch"],
-                "config_hash": header.get("config_hash") or (config_hash(settings) if settings else None),
-                "split_hash": header["split_hash"],
-                "weights": subject.weights[path],
-            }
-        )
-    return entries
-
-
-# ------------------------------------------------------------------------------------------------
-# What is seen while scoring
-
-
-class Observer:
-    """Pictures of the first method's volumes, and coverage of methods with a standard deviation, as they are scored.
-
-    It is the ``observe`` of :func:`score_patients`; output: folder for ``pictures``. ``coverages`` holds a row per
-    method and patient. A report collects from it, too.
-    """
-
-    def __init__(
-        self,
-        output: Path,
-        data: PatientDataset,
-        predictors: dict[str, Predictor],
-        pictures: int,
-        report: ReportCollector | None = None,
-    ):
-        self.output, self.data, self.predictors, self.report = output, data, predictors, report
-        self.first, self.drawn = next(iter(predictors)), set(data.ids[:pictures])
-        self.coverages: list[dict] = []
-
-    def __call__(self, method: str, item: dict, volume: torch.Tensor, scores: dict) -> None:
-        if method == self.first and item["id"] in self.drawn:
-            self._draw(item, volume, scores)
-        if self.report is not None:
-            self.report.observe(method, item, volume, scores)
-        std = getattr(self.predictors[method], "std", None)
-        if std is not None:
-            self.coverages.append({"method": method, "id": item["id"], **body_coverage(item, volume, std)})
-
-    def _draw(self, item, volume, scores):
-        title = f"{item['id']}    PSNR {scores['psnr_strict']:.1f} dB, SSIM {scores['ssim_3d']:.3f}"
-        path = self.output / "pictures" / f"{item['id']}.png"
-        save_panel(path, item["xrays"], volume, item["ct_volume"][0], self.data.hu_window, title)
-
-
-def body_coverage(item: dict, volume, std) -> dict[str, float]:
-    """:func:`hybrid_vit_cascade.cascade.coverage` inside the scanned part of the true body.
-
-    In the air around it every sample is right, which would flatter the standard deviation.
-    """
-    from hybrid_vit_cascade.cascade import coverage
-
-    return coverage(volume, std, item["ct_volume"][0], item["body"])
-
-
-def print_coverage(statistics: dict) -> None:
-    """Share of the body's voxels whose error lies within 1 and 2 standard deviations of the samples."""
-    for key, expected in statistics["expected"].items():
-        print(f"{key:20}{statistics[key]['mean']:.3f} in the body; {expected:.3f} for a perfect model")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -472,11 +135,6 @@ def open_data(args, subject: Subject) -> tuple[PatientDataset, PatientDataset, l
         check_compatible(path, checkpoint, **acquisition(data))
         seen |= set(check_patients(data, checkpoint, path, args.split, args.allow_seen))
     return data, PatientDataset(args.data, "train", size, None, **common), sorted(seen)
-
-
-def acquisition(data: PatientDataset) -> dict:
-    """How the data were made: what a checkpoint has to share, and the summary says."""
-    return {"geometry": data.geometry.to_dict(), "hu_window": list(data.hu_window), "xray_scale": data.xray_scale}
 
 
 def summarise_run(args, subject: Subject, data: PatientDataset, seen: list[str], rows: list[dict]) -> dict:

@@ -8,7 +8,7 @@ rem   launch_4gpu.bat smoke --data ROOT         checks before a long training
 rem   launch_4gpu.bat stage1 --data ROOT        the first stage only: options of train_enhanced_4gpu.py
 rem   launch_4gpu.bat stage2 --data ROOT        the second stage only: options of train_refinement_4gpu.py
 rem
-rem What happens is in launch.py, which launch_4gpu.sh starts on Linux and macOS.
+rem What happens is in tools/launch.py, which launch_4gpu.sh starts on Linux and macOS.
 setlocal
 set "PYTHON=python"
 if defined VIRTUAL_ENV goto start
@@ -18,7 +18,8 @@ if not errorlevel 1 set "PYTHON=py -3"
 :start
 %PYTHON% -c "import sys; sys.exit(sys.version_info < (3, 10))"
 if errorlevel 1 goto old
-%PYTHON% "%~dp0launch.py" %*
+set "PYTHONPATH=%~dp0;%PYTHONPATH%"
+%PYTHON% -m tools.launch %*
 exit /b %ERRORLEVEL%
 
 :old

@@ -8,7 +8,7 @@
 #   bash launch_4gpu.sh stage1 --data ROOT        the first stage only: options of train_enhanced_4gpu.py
 #   bash launch_4gpu.sh stage2 --data ROOT        the second stage only: options of train_refinement_4gpu.py
 #
-# What happens is in launch.py, which launch_4gpu.bat starts on Windows.
+# What happens is in tools/launch.py, which launch_4gpu.bat starts on Windows.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=python3
@@ -19,4 +19,5 @@ if ! "$python" -c "import sys; sys.exit(sys.version_info < (3, 10))"; then
     echo "error: $python is not Python 3.10 or newer: install one, or activate its environment" >&2
     exit 2
 fi
-exec "$python" "$here/launch.py" "$@"
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" # the package need not be installed
+exec "$python" -m tools.launch "$@"

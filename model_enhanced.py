@@ -8,167 +8,44 @@ fine = refinement(volume, xrays)        # -> (B, 1, 256, 256, 256)
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from checkpoints import load_checkpoint
-from files import InputError, whole_number, whole_numbers
 from losses import EnhancedLoss
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, averaged_to, lift_pooled, render_xrays
+from xray2ct.files import whole_number, whole_numbers
+from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry, render_xrays
+from xray2ct.models.blocks import (
+    RRDB,
+    Lifting,
+    Recomputing,
+    ResidualBlock,
+    TransformerBlock,
+    XrayEncoder,
+    check_stem_stride,
+    check_xray_size,
+    checked_width,
+    group_norm,
+    in_full_precision,
+    pixel_shuffle_3d,
+    pixel_unshuffle_3d,
+    prepare_xrays,
+    shuffle_conv,
+    upsample,
+)
+from xray2ct.models.coarse import CoarseModel, check_shape
+from xray2ct.models.guidance import Guidance
+from xray2ct.models.loading import load_base_model, load_refinement
+from xray2ct.models.registry import KIND, REFINEMENT_KIND, register
+from xray2ct.models.window import Window, patch_window
 
 __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_base_model", "load_refinement"]
-
-KIND = "enhanced_direct"
-REFINEMENT_KIND = "refinement"
-# Stage-1 networks by the kind of their checkpoints: module and class. baselines.py imports this module: not before use.
-BASE_MODELS = {
-    KIND: ("model_enhanced", "EnhancedDirectModel"),
-    "lifting_unet": ("baselines", "LiftingUNet"),
-    "mean_volume": ("baselines", "MeanVolume"),
-}
 
 
 # ------------------------------------------------------------------------------------------------
 # Blocks
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm, because batches are small; groups of at least 8 channels keep its statistics steady."""
-    return nn.GroupNorm(_groups(channels), channels)
-
-
-def _groups(channels: int) -> int:
-    return max(1, min(16, channels // 8))
-
-
-def checked_width(name: str, channels) -> int:
-    """A number of channels that :func:`group_norm` can divide; else :class:`InputError` naming the setting."""
-    width = whole_number(name, channels, 1)
-    if width % _groups(width):
-        raise InputError(f"{name} is {width}; expected a multiple of {8 if width < 128 else 16}")
-    return width
-
-
-class ResidualBlock(nn.Module):
-    """Pre-activation residual block (He et al., 2016), 2D or 3D; the second convolution starts at zero."""
-
-    def __init__(self, channels: int, dims: int):
-        super().__init__()
-        conv = nn.Conv2d if dims == 2 else nn.Conv3d
-        self.norm1 = group_norm(channels)
-        self.conv1 = conv(channels, channels, 3, padding=1)
-        self.norm2 = group_norm(channels)
-        self.conv2 = conv(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
-
-    def forward(self, x):
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return x + y
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP over the coarsest volume's cells: the global 3D context."""
-
-    def __init__(self, channels: int, heads: int, mlp_ratio: int = 4):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = nn.Linear(channels, channels)
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, mlp_ratio * channels), nn.GELU(), nn.Linear(mlp_ratio * channels, channels)
-        )
-        for last in (self.out, self.mlp[-1]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-
-    def forward(self, x):  # (B, N, C)
-        batch, tokens, channels = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, N, C / heads)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, channels))
-        return x + self.mlp(self.norm2(x))
-
-
-class Recomputing(nn.Module):
-    """Base of the networks that can recompute parts of themselves in the backward pass, for less memory."""
-
-    activation_checkpointing = False
-
-    def _run(self, function, *inputs):
-        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False)
-        return function(*inputs)
-
-
-class XrayEncoder(nn.Module):
-    """Four stages shared by all views, told apart by a learned view embedding.
-
-    Stage s has stride ``stem_stride * 2^s``: 512^2 -> 256^2, 128^2, 64^2, 32^2 with the default
-    stem. The stem folds pixels into channels, so that no convolution runs at full resolution.
-    """
-
-    def __init__(self, widths, blocks, stem_stride: int, in_channels: int = 1, views: int = 2):
-        super().__init__()
-        self.stem_stride, self.in_channels = stem_stride, in_channels
-        folded = in_channels * stem_stride**2
-        self.stem = nn.Conv2d(folded, widths[0], 5 if stem_stride == 1 else 3, padding=2 if stem_stride == 1 else 1)
-        self.view_embedding = nn.Parameter(0.02 * torch.randn(views, widths[0]))
-        self.stages = nn.ModuleList()
-        for stage, (width, count) in enumerate(zip(widths, blocks)):
-            layers = [ResidualBlock(width, 2) for _ in range(count)]
-            if stage > 0:
-                layers.insert(0, nn.Conv2d(widths[stage - 1], width, 2, stride=2))
-            self.stages.append(nn.Sequential(*layers))
-
-    def forward(self, xrays):  # (B, V, H, W), or (B, V, C, H, W) with C channels per view
-        batch = xrays.shape[0]
-        x = xrays.reshape(-1, self.in_channels, *xrays.shape[-2:])
-        x = self.stem(F.pixel_unshuffle(x, self.stem_stride))
-        x = x + self.view_embedding.repeat(batch, 1)[:, :, None, None].to(x.dtype)
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features  # 4 x (B V, C_s, H / stride_s, W / stride_s)
-
-
-class Lifting(nn.Module):
-    """X-ray features -> one volume of features, by geometry; the views are kept apart until the end.
-
-    Each view's features go to every voxel that projects there. The sum of the two view-specific
-    projections says what either view saw, their product where both agree; the fusion weighs them
-    with a per-voxel depth prior coming from the coarser scale.
-    """
-
-    def __init__(self, in_channels: int, channels: int, out_channels: int):
-        super().__init__()
-        self.reduce = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(2))
-        self.fuse = nn.Conv3d(3 * channels, out_channels, 1)
-
-    def forward(self, features, geometry, volume_size, grid_mm=None):  # (2B, C, h, w)
-        """``volume_size`` covers the whole cube; ``grid_mm`` (z, y, x in mm) picks the voxels of a part of it."""
-        x = features.unflatten(0, (-1, 2))
-        x = torch.stack([reduce(x[:, v]) for v, reduce in enumerate(self.reduce)], dim=1)
-        pa, lateral = lift_pooled(x, geometry, volume_size, grid_mm).unbind(1)  # (B, c, D, H, W) each
-        return self.fuse(torch.cat([pa, lateral, pa * lateral], dim=1))
-
-
-def in_full_precision(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``layer(x)`` in the precision of its weights (float32), also under autocast: for layers that end in a volume.
-
-    In bfloat16 a value of 0.5 to 1 is rounded to steps of 1/256, of 2,500 HU that is 10.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return layer(x.to(next(layer.parameters()).dtype))
 
 
 class DecoderStage(nn.Module):
@@ -191,69 +68,11 @@ class DecoderStage(nn.Module):
         return x, in_full_precision(self.head, F.silu(in_full_precision(self.norm, x)))
 
 
-def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torch.Tensor:
-    """``(B, V, H, W)`` or ``(B, V, 1, H, W)`` -> ``(B, V, size, size)``; ``size`` None leaves the resolution.
-
-    Raises ``ValueError`` on another shape, another number of views, or a resolution that is not a multiple of 32.
-    """
-    if xrays.ndim == 5 and xrays.shape[2] == 1:
-        xrays = xrays.squeeze(2)
-    if xrays.ndim != 4 or xrays.shape[1] != views:
-        wanted = "(B, 2, H, W): PA, then lateral" if views == 2 else "(B, 1, H, W): PA alone"
-        raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected {wanted}")
-    if size is not None and tuple(xrays.shape[-2:]) != (size, size):
-        if min(xrays.shape[-2:]) > size:
-            xrays = averaged_to(xrays, (size, size))
-        else:
-            xrays = F.interpolate(xrays, size=(size, size), mode="bilinear")
-    if xrays.shape[-2] % 32 or xrays.shape[-1] % 32:
-        raise ValueError(f"X-rays have size {tuple(xrays.shape[-2:])}; expected multiples of 32")
-    return xrays
-
-
 # ------------------------------------------------------------------------------------------------
 # Stage 1
 
 
-def check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks=0) -> None:
-    """Raise :class:`InputError` naming the setting that a stage-1 network cannot have."""
-    whole_number("model.base_channels", base_channels, 16, multiple=16)
-    if base_channels >= 256:  # the narrowest features, half of them, are normalised in groups of at least 16
-        whole_number("model.base_channels", base_channels, 256, multiple=32)
-    check_stem_stride(stem_stride)
-    whole_numbers("model.encoder_blocks", encoder_blocks, 4, 0)
-    whole_numbers("model.decoder_blocks", decoder_blocks, 3, 0)
-    whole_number("model.transformer_blocks", transformer_blocks, 0)
-
-
-def check_stem_stride(stem_stride) -> None:
-    if whole_number("model.stem_stride", stem_stride, 1) not in (1, 2, 4):
-        raise InputError(f"model.stem_stride is {stem_stride}; expected 1, 2 or 4")
-
-
-def check_xray_size(xray_size) -> None:
-    """Raise :class:`InputError` unless X-rays of this size, or of any (None), can be encoded."""
-    if xray_size is not None:
-        whole_number("model.xray_size", xray_size, 32, multiple=32)
-
-
-class CoarseModel(Recomputing):
-    """What loading and stage 2 want of a stage-1 network: sizes, and the geometry of its data in the ``state_dict``."""
-
-    def __init__(self, volume_size, geometry: Geometry | None, xray_size: int | None):
-        super().__init__()
-        self.volume_size = tuple(whole_numbers("model.volume_size", volume_size, 3, 16, multiple=8))
-        check_xray_size(xray_size)
-        self.geometry, self.xray_size = geometry or Geometry(), xray_size
-
-    def get_extra_state(self) -> dict:
-        return {"geometry": self.geometry.to_dict(), "xray_size": self.xray_size}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.geometry = Geometry.from_dict(state["geometry"])
-        self.xray_size = state["xray_size"]
-
-
+@register(KIND)
 class EnhancedDirectModel(CoarseModel):
     """Direct regression of a volume in [0, 1] (``hu_window``) from a PA and a lateral X-ray.
 
@@ -343,171 +162,7 @@ class EnhancedDirectModel(CoarseModel):
 # Stage 2
 
 
-def pixel_shuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
-    """``(B, C f^3, D, H, W)`` -> ``(B, C, f D, f H, f W)``: channels become sub-voxels (torch's is 2D only).
-
-    Channel ``((c f + i) f + j) f + k`` goes to sub-voxel ``(i, j, k)``; after Shi et al. (CVPR 2016, eq. 4).
-    """
-    batch, channels, depth, height, width = x.shape
-    f = factor
-    if channels % f**3:
-        raise ValueError(f"input has {channels} channels; expected a multiple of {f}^3 = {f**3}")
-    x = x.reshape(batch, channels // f**3, f, f, f, depth, height, width)
-    x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(batch, channels // f**3, depth * f, height * f, width * f)
-
-
-def pixel_unshuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
-    """Inverse of :func:`pixel_shuffle_3d` (space-to-depth); sizes must be multiples of ``factor``."""
-    batch, channels, depth, height, width = x.shape
-    f = factor
-    if depth % f or height % f or width % f:
-        raise ValueError(f"input has size {(depth, height, width)}; expected multiples of {f}")
-    x = x.reshape(batch, channels, depth // f, f, height // f, f, width // f, f)
-    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(batch, channels * f**3, depth // f, height // f, width // f)
-
-
-def upsample(coarse: torch.Tensor, scale: int = 4) -> torch.Tensor:
-    """Trilinear upsampling ``(B, 1, D, H, W)`` -> ``(B, 1, 4D, 4H, 4W)``, float32: what stage 2 must beat."""
-    return F.interpolate(coarse.float(), scale_factor=scale, mode="trilinear", align_corners=False)
-
-
-class DenseBlock(nn.Module):
-    """Five convolutions, each seeing all earlier outputs; scaled residual (Wang et al., ESRGAN, 2018)."""
-
-    def __init__(self, channels: int, growth: int):
-        super().__init__()
-        outputs = (growth, growth, growth, growth, channels)
-        self.convs = nn.ModuleList(
-            nn.Conv3d(channels + i * growth, width, 3, padding=1) for i, width in enumerate(outputs)
-        )
-        for conv in self.convs:
-            # ESRGAN's 0.1 of He's initialisation: a deep stack of residuals starts near the identity.
-            nn.init.kaiming_normal_(conv.weight, a=0.2)
-            conv.weight.data *= 0.1
-            nn.init.zeros_(conv.bias)
-
-    def forward(self, x):
-        features = [x]
-        for conv in self.convs[:-1]:
-            features.append(F.leaky_relu(conv(torch.cat(features, dim=1)), 0.2))
-        return x + 0.2 * self.convs[-1](torch.cat(features, dim=1))
-
-
-class RRDB(nn.Module):
-    """Residual in residual dense block: three dense blocks and a scaled residual around them (ESRGAN)."""
-
-    def __init__(self, channels: int, growth: int):
-        super().__init__()
-        self.blocks = nn.Sequential(*[DenseBlock(channels, growth) for _ in range(3)])
-
-    def forward(self, x):
-        return x + 0.2 * self.blocks(x)
-
-
-class Window:
-    """A box of a volume's voxels: origins ``[(z, y, x), ...]`` of one common size.
-
-    One origin serves all samples of a batch; several are dealt to the samples in turn.
-    """
-
-    def __init__(self, origins, size, full):
-        self.origins, self.size, self.full = origins, tuple(size), tuple(full)
-
-    @classmethod
-    def whole(cls, full) -> Window:
-        """The whole volume."""
-        return cls([(0, 0, 0)], full, full)
-
-    @property
-    def is_whole(self) -> bool:
-        return self.size == self.full
-
-    def grown(self, margin: int, step: int = 1) -> Window:
-        """At least ``margin`` voxels more on each side, kept inside the volume, on multiples of ``step``.
-
-        A window at the border is shifted instead of cut, so that all samples keep one size and what
-        lies outside the volume is zero padding there, as in the whole volume.
-        """
-        size = tuple(min(n, -(-(s + 2 * margin + step - 1) // step) * step) for s, n in zip(self.size, self.full))
-        origins = [
-            tuple(min(max(0, (o - margin) // step * step), n - s) for o, s, n in zip(origin, size, self.full))
-            for origin in self.origins
-        ]
-        return Window(origins, size, self.full)
-
-    def crop(self, volumes: torch.Tensor, scale: int = 1, start=None) -> torch.Tensor:
-        """Cut this window out of ``(B, C, ...)`` volumes -> ``(windows, C, ...)``, or all B for one origin.
-
-        scale: voxels of ``volumes`` per voxel of the window. start: where voxel (0, 0, 0) of the volumes lies,
-        one per origin (default: the cube's corner).
-        """
-        boxes = []
-        for index, origin in enumerate(self.origins):
-            offset = start[index] if start is not None else (0, 0, 0)
-            boxes.append([slice((o - a) * scale, (o - a + n) * scale) for o, a, n in zip(origin, offset, self.size)])
-        if len(boxes) == 1:
-            return volumes[:, :, boxes[0][0], boxes[0][1], boxes[0][2]]
-        each = len(boxes) // volumes.shape[0]
-        return torch.stack([volumes[i // each, :, box[0], box[1], box[2]] for i, box in enumerate(boxes)])
-
-    def grid_mm(self, geometry: Geometry, index: int, scale: int, device) -> tuple[torch.Tensor, ...]:
-        """Centres (z, y, x) in mm of one window's voxels, ``scale`` times finer."""
-        origin = self.origins[index]
-        return tuple(
-            geometry.voxel_centres_mm(n * scale, device=device)[o * scale : (o + s) * scale]
-            for o, s, n in zip(origin, self.size, self.full)
-        )
-
-
-class Guidance(nn.Module):
-    """X-ray features at the resolutions of stage 2's volumes, lifted wherever a window asks for them.
-
-    Beside each X-ray the encoder sees what it has over the one that the coarse volume would give: the
-    projector's residual, as iterative reconstruction uses it, says where the volume is too thin or too dense.
-
-    The encoder's strides 1x, 2x, 4x of its stem serve 256^3, 128^3 and 64^3: with the default stem
-    of 2 on 512^2 X-rays, a feature pixel is about one voxel of the volume it is lifted to.
-    """
-
-    def __init__(self, widths, stem_stride: int, channels: dict[int, int]):
-        super().__init__()
-        self.encoder = XrayEncoder(widths, (1, 1, 2, 2), stem_stride, in_channels=2)
-        # The coarsest features flow back to the finer ones: a pixel then knows which organ it shows.
-        self.top_down = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for coarse, fine in zip(widths[1:], widths[:-1]))
-        self.lift = nn.ModuleDict(
-            {str(scale): Lifting(widths[(4, 2, 1).index(scale)], n, n) for scale, n in channels.items()}
-        )
-
-    def encode(self, xrays, rendered):
-        """Two ``(B, 2, S, S)`` -> feature maps by scale, ``{1 | 2 | 4: (2B, C, h, w)}``, and open gates."""
-        # Residuals are about a twentieth of the X-rays themselves.
-        *fine, x = self.encoder(torch.stack([xrays, 20.0 * (xrays - rendered)], dim=2))
-        features = []
-        for skip, reduce in zip(reversed(fine), reversed(self.top_down)):
-            x = skip + F.interpolate(reduce(x), size=skip.shape[-2:], mode="bilinear", align_corners=False)
-            features.append(x)
-        return {**dict(zip((1, 2, 4), features)), "gate": xrays.new_ones(xrays.shape[0])}
-
-    def forward(self, features, window: Window, scale: int, geometry: Geometry):
-        """Features of every voxel of a window at ``scale``, ``(windows, C, D, H, W)``; 0 where the gate is 0."""
-        gate = features["gate"]
-        each = len(window.origins) // gate.shape[0] if len(window.origins) > 1 else 1
-        lifted = self._lift(features[scale], window, scale, each, geometry)
-        return lifted * gate.repeat_interleave(each).view(-1, 1, 1, 1, 1).to(lifted.dtype)
-
-    def _lift(self, maps, window: Window, scale: int, each: int, geometry: Geometry):
-        lift, size = self.lift[str(scale)], tuple(n * scale for n in window.full)
-        if window.is_whole:
-            return lift(maps, geometry, size).repeat_interleave(each, 0)
-        grids = [window.grid_mm(geometry, i, scale, maps.device) for i in range(len(window.origins))]
-        if len(grids) == 1:
-            return lift(maps, geometry, size, grids[0])
-        samples = maps.unflatten(0, (-1, 2))
-        return torch.cat([lift(samples[i // each], geometry, size, grid) for i, grid in enumerate(grids)])
-
-
+@register(REFINEMENT_KIND)
 class RefinementNetwork(Recomputing):
     """Four times finer: a coarse volume ``(B, 1, 64, 64, 64)`` -> ``(B, 1, 256, 256, 256)``, in [0, 1].
 
@@ -733,77 +388,3 @@ def _checked_refinement(settings: dict) -> dict:
     for index, width in enumerate(widths):
         checked_width(f"model.guide_widths[{index}]", width)
     return {**settings, **lists, "guide_widths": widths}
-
-
-def shuffle_conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Convolution and 3D PixelShuffle to twice the resolution; all eight sub-voxels start alike.
-
-    Equal filters for the sub-voxels of a cell start without checkerboard (ICNR, Aitken et al., 2017).
-    """
-    conv = nn.Conv3d(in_channels, 8 * out_channels, 3, padding=1)
-    nn.init.kaiming_normal_(conv.weight, a=0.2)
-    nn.init.zeros_(conv.bias)
-    with torch.no_grad():
-        conv.weight.copy_(conv.weight[::8].repeat_interleave(8, dim=0))
-    return nn.Sequential(conv, PixelShuffle3d())
-
-
-class PixelShuffle3d(nn.Module):
-    """:func:`pixel_shuffle_3d` by two as a layer."""
-
-    def forward(self, x):
-        return pixel_shuffle_3d(x, 2)
-
-
-def patch_window(origins, patch, full) -> Window:
-    """Window of training patches; raises ``ValueError`` naming a patch that does not lie in the volume."""
-    size = (patch,) * 3 if isinstance(patch, int) else tuple(patch)
-    full = tuple(full)
-    if any(s < 1 or s > n for s, n in zip(size, full)):
-        raise ValueError(f"patch {size} does not fit into the coarse volume {full}")
-    flat = [tuple(int(v) for v in origin) for sample in origins for origin in sample]
-    for origin in flat:
-        if any(o < 0 or o + s > n for o, s, n in zip(origin, size, full)):
-            raise ValueError(f"patch {size} at {origin} leaves the coarse volume {full}")
-    return Window(flat, size, full)
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def load_base_model(path, device="cpu") -> tuple[nn.Module, dict]:
-    """Build the stage-1 model that a checkpoint describes (also a baseline's), in eval mode, with its weights.
-
-    Returns ``(model, checkpoint dict)``. Raises :class:`InputError` naming the file when it is
-    missing, damaged, or not a stage-1 checkpoint.
-    """
-    data = load_checkpoint(path)
-    kind = data.get("kind")
-    if kind not in tuple(BASE_MODELS):
-        baselines = " or ".join(repr(name) for name in BASE_MODELS if name != KIND)
-        raise InputError(f"{path}: is a checkpoint of {kind!r}; expected {KIND!r}, or a baseline's ({baselines})")
-    module, name = BASE_MODELS[kind]
-    model = getattr(importlib.import_module(module), name)(**data["model_config"])
-    return _with_weights(model, data["model_state_dict"], path).to(device).eval(), data
-
-
-def load_refinement(path, device="cpu") -> tuple[RefinementNetwork, dict]:
-    """Build the stage-2 network that a checkpoint describes, in eval mode, with its weights.
-
-    Returns ``(network, checkpoint dict)``. Raises :class:`InputError` naming the file when it is
-    missing, damaged, or not a stage-2 checkpoint.
-    """
-    data = load_checkpoint(path, kind=REFINEMENT_KIND)
-    network = RefinementNetwork(**data["refinement_config"])
-    return _with_weights(network, data["refinement_state_dict"], path).to(device).eval(), data
-
-
-def _with_weights(model: nn.Module, weights: dict, path) -> nn.Module:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(
-            f"{path}: its weights do not fit its own configuration ({str(error).splitlines()[0]})"
-        ) from None
-    return model

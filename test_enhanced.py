@@ -2,7 +2,7 @@
 
     python test_enhanced.py                                   # under 2 minutes on two CPU cores
     python test_enhanced.py --data data/prepared              # also the first patients of every split
-    python test_enhanced.py --config config_cpu.json --set training.batch_size=2
+    python test_enhanced.py --config configs/cpu.json --set training.batch_size=2
 
 Exit status 0 when everything is ok, 1 when a line says FAIL. The unit tests are in tests/.
 """
@@ -22,15 +22,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from augment import PairMaker
-from config import EnhancedConfig, ModelConfig, config_dict, load_config, resolve_config_path
-from dataset import SPLITS, PatientDataset
-from engine import Precision, parameter_groups, to_channels_last
-from files import InputError, run_cli
+from dataset import PatientDataset
 from losses import EnhancedLoss
-from memory import choose_tile
-from model_enhanced import EnhancedDirectModel, RefinementNetwork, upsample
-from projector import MU_WATER, Geometry, hu_to_unit, line_integrals, render_xrays
+from model_enhanced import EnhancedDirectModel, RefinementNetwork
+from xray2ct.data.augment import PairMaker
+from xray2ct.data.splits import SPLITS
+from xray2ct.files import InputError, run_cli
+from xray2ct.geometry.projector import MU_WATER, Geometry, hu_to_unit, line_integrals, render_xrays
+from xray2ct.models.blocks import upsample
+from xray2ct.models.memory import choose_tile
+from xray2ct.training.config import EnhancedConfig, ModelConfig, config_dict, load_config, resolve_config_path
+from xray2ct.training.precision import Precision, to_channels_last
+from xray2ct.training.trainer import parameter_groups
 
 PARAMETERS = (15e6, 20e6)  # of the default model
 REFINEMENT_PARAMETERS = (5e6, 8e6)

@@ -1,7 +1,7 @@
 """Time and memory of the cascade's stages: sampling steps and whole training steps.
 
-    python benchmarks/cascade_speed.py                                           # stage 1 of progressive_3stage
-    python benchmarks/cascade_speed.py --config hybrid_vit_cascade/config/quick_2stage.json --stage 2 --batch 2
+    python -m benchmarks.cascade_speed                                           # stage 1 of progressive_3stage
+    python -m benchmarks.cascade_speed --config hybrid_vit_cascade/config/quick_2stage.json --stage 2 --batch 2
 
 Each figure is the median of the repetitions after a warm-up; the machine is printed first. A training step is
 forward, both losses, backward, AdamW and the moving average; data and the sampling of earlier stages are not in it.
@@ -19,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model_speed import machine, median_seconds, peak_memory
 
-from engine import MovingAverage, Precision, keep_freed_memory, to_channels_last
-from files import InputError, run_cli
 from hybrid_vit_cascade.cascade import Stage
 from hybrid_vit_cascade.models import CascadeStage
 from hybrid_vit_cascade.settings import load_cascade_config, stage_run
 from hybrid_vit_cascade.training.train_progressive import StageLoss, stage_arguments
+from xray2ct.files import InputError, run_cli
+from xray2ct.training.ema import MovingAverage
+from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
 
 CONFIG = Path(__file__).parent.parent / "hybrid_vit_cascade" / "config" / "progressive_3stage.json"
 

@@ -1,8 +1,8 @@
 """Time and memory of stage 1: forward, forward + backward, whole training steps, the data loader.
 
-    python benchmarks/model_speed.py                     # this machine's CPU: one 512 x 512 pair
-    python benchmarks/model_speed.py --steps             # training steps: on a GPU batch 4, 8, 16, all options
-    python benchmarks/model_speed.py --loader --data ROOT
+    python -m benchmarks.model_speed                     # this machine's CPU: one 512 x 512 pair
+    python -m benchmarks.model_speed --steps             # training steps: on a GPU batch 4, 8, 16, all options
+    python -m benchmarks.model_speed --loader --data ROOT
 
 Each figure is the median of the repetitions after a warm-up; the machine is printed first.
 """
@@ -22,14 +22,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from config import EnhancedConfig, config_dict, load_config
-from distributed import Processes
-from engine import EpochPlan, Precision, _Positions, keep_freed_memory, to_channels_last
-from files import run_cli
 from losses import EnhancedLoss
 from model_enhanced import EnhancedDirectModel
-from projector import render_xrays
-from train_enhanced_4gpu import EnhancedTask
+from xray2ct.files import run_cli
+from xray2ct.geometry.projector import render_xrays
+from xray2ct.training.config import EnhancedConfig, config_dict, load_config
+from xray2ct.training.direct_task import EnhancedTask
+from xray2ct.training.distributed import Processes
+from xray2ct.training.plan import EpochPlan, Positions
+from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
 
 
 def machine(device: torch.device) -> str:
@@ -139,7 +140,7 @@ def loader(device, config: EnhancedConfig, steps: int) -> None:
     plan = EpochPlan(len(task.train_data), repeats, config.training.batch_size, 1, processes, 0)
     workers = config.data.num_workers if device.type == "cuda" else 0
     data = torch.utils.data.DataLoader(
-        _Positions(task.train_data, plan.order(1)), batch_sampler=plan.batches(0), num_workers=workers
+        Positions(task.train_data, plan.order(1)), batch_sampler=plan.batches(0), num_workers=workers
     )
     start, count = None, 0
     for raw in data:

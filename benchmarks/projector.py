@@ -1,7 +1,7 @@
 """Compare the built-in renderer with nanodrr on one CT: line integrals and time.
 
-    python benchmarks/projector.py --ct ROOT/ID/ID.nii.gz           # a prepared cube, or any CT
-    python benchmarks/projector.py --ct CT.nii.gz --device cuda --sizes 128:128:2 256:512:1
+    python -m benchmarks.projector --ct ROOT/ID/ID.nii.gz           # a prepared cube, or any CT
+    python -m benchmarks.projector --ct CT.nii.gz --device cuda --sizes 128:128:2 256:512:1
 
 Needs: pip install nanodrr. The relative error (mean absolute difference over mean, per view) compares
 the built-in renderer with nanodrr reading the same cube from a NIfTI file, with its own conversion of HU
@@ -22,10 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ct_io import read_cube, write_cube
-from files import InputError, run_cli
-from projector import HU_WINDOW, MU_WATER, Geometry, hu_to_mu, hu_to_unit, line_integrals, render_xrays
-from projector_nanodrr import SAMPLES_PER_VOXEL, render_xrays_nanodrr
+from xray2ct.files import InputError, run_cli
+from xray2ct.geometry.nanodrr_backend import SAMPLES_PER_VOXEL, render_xrays_nanodrr
+from xray2ct.geometry.projector import HU_WINDOW, MU_WATER, Geometry, hu_to_mu, hu_to_unit, line_integrals, render_xrays
+from xray2ct.imaging.cube_files import read_cube, write_cube
 
 BACKENDS = {"built-in": render_xrays, "nanodrr": render_xrays_nanodrr}
 

@@ -1,7 +1,7 @@
 """Time and memory of both stages together: 512 x 512 X-rays -> 256^3, whole and in tiles; stage 2's training steps.
 
-    python benchmarks/refinement_speed.py                # inference; each case in a process of its own
-    python benchmarks/refinement_speed.py --steps        # training steps of stage 2 (meant for a GPU)
+    python -m benchmarks.refinement_speed                # inference; each case in a process of its own
+    python -m benchmarks.refinement_speed --steps        # training steps of stage 2 (meant for a GPU)
 
 Default networks with random weights; each figure is the median of the repetitions after a warm-up.
 """
@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model_speed import machine, median_seconds, peak_memory
 
-from engine import Precision, keep_freed_memory, to_channels_last
-from files import run_cli
 from losses import EnhancedLoss
 from model_enhanced import EnhancedDirectModel, RefinementNetwork
+from xray2ct.files import run_cli
+from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
 
 COARSE, FINE = 64, 256
 

@@ -20,16 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from scipy.special import stdtr
 
-from checkpoints import check_compatible, load_checkpoint, weights_fingerprint
-from engine import Precision, keep_freed_memory, to_channels_last
-from files import InputError, is_plain_name, read_json
 from hybrid_vit_cascade.diffusion import PREDICTIONS, Schedule, draw_noise, sample
 from hybrid_vit_cascade.models import CascadeStage, Condition
-from model_enhanced import upsample
-from pipeline import check_finite
-from projector import Geometry
+from xray2ct.checkpoints import check_compatible, load_checkpoint, weights_fingerprint
+from xray2ct.files import InputError, is_plain_name, read_json
+from xray2ct.geometry.projector import Geometry
+from xray2ct.inference.system import check_finite
+from xray2ct.models.blocks import upsample
+from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
 
 KIND = "hybrid_vit_cascade"
 CONFIG_NAME = "config.json"
@@ -460,37 +459,3 @@ def item_xrays(item: dict, cascade: Cascade) -> torch.Tensor:
 def item_generator(item: dict, seed: int) -> torch.Generator:
     """Generator that follows from the seed and the patient's id alone."""
     return torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(str(item.get("id", "")).encode()))
-
-
-def coverage(
-    prediction: torch.Tensor, std: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
-) -> dict[str, float]:
-    """Share of voxels whose error is at most 1 and 2 standard deviations: ``{"coverage_1sd", "coverage_2sd"}``.
-
-    All ``(D, H, W)``, in the same unit; mask: only voxels above 0 count. Compare with :func:`expected_coverage`: below
-    it the samples are too much alike (overconfident), above it too different. In air every sample is right and the
-    share near 1: look inside the body. Raises ``ValueError`` for different shapes, NaN, or an empty mask.
-    """
-    shapes = {tuple(v.shape) for v in (prediction, std, target, *(() if mask is None else (mask,)))}
-    if len(shapes) > 1:
-        raise ValueError(f"volumes of different shapes {sorted(shapes)}")
-    error, spread = (prediction - target).abs(), std
-    if not (error.isfinite().all() and spread.isfinite().all()):
-        raise ValueError("NaN or infinity in a volume: it cannot be scored")
-    if mask is not None:
-        error, spread = error[mask > 0], spread[mask > 0]
-        if not error.numel():
-            raise ValueError("the mask is empty: there is nothing to score")
-    return {f"coverage_{k}sd": (error <= k * spread).double().mean().item() for k in (1, 2)}
-
-
-def expected_coverage(samples: int) -> dict[str, float]:
-    """What :func:`coverage` of the mean of K samples is for a perfect model with Gaussian spread.
-
-    The truth then is one more draw, and (truth - mean) / (std sqrt(1 + 1 / K)) follows Student's t with K - 1 degrees
-    of freedom: 0.62 and 0.90 for K = 8, towards 0.683 and 0.954 for many samples.
-    """
-    if samples < 2:
-        raise ValueError(f"{samples} samples have no standard deviation; expected at least 2")
-    scale = (1 + 1 / samples) ** -0.5
-    return {f"coverage_{k}sd": float(2 * stdtr(samples - 1, k * scale) - 1) for k in (1, 2)}

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from files import InputError
+from xray2ct.files import InputError
 
 PREDICTIONS = ("v", "noise", "x0")
 METHODS = ("dpmpp_2m", "ddim")

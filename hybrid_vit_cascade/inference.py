@@ -26,21 +26,21 @@ from tqdm import tqdm
 from hybrid_vit_cascade.cascade import DEFAULT_STEPS, Cascade
 
 # isort: split
-from files import InputError, run_cli
-from pipeline import pick_device
-from reconstruct import (
-    Pipeline,
+from xray2ct.files import InputError, run_cli
+from xray2ct.imaging.write_volume import check_output, write_volume
+from xray2ct.inference.batch import (
     add_common_arguments,
     check_common_arguments,
     describe_volume,
     reconstruct_folder,
     reconstruct_one,
 )
-from volume_output import check_output, write_volume
+from xray2ct.inference.reconstruction import Pipeline
+from xray2ct.inference.system import pick_device
 
 
 class CascadeSystem:
-    """A cascade with a way of using it, as :class:`reconstruct.Pipeline` wants a system.
+    """A cascade with a way of using it, as :class:`reconstruction.Pipeline` wants a system.
 
     samples: None for the one-step posterior mean, else the number of samples to average, of ``steps`` steps each.
     After :meth:`predict`, ``std`` is the standard deviation (B, 1, D, H, W) of two or more samples in units of [0, 1],

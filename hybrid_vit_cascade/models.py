@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import InputError, whole_number
-from model_enhanced import (
+from xray2ct.files import InputError, whole_number
+from xray2ct.geometry.lifting import lift_pooled
+from xray2ct.geometry.projector import Geometry
+from xray2ct.models.blocks import (
     Recomputing,
     ResidualBlock,
     XrayEncoder,
@@ -31,7 +33,6 @@ from model_enhanced import (
     pixel_unshuffle_3d,
     prepare_xrays,
 )
-from projector import Geometry, lift_pooled
 
 BANDS = ("anterior", "mid", "posterior")  # of a view's depth axis; right, mid, left for the lateral view
 PRIOR_BINS = 16  # depth bins of a prior, and pixels along each edge of its detector grid

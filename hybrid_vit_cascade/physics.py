@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import InputError
-from projector import HU_WINDOW, XRAY_SCALE, Geometry, averaged_to, line_integrals, unit_to_mu
+from xray2ct.files import InputError
+from xray2ct.geometry.lifting import averaged_to
+from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry, line_integrals, unit_to_mu
 
 
 class PhysicsLoss(nn.Module):
     """Mean absolute difference between rendered and given X-rays, in X-ray units ([0, 1]); 0 at agreement.
 
-    geometry, hu_window, xray_scale: how the X-rays were made (:mod:`projector`).
+    geometry, hu_window, xray_scale: how the X-rays were made (:mod:`xray2ct.geometry.projector`).
     size: edge of the images compared, at most; also of the volume that is rendered. Attenuation is averaged down to
         it first, which keeps line integrals, so that a 256^3 volume costs little more than a 64^3 one.
     minimum_weight: what the noisiest samples count, in [0, 1]; see :meth:`weight`.

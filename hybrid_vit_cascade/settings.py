@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from augment import AugmentConfig
-from config import DataConfig, LoggingConfig, TrainingConfig, load_config
-from files import InputError, is_plain_name, shown
 from hybrid_vit_cascade import PACKAGE
 from hybrid_vit_cascade.diffusion import PREDICTIONS, resolution_shift
+from xray2ct.data.augment import AugmentConfig
+from xray2ct.files import InputError, is_plain_name, shown
+from xray2ct.training.config import DataConfig, LoggingConfig, TrainingConfig, load_config
 
 
 @dataclass
@@ -232,7 +232,7 @@ class StageTraining(TrainingConfig):
 
 @dataclass
 class StageRun:
-    """One stage's training run: :func:`engine.fit` reads it, its checkpoints keep it, a resumed run must equal it.
+    """One stage's training run: :func:`trainer.fit` reads it, its checkpoints keep it, a resumed run must equal it.
 
     Other stages' settings are not in it, so that they may change; fingerprints of the earlier stages' weights are.
     """

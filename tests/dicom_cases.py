@@ -8,7 +8,7 @@ from ct_cases import thorax
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from ct_io import CtImage
+from xray2ct.imaging.read_ct import CtImage
 
 CT, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"
 ROOT = "1.2.826.0.1.3680043.2.1125"

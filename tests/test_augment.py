@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_data import make_hu
 
-import augment
-from augment import AugmentConfig, PairMaker, random_affine, random_displacement
-from files import InputError
-from projector import Geometry, hu_to_unit, render_xrays
+from xray2ct.data import augment
+from xray2ct.data.augment import AugmentConfig, PairMaker, random_affine, random_displacement
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 
 OFF = {
     "rotation_deg": 0.0,

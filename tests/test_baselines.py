@@ -11,20 +11,22 @@ from test_engine import TINY
 from tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
 from torch import nn
 
-import baselines
 import evaluate
-import model_enhanced
-from baselines import LiftingUNet, MeanVolume, UNetTask, replicate, to_grid
-from checkpoints import load_checkpoint, save_checkpoint
-from config import EnhancedConfig, RefinementConfig, config_dict, load_config
 from dataset import PatientDataset, mean_volume
-from distributed import Processes
-from files import InputError
-from model_enhanced import EnhancedDirectModel, load_base_model
-from pipeline import DirectSystem
-from projector import Geometry, render_xrays
-from reconstruct import load_pipeline
-from train_refinement_4gpu import RefinementTask
+from model_enhanced import EnhancedDirectModel
+from tools import baselines
+from tools.baselines import UNetTask
+from xray2ct.checkpoints import load_checkpoint, save_checkpoint
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry, render_xrays
+from xray2ct.inference.reconstruction import load_pipeline
+from xray2ct.inference.system import DirectSystem
+from xray2ct.models import registry
+from xray2ct.models.baselines import LiftingUNet, MeanVolume, replicate, to_grid
+from xray2ct.models.loading import load_base_model
+from xray2ct.training.config import EnhancedConfig, RefinementConfig, config_dict, load_config
+from xray2ct.training.distributed import Processes
+from xray2ct.training.refinement_task import RefinementTask
 
 SMALL = {"base_channels": 16, "stem_stride": 1, "encoder_blocks": (1, 1, 1, 1), "decoder_blocks": (1, 1, 1)}
 SETTINGS = [text for text in TINY if not text.startswith(("loss.", "model.transformer_blocks", "world_size"))]
@@ -123,7 +125,7 @@ class TestLifting:
 
 
 class TestNetwork:
-    @pytest.mark.parametrize("config", ["config_cpu.json", "config_enhanced.json"])
+    @pytest.mark.parametrize("config", ["configs/cpu.json", "config_enhanced.json"])
     def test_as_many_parameters_as_the_direct_model_of_the_same_configuration(self, config):
         settings = config_dict(load_config(EnhancedConfig, config))["model"]
         with torch.device("meta"):
@@ -323,10 +325,10 @@ class TestCommands:
             "lifting_unet": unet / "best_model.pt",
             "mean_volume": mean / "best_model.pt",
         }
-        assert set(paths) == set(model_enhanced.BASE_MODELS)
+        assert set(paths) == {*registry.NETWORKS} - {registry.REFINEMENT_KIND}
         for kind, path in paths.items():
             model, data = load_base_model(path)
-            assert type(model).__name__ == model_enhanced.BASE_MODELS[kind][1]
+            assert type(model) is registry.NETWORKS[kind]
             assert not model.training
             assert model.geometry.to_dict() == data["geometry"]
         for kind in ("hybrid_vit_cascade", None, ["lifting_unet"]):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from files import InputError
 from hybrid_vit_cascade.diffusion import (
     CLEAN,
     PREDICTIONS,
@@ -20,6 +19,7 @@ from hybrid_vit_cascade.diffusion import (
     sample,
     timesteps,
 )
+from xray2ct.files import InputError
 
 MEAN, SD = 0.3, 0.5  # of the data N(MEAN, SD^2), voxel by voxel
 

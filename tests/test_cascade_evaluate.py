@@ -9,12 +9,13 @@ from tiny_cascade import make_cascade
 from tiny_data import make_dataset
 
 import evaluate
-from ct_io import body_mask
 from dataset import PatientDataset
-from files import InputError
-from hybrid_vit_cascade.cascade import Cascade, coverage, predictors
-from metrics import psnr
-from projector import unit_to_hu
+from hybrid_vit_cascade.cascade import Cascade, predictors
+from xray2ct.evaluation.statistics import coverage
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import unit_to_hu
+from xray2ct.imaging.body import body_mask
+from xray2ct.metrics import psnr
 
 
 @pytest.fixture(scope="module")

@@ -15,22 +15,14 @@ from PIL import Image
 from tiny_cascade import make_cascade
 from tiny_data import make_checkpoint, make_dataset
 
-from checkpoints import load_checkpoint, save_checkpoint
 from dataset import PatientDataset
-from files import InputError, read_json, write_json
 from hybrid_vit_cascade import inference
-from hybrid_vit_cascade.cascade import (
-    Cascade,
-    Stage,
-    coverage,
-    expected_coverage,
-    predictors,
-    to_signed,
-    to_unit,
-    weights_fingerprint,
-)
+from hybrid_vit_cascade.cascade import Cascade, Stage, predictors, to_signed, to_unit
 from hybrid_vit_cascade.diffusion import Schedule, draw_noise, resolution_shift, sample
-from projector import Geometry
+from xray2ct.checkpoints import load_checkpoint, save_checkpoint, weights_fingerprint
+from xray2ct.evaluation.statistics import coverage, expected_coverage
+from xray2ct.files import InputError, read_json, write_json
+from xray2ct.geometry.projector import Geometry
 
 ROOT = Path(__file__).resolve().parent.parent
 

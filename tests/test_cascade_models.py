@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine import to_channels_last
-from files import InputError
 from hybrid_vit_cascade.models import (
     BANDS,
     OUTPUT_SCALE,
@@ -22,8 +20,11 @@ from hybrid_vit_cascade.models import (
     lift_views,
     sinusoidal_embedding,
 )
-from model_enhanced import pixel_shuffle_3d
-from projector import Geometry, lift_features, render_xrays
+from xray2ct.files import InputError
+from xray2ct.geometry.lifting import lift_features
+from xray2ct.geometry.projector import Geometry, render_xrays
+from xray2ct.models.blocks import pixel_shuffle_3d
+from xray2ct.training.precision import to_channels_last
 
 TINY = {"volume_size": 16, "voxel_dim": 32, "vit_depth": 2, "num_heads": 2, "xray_size": 32, "token_grid": 4}
 FOLDED = {**TINY, "volume_size": 72, "vit_depth": 1, "token_grid": 9, "conditioned": True}

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from files import InputError
 from hybrid_vit_cascade.physics import PhysicsLoss
 from losses import ProjectionLoss
-from projector import FOV_MM, HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import FOV_MM, HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 
 WATER = 2 * float(hu_to_unit(torch.tensor(0.0))) - 1  # in [-1, 1]
 

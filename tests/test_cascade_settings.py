@@ -12,8 +12,6 @@ from dataclasses import fields
 
 import pytest
 
-from config import config_dict
-from files import InputError
 from hybrid_vit_cascade import PACKAGE
 from hybrid_vit_cascade.settings import (
     CascadeConfig,
@@ -25,6 +23,8 @@ from hybrid_vit_cascade.settings import (
     stage_run,
 )
 from hybrid_vit_cascade.training import train_progressive
+from xray2ct.files import InputError
+from xray2ct.training.config import config_dict
 
 ROOT = PACKAGE.parent
 CONFIGS = sorted((PACKAGE / "config").glob("*.json"))
@@ -253,9 +253,10 @@ def test_the_readme_s_commands_name_files_options_and_settings_that_exist():
     for words in shell_lines():
         if words[:1] != ["python"]:
             continue
-        folder = PACKAGE if (PACKAGE / words[1]).exists() else ROOT
-        source = (folder / words[1]).read_text(encoding="utf-8")
-        source += (ROOT / "monitoring.py").read_text(encoding="utf-8")
+        script = f"{words[2].replace('.', '/')}.py" if words[1] == "-m" else words[1]
+        folder = PACKAGE if (PACKAGE / script).exists() else ROOT
+        source = (folder / script).read_text(encoding="utf-8")
+        source += (ROOT / "xray2ct" / "training" / "monitors.py").read_text(encoding="utf-8")
         for index, word in enumerate(words):
             assert not word.startswith("--") or f'"{word}"' in source, word
             if word == "--config":

@@ -15,18 +15,19 @@ import pytest
 import torch
 from tiny_data import make_checkpoint, make_dataset
 
-from checkpoints import load_checkpoint, save_checkpoint
-from config import config_dict
 from dataset import PatientDataset
-from distributed import Processes
-from engine import Precision, TrainingError
-from files import InputError, read_json, write_json
 from hybrid_vit_cascade.cascade import Cascade
 from hybrid_vit_cascade.diffusion import Schedule
 from hybrid_vit_cascade.settings import load_cascade_config, stage_run
 from hybrid_vit_cascade.training import train_progressive
 from hybrid_vit_cascade.training.train_progressive import Chain, StageTask, main
-from metrics import psnr
+from xray2ct.checkpoints import load_checkpoint, save_checkpoint
+from xray2ct.files import InputError, read_json, write_json
+from xray2ct.metrics import psnr
+from xray2ct.training.config import config_dict
+from xray2ct.training.distributed import Processes
+from xray2ct.training.precision import Precision
+from xray2ct.training.trainer import TrainingError
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"voxel_dim": 32, "vit_depth": 1, "num_heads": 2}

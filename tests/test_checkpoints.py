@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import check_compatible, load_checkpoint, save_checkpoint
-from files import InputError, atomic_path, run_cli, write_json
-from projector import Geometry
+from xray2ct.checkpoints import check_compatible, load_checkpoint, save_checkpoint
+from xray2ct.files import InputError, atomic_path, run_cli, write_json
+from xray2ct.geometry.projector import Geometry
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,7 +101,7 @@ def test_a_full_disk_keeps_the_old_file(good):
     """The operating system refuses bytes in the middle of the write, as a full disk does."""
     code = f"""
 import resource, signal, torch
-from checkpoints import save_checkpoint
+from xray2ct.checkpoints import save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 save_checkpoint({str(good)!r}, {{"kind": "enhanced_direct", "weights": torch.zeros(1_000_000), "note": "second"}})

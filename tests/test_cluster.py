@@ -12,7 +12,7 @@ import pytest
 from test_training import ROOT, command, environment, events, weights
 from tiny_data import make_dataset
 
-import train_enhanced_4gpu as train_enhanced
+import train_enhanced_4gpu
 
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # reserved for documentation (RFC 5737): no real host has them
 PORT = 29400
@@ -108,7 +108,7 @@ def test_a_lost_node_comes_back_and_both_end_with_the_result_of_one_host(hosts, 
     assert "Processes: 2 on cpu" in printed
     assert "Resumed" in printed
 
-    assert train_enhanced.main(command(root, one, *LONGER)[2:]) == 0
+    assert train_enhanced_4gpu.main(command(root, one, *LONGER)[2:]) == 0
     a, b = weights(one / "last.pt"), weights(both / "last.pt")
     assert a.keys() == b.keys()
     assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-4

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from config import EnhancedConfig, RefinementConfig, config_dict, load_config
-from files import InputError
+from xray2ct.files import InputError
+from xray2ct.training.config import EnhancedConfig, RefinementConfig, config_dict, load_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,20 +8,13 @@ import numpy as np
 import pytest
 from ct_cases import grid_affine, reoriented, rotation, save_nifti, thorax, world
 
-import ct_io
-from ct_io import (
-    CtImage,
-    body_mask,
-    cube_affine,
-    find_cts,
-    locate_cube,
-    read_ct,
-    read_cube,
-    remove_couch,
-    resample_cube,
-    write_cube,
-)
-from files import InputError
+from xray2ct.files import InputError
+from xray2ct.imaging import read_ct as read_ct_module
+from xray2ct.imaging.body import body_mask, locate_cube, remove_couch
+from xray2ct.imaging.cube import cube_affine, resample_cube
+from xray2ct.imaging.cube_files import read_cube, write_cube
+from xray2ct.imaging.find_cts import find_cts
+from xray2ct.imaging.read_ct import CtImage, read_ct
 
 SHEAR = np.array([[1, 0, 0], [0, 1, 0.25], [0, 0, 1]])  # a tilted gantry
 
@@ -592,4 +585,4 @@ def test_without_simpleitk_the_message_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     (tmp_path / "ct.mha").write_bytes(b"x")
     with pytest.raises(InputError, match=r"ct\.mha: .*pip install SimpleITK"):
-        ct_io.read_ct(tmp_path / "ct.mha")
+        read_ct_module.read_ct(tmp_path / "ct.mha")

@@ -15,13 +15,15 @@ from PIL import Image
 from tiny_data import make_dataset, make_hu
 from xray_cases import write_dicom
 
-from ct_io import cube_affine, write_cube
 from dataset import PatientDataset, mean_volume
-from dataset_check import FAILED, check_dataset
-from files import InputError
-from projector import Geometry, hu_to_unit, render_xrays
-from volume_output import write_volume
-from xray_io import read_xray, write_png16
+from xray2ct.data.checks.dataset_check import check_dataset
+from xray2ct.data.checks.findings import FAILED
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
+from xray2ct.imaging.cube import cube_affine
+from xray2ct.imaging.cube_files import write_cube
+from xray2ct.imaging.read_xray import read_xray, write_png16
+from xray2ct.imaging.write_volume import write_volume
 
 
 @pytest.fixture(scope="module")

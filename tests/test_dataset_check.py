@@ -11,16 +11,21 @@ import SimpleITK as sitk
 import torch
 from PIL import Image
 
-import dataset_check
-from ct_io import CtImage, cube_affine, locate_cube, resample_cube, write_cube
 from dataset import main
-from dataset_check import FAILED, OK, UNKNOWN, check_dataset, orientation
-from files import InputError, read_json, write_json
-from make_phantoms import make_phantom
-from prepare_data import patient_files, sha256
-from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
-from splits import split_hash
-from xray_io import write_png16
+from xray2ct.data.checks import dataset_check
+from xray2ct.data.checks.anatomy import orientation
+from xray2ct.data.checks.dataset_check import check_dataset
+from xray2ct.data.checks.findings import FAILED, OK, UNKNOWN
+from xray2ct.data.phantoms import make_phantom
+from xray2ct.data.prepare import patient_files, sha256
+from xray2ct.data.splits import split_hash
+from xray2ct.files import InputError, read_json, write_json
+from xray2ct.geometry.projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
+from xray2ct.imaging.body import locate_cube
+from xray2ct.imaging.cube import cube_affine, resample_cube
+from xray2ct.imaging.cube_files import write_cube
+from xray2ct.imaging.read_ct import CtImage
+from xray2ct.imaging.read_xray import write_png16
 
 SIZE, FOV = 64, 360.0
 IDS = ("p0", "p1", "p2", "p3")

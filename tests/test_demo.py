@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from tiny_data import TINY_MODEL, TINY_REFINEMENT
 
-import demo
-from config import EnhancedConfig, RefinementConfig, load_config
-from files import InputError, read_json
+from tools import demo
+from xray2ct.files import InputError, read_json
+from xray2ct.training.config import EnhancedConfig, RefinementConfig, load_config
 
 TINY = {f"model.{key}": value for key, value in TINY_MODEL.items()}
 TINY |= {"model.volume_size": [32, 32, 32], "training.num_epochs": 1, "data.repeats": 1, "training.batch_size": 2}
@@ -91,9 +91,9 @@ def test_too_few_phantoms_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(EnhancedConfig, "config_demo.json"), (RefinementConfig, "config_demo_refinement.json")]
+    ("kind", "name"), [(EnhancedConfig, "configs/demo.json"), (RefinementConfig, "configs/demo_refinement.json")]
 )
 def test_configuration_needs_no_download(kind, name):
-    config = load_config(kind, Path(demo.__file__).with_name(name))
+    config = load_config(kind, Path(demo.__file__).parent.parent / name)
     assert config.loss.perceptual_weight == 0
     assert config.world_size == 1

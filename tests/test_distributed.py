@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed import MPI_SIZES, Processes, launch, launched_place, lost_peer, process_group, spawn
-from files import InputError
+from xray2ct.files import InputError
+from xray2ct.training.distributed import MPI_SIZES, Processes, launch, launched_place, lost_peer, process_group, spawn
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +54,7 @@ def test_signals_reach_the_workers(tmp_path):
 import signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from distributed import spawn
+from xray2ct.training.distributed import spawn
 
 def worker(folder):
     import os

@@ -11,25 +11,19 @@ import toy_task
 from tiny_data import TINY_MODEL, largest_difference, make_dataset
 from torch import nn
 
-import engine
-import files
-from checkpoints import load_checkpoint
-from config import EnhancedConfig, config_dict, load_config
-from distributed import Processes
-from engine import (
-    EpochPlan,
-    MovingAverage,
-    TrainingError,
-    accumulation_steps,
-    fit,
-    learning_rate_at,
-    parameter_groups,
-    sample_seed,
-)
-from files import InputError
-from run_identity import changed_settings
-from signals import SignalCatcher
-from train_enhanced_4gpu import EnhancedTask
+from xray2ct import files
+from xray2ct.checkpoints import load_checkpoint
+from xray2ct.files import InputError
+from xray2ct.training import precision as precision_module
+from xray2ct.training import trainer as trainer_module
+from xray2ct.training.config import EnhancedConfig, config_dict, load_config
+from xray2ct.training.direct_task import EnhancedTask
+from xray2ct.training.distributed import Processes
+from xray2ct.training.ema import MovingAverage
+from xray2ct.training.plan import EpochPlan, accumulation_steps, learning_rate_at, sample_seed
+from xray2ct.training.run_identity import changed_settings
+from xray2ct.training.signals import SignalCatcher
+from xray2ct.training.trainer import TrainingError, fit, parameter_groups
 
 TINY = [
     *[f"model.{key}={json.dumps(value)}" for key, value in TINY_MODEL.items()],
@@ -137,7 +131,7 @@ class Recording(toy_task.ToyTask):
 def recording_trainer(output, *overrides):
     _, config = toy_task.parse(toy_task.words(output, *overrides))
     task = Recording(config, Processes())
-    return engine.Trainer(task.build_model(), task, config, output, Processes())
+    return trainer_module.Trainer(task.build_model(), task, config, output, Processes())
 
 
 def test_an_epoch_reads_every_patient_at_its_positions(tmp_path):
@@ -346,7 +340,7 @@ def test_a_disk_full_while_saving_keeps_the_last_checkpoint(root, tmp_path, monk
 
 def test_float16_needs_a_gpu():
     with pytest.raises(InputError, match="float16"):
-        engine.Precision("float16", torch.device("cpu"))
+        precision_module.Precision("float16", torch.device("cpu"))
 
 
 def test_the_source_of_augmentation_is_never_finer_than_the_data(root):
@@ -367,7 +361,7 @@ def test_training_on_the_xrays_of_the_files_works_without_augmentation(root, tmp
 
 def test_each_epoch_logs_the_gpu_memory_of_its_own(root, tmp_path, monkeypatch):
     config, task, model = build(root)
-    trainer = engine.Trainer(model, task, config, tmp_path, Processes())
+    trainer = trainer_module.Trainer(model, task, config, tmp_path, Processes())
     assert trainer._gpu_memory() == {}
     resets = []
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
@@ -385,7 +379,7 @@ def mallopt(monkeypatch):
     class Library:
         mallopt = staticmethod(lambda *values: calls.append(values))
 
-    monkeypatch.setattr(engine.ctypes, "CDLL", lambda _: Library)
+    monkeypatch.setattr(precision_module.ctypes, "CDLL", lambda _: Library)
     monkeypatch.setattr(files, "_as_command", False)
     return calls
 

@@ -14,13 +14,14 @@ import torch
 from tiny_data import make_checkpoint, make_dataset, make_model
 
 import evaluate
-from checkpoints import load_checkpoint, weights_fingerprint
-from config import config_hash
 from dataset import PatientDataset, mean_volume
-from files import InputError, run_cli
-from model_enhanced import load_base_model
-from projector import Geometry
-from protocols import COLUMNS, PROTOCOLS
+from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
+from xray2ct.evaluation import scoring, tables
+from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS
+from xray2ct.files import InputError, run_cli
+from xray2ct.geometry.projector import Geometry
+from xray2ct.models.loading import load_base_model
+from xray2ct.training.config import config_hash
 
 ROOT = Path(__file__).parent.parent
 EARLIER = ("psnr_strict", "psnr_strict_masked", "psnr_x2ct", "ssim_3d", "ssim_slices", "mae_hu", "rmse_hu")
@@ -107,8 +108,8 @@ def test_every_protocol_is_a_column_of_each_row_and_a_line_of_the_summary(result
 
 
 def test_body_and_projection_equal_an_independent_computation(root, base, results):
-    from ct_io import body_mask
-    from projector import render_xrays
+    from xray2ct.geometry.projector import render_xrays
+    from xray2ct.imaging.body import body_mask
 
     row = next(r for r in read_rows(results) if (r["method"], r["id"]) == ("model", "p5"))
     data = PatientDataset(root, "test", 16, 64)
@@ -144,9 +145,7 @@ def test_the_summary_names_configuration_split_and_weights_of_the_checkpoint(roo
 
 def subject_of(header):
     weights = {"c.pt": "0" * 16}
-    return evaluate.Subject(
-        {}, {"c.pt": header}, weights, (16,) * 3, 64, "manifest", torch.device("cpu"), "float32", {}
-    )
+    return scoring.Subject({}, {"c.pt": header}, weights, (16,) * 3, 64, "manifest", torch.device("cpu"), "float32", {})
 
 
 @pytest.mark.parametrize(
@@ -154,20 +153,20 @@ def subject_of(header):
     [({"config_hash": "abc", "config": {"a": 1}}, "abc"), ({"config": {"a": 1}}, config_hash({"a": 1})), ({}, None)],
 )
 def test_the_configuration_hash_is_the_stored_one_or_computed(more, expected):
-    (entry,) = evaluate.provenance(subject_of({"epoch": 1, "split_hash": "f", **more}))
+    (entry,) = scoring.provenance(subject_of({"epoch": 1, "split_hash": "f", **more}))
     assert entry["config_hash"] == expected
     assert entry["file"] == "c.pt"
 
 
 def test_the_table_is_grouped_by_protocol_with_main_figures_by_default(results, capsys):
     summary = json.loads((results / "summary.json").read_text())
-    evaluate.print_table(summary)
+    tables.print_table(summary)
     short = capsys.readouterr().out
     shown = {column for column in COLUMNS if f" {column} " in short}
     assert shown == {column for protocol in PROTOCOLS.values() for column in protocol.main}
     assert max(len(line) for line in short.splitlines()) < 100
     assert "model minus mean_volume" in short
-    evaluate.print_table(summary, full=True)
+    tables.print_table(summary, full=True)
     assert all(f" {column} " in text for text in [capsys.readouterr().out] for column in COLUMNS)
 
 
@@ -184,21 +183,21 @@ def rows_with_gaps():
 
 def test_a_missing_tissue_is_an_empty_cell_and_not_counted(tmp_path, capsys):
     rows = rows_with_gaps()
-    evaluate.write_rows(tmp_path / "per_patient.csv", rows)
+    tables.write_rows(tmp_path / "per_patient.csv", rows)
     cells = {(r["method"], r["id"]): r["bone_mae_hu"] for r in read_rows(tmp_path)}
     assert cells["model", "b"] == ""
     assert cells["model", "a"] == "11"
-    summary = evaluate.summary_of(rows)
+    summary = scoring.summary_of(rows)
     assert summary["methods"]["model"]["bone_mae_hu"]["n"] == 2
     assert summary["methods"]["model"]["bone_mae_hu"]["mean"] == 12.0
     assert summary["methods"]["model"]["body_mae_hu"]["n"] == 3
     assert summary["minus_mean_volume"]["model"]["bone_mae_hu"]["n"] == 2
-    evaluate.print_table(summary, full=True)
+    tables.print_table(summary, full=True)
     line = next(line for line in capsys.readouterr().out.splitlines() if "bone_mae_hu" in line)
     assert "12.0 +- 1.4 (n 2)" in line
-    back = evaluate.read_rows(tmp_path / "per_patient.csv", "model", ["a", "b", "c"])
+    back = tables.read_rows(tmp_path / "per_patient.csv", "model", ["a", "b", "c"])
     assert [row["bone_mae_hu"] for row in back] == [11.0, None, 13.0]
-    gains = evaluate.differences([r for r in rows if r["method"] == "mean_volume"], back)
+    gains = scoring.differences([r for r in rows if r["method"] == "mean_volume"], back)
     assert (gains["bone_mae_hu"]["mean"], gains["bone_mae_hu"]["n"]) == (-1.0, 2)
 
 
@@ -207,7 +206,7 @@ def test_a_cell_that_is_no_score_is_named(tmp_path, cell):
     lines = ["method,id,psnr_strict,mae_hu", "model,a,20,30", "model,b,21" + ("" if cell is None else f",{cell}")]
     (tmp_path / "per_patient.csv").write_text("\n".join(lines))
     with pytest.raises(InputError, match=r"per_patient\.csv: mae_hu of b is .*, not a number"):
-        evaluate.read_rows(tmp_path / "per_patient.csv", "model", ["a", "b"])
+        tables.read_rows(tmp_path / "per_patient.csv", "model", ["a", "b"])
 
 
 def test_results_of_earlier_versions_are_compared_on_what_they_have(tmp_path, capsys):
@@ -219,12 +218,12 @@ def test_results_of_earlier_versions_are_compared_on_what_they_have(tmp_path, ca
         writer.writeheader()
         writer.writerows(rows)
     patients = [row["id"] for row in rows if row["method"] == "model"]
-    others = evaluate.read_rows(path, "model", patients)
+    others = tables.read_rows(path, "model", patients)
     assert [list(row) for row in others] == [[c for c in COLUMNS if c in EARLIER]] * 6
     note = capsys.readouterr().out
     assert all(column in note for column in COLUMNS if column not in EARLIER)
     mine = [{**row, "psnr_strict": row["psnr_strict"] + 1, "psnr_pm1024": 20.0} for row in others]
-    gains = evaluate.differences(mine, others)
+    gains = scoring.differences(mine, others)
     assert set(gains) == set(EARLIER)
     assert gains["psnr_strict"]["mean"] == pytest.approx(1)
 
@@ -261,9 +260,9 @@ def test_both_spellings_allow_seen_patients(spelling):
 
 def test_a_perfect_method_beats_the_mean_volume(root):
     data = PatientDataset(root, "all", 16, 64)
-    mean = evaluate.mean_predictor(PatientDataset(root, "train", 16, None))
-    rows = evaluate.score_patients(data, {"perfect": lambda item: item["ct_volume"][0], "mean_volume": mean})
-    summary = evaluate.summary_of(rows)
+    mean = scoring.mean_predictor(PatientDataset(root, "train", 16, None))
+    rows = scoring.score_patients(data, {"perfect": lambda item: item["ct_volume"][0], "mean_volume": mean})
+    summary = scoring.summary_of(rows)
     assert summary["methods"]["perfect"]["psnr_strict"]["mean"] == 100
     assert summary["minus_mean_volume"]["perfect"]["psnr_strict"]["ci95"][0] > 10
     assert summary["minus_mean_volume"]["perfect"]["mae_hu"]["ci95"][1] < 0
@@ -385,15 +384,15 @@ def test_weights_that_predict_nan_are_named_and_nothing_is_written(root, tmp_pat
 
 def test_gains_stand_apart_from_their_names_and_few_patients_are_no_proof(results, capsys):
     summary = json.loads((results / "summary.json").read_text())
-    evaluate.print_table(summary)
+    tables.print_table(summary)
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("model minus mean_volume"))
     assert "95 % t interval" in lines[start]
-    assert [line.split()[0] for line in lines[start + 1 : -1]] == list(evaluate.GAINS)
+    assert [line.split()[0] for line in lines[start + 1 : -1]] == list(tables.GAINS)
     assert lines[-1] == "  (below 10 patients an interval does not show a difference by itself)"
     for statistics in summary["methods"]["model"].values():
         statistics["n"] = 10
-    evaluate.print_table(summary)
+    tables.print_table(summary)
     assert "does not show" not in capsys.readouterr().out
 
 

@@ -18,11 +18,13 @@ from tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
 
 import export_onnx
 from dataset import PatientDataset
-from files import InputError
 from hybrid_vit_cascade.cascade import Cascade
-from pipeline import DirectSystem
-from projector import Geometry
-from reconstruct import load_pipeline
+from hybrid_vit_cascade.onnx import CascadeSubject
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry
+from xray2ct.inference import onnx as onnx_module
+from xray2ct.inference.reconstruction import load_pipeline
+from xray2ct.inference.system import DirectSystem
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "docs" / "onnx_inference.py"
@@ -61,14 +63,14 @@ def test_both_stages_in_onnx_give_pytorchs_volumes(direct):
     expected = DirectSystem(direct / "base.pt", direct / "refinement.pt", "cpu").predict(xrays)
     assert expected.shape == (3, 1, 64, 64, 64)
     assert (expected[0] - expected[1]).abs().max() > 0.01  # the X-rays matter
-    assert (export_onnx.onnx_runner(direct / "model.onnx")([xrays]) - expected).abs().max() <= 1e-5
+    assert (onnx_module.onnx_runner(direct / "model.onnx")([xrays]) - expected).abs().max() <= 1e-5
 
 
 def test_the_onnx_file_says_what_it_needs_and_nothing_about_this_machine(direct):
     import onnx
 
     model = onnx.load(direct / "model.onnx")
-    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", export_onnx.OPSET)]
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", onnx_module.OPSET)]
     for value, name, wanted in ((model.graph.input[0], "xrays", [2, 64, 64]), (model.graph.output[0], "volume", None)):
         dims = value.type.tensor_type.shape.dim
         assert (value.name, dims[0].dim_param) == (name, "batch")
@@ -149,7 +151,7 @@ def test_the_script_says_how_it_is_called(arguments, monkeypatch):
 
 def test_the_path_through_a_cascade_is_its_posterior_mean(work):
     """Untraced: tracing is tested on one stage, and by hand on whole cascades."""
-    subject = export_onnx.CascadeSubject(work / "cascade")
+    subject = CascadeSubject(work / "cascade")
     xrays = torch.nn.functional.avg_pool2d(three_cases(work), 2)
     expected = torch.cat([subject.cascade.posterior_mean(xray[None]) for xray in xrays])
     assert expected.shape == (3, 1, 32, 32, 32)
@@ -167,7 +169,7 @@ def test_onnx_normalises_large_feature_maps_as_exactly_as_torch():
     norm, features = torch.nn.GroupNorm(4, 32), torch.randn(2, 32, 256, 256) + 3.0
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
-    model = export_onnx.to_onnx(torch.export.export(norm.eval(), (features,)), ["x"])
+    model = onnx_module.to_onnx(torch.export.export(norm.eval(), (features,)), ["x"])
     found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": features.numpy()})[0]
     exact = norm.double()(features.double()).detach()
     assert (torch.from_numpy(found) - exact).abs().max() < 1e-5  # onnxruntime's own operator: 4e-5
@@ -182,13 +184,13 @@ def test_one_stage_as_pt2_takes_the_volume_before_it(work, capsys):
     cascade = Cascade.load(work / "cascade")
     xrays = torch.nn.functional.avg_pool2d(three_cases(work), 2)
     before = torch.cat([cascade.posterior_mean(xray[None], stages=1) for xray in xrays])
-    extra = {export_onnx.METADATA_FILE: ""}
+    extra = {onnx_module.METADATA_FILE: ""}
     module = torch.export.load(output, extra_files=extra).module()
     with torch.no_grad():
         volumes = module(xrays, before)
         assert (module(xrays, before.flip(2)) - volumes).abs().max() > 0.01
     assert (volumes[:1] - cascade.posterior_mean(xrays[:1])).abs().max() <= 1e-5
-    about = json.loads(extra[export_onnx.METADATA_FILE])
+    about = json.loads(extra[onnx_module.METADATA_FILE])
     assert about["volume_size"] == [32, 32, 32]
     assert np.allclose(np.array(about["affine"]) @ [15.5, 15.5, 15.5, 1], [0, 0, 0, 1])
     assert_no_sources_named(output)
@@ -218,17 +220,17 @@ def test_a_file_that_differs_is_refused_and_the_old_one_kept(work, monkeypatch, 
 
 
 def test_a_mix_up_of_the_batch_is_seen(work):
-    subject = export_onnx.DirectSubject(work / "base.pt")
-    xrays = export_onnx.check_xrays(subject, export_onnx.parse_args(["--output", "model.onnx"]))
+    subject = onnx_module.DirectSubject(work / "base.pt")
+    xrays = onnx_module.check_xrays(subject, export_onnx.parse_args(["--output", "model.onnx"]))
     expected = torch.cat([subject.reference(xray[None]) for xray in xrays])
-    export_onnx.check_file("right", lambda a: subject.module(*a).detach(), [xrays], expected, 2500, 1e-5)
+    onnx_module.check_file("right", lambda a: subject.module(*a).detach(), [xrays], expected, 2500, 1e-5)
     with pytest.raises(InputError, match=r"wrong: .* away from PyTorch"):
-        export_onnx.check_file("wrong", lambda a: subject.module(*a).detach().flip(0), [xrays], expected, 2500, 1e-3)
+        onnx_module.check_file("wrong", lambda a: subject.module(*a).detach().flip(0), [xrays], expected, 2500, 1e-3)
 
 
 def test_a_phantoms_xrays_look_like_those_of_data(work):
-    subject = export_onnx.DirectSubject(work / "base.pt")
-    xrays = export_onnx.phantom_xrays(subject, 64)
+    subject = onnx_module.DirectSubject(work / "base.pt")
+    xrays = onnx_module.phantom_xrays(subject, 64)
     assert xrays.shape == (2, 64, 64)
     assert 0.3 < xrays.max() <= 1
     assert xrays[:, 32, 32].min() > 3 * xrays[:, 32, 1].max()  # a body, with air beside it
@@ -265,4 +267,4 @@ def test_what_cannot_be_exported_is_named(arguments, message, monkeypatch):
 def test_a_cascade_that_predicts_noise_is_refused(work, tmp_path):
     make_cascade(tmp_path / "noise", work / "data", prediction="noise")
     with pytest.raises(InputError, match="stage low predicts noise, which has no one-step posterior mean"):
-        export_onnx.CascadeSubject(tmp_path / "noise")
+        CascadeSubject(tmp_path / "noise")

@@ -28,13 +28,11 @@ from test_engine import build
 from test_training import assert_same_weights, environment
 from tiny_data import largest_difference, make_dataset
 
-import checkpoints
 import dataset
-import distributed
-import engine
-import launch
-import training_cli
-from checkpoints import (
+from dataset import PatientDataset
+from tools import launch
+from xray2ct import checkpoints as checkpoints_module
+from xray2ct.checkpoints import (
     DamagedCheckpoint,
     WriteError,
     find_state,
@@ -43,10 +41,11 @@ from checkpoints import (
     save_checkpoint,
     weights_fingerprint,
 )
-from dataset import PatientDataset
-from distributed import Processes, process_group, spawn
-from engine import TrainingError, fit
-from files import InputError, run_cli
+from xray2ct.data import cache
+from xray2ct.files import InputError, run_cli
+from xray2ct.training import cli, distributed, trainer
+from xray2ct.training.distributed import Processes, process_group, spawn
+from xray2ct.training.trainer import TrainingError, fit
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and forked processes are POSIX")
 
@@ -78,21 +77,21 @@ def install(fault, pipe):
     """Change this process so that it meets ``fault``: what it does, how often it is passed before, where."""
     name, *values = fault
     if name == "report":
-        around(engine.Trainer, "_step", functools.partial(report, pipe, Countdown(values[0])))
+        around(trainer.Trainer, "_step", functools.partial(report, pipe, Countdown(values[0])))
     elif name == "record":
-        around(engine, "save_checkpoint", functools.partial(record, values[0]))
+        around(trainer, "save_checkpoint", functools.partial(record, values[0]))
     elif name == "write":
         torch.save = functools.partial(half_a_file, torch.save, Countdown(values[0]), *values[1:])
     elif name in ("link", "replace", "validation"):
         where = {
-            "link": (checkpoints, "_keep"),
-            "replace": (engine, "save_checkpoint"),
+            "link": (checkpoints_module, "_keep"),
+            "replace": (trainer, "save_checkpoint"),
             "validation": (toy_task.ToyTask, "validate"),
         }[name]
         around(*where, functools.partial(then_die, Countdown(values[0]), values[1]))
     if "stop_answering" in fault:
         limited = functools.partial(process_group, timeout_minutes=0.5)
-        training_cli.process_group = limited
+        cli.process_group = limited
 
 
 class Countdown:
@@ -414,7 +413,7 @@ def no_space(*_, **__):
 def test_a_full_disk_under_the_log_or_the_cache_is_one_sentence(root, tmp_path, monkeypatch):
     config, task, model = toy(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "open", no_space, raising=False)
+        patch.setattr(trainer, "open", no_space, raising=False)
         with pytest.raises(WriteError, match=r"epoch 1, step 2: .*log\.jsonl: could not be written.*No space left"):
             fit(model, task, config, tmp_path / "run", Processes())
     monkeypatch.setattr(np, "save", no_space)
@@ -480,7 +479,7 @@ def test_a_damaged_cache_file_is_always_noticed_and_made_again(root, tmp_path):
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
         os.utime(path, ns=(stamp, stamp))  # a disk that forgets does not change the time
-        dataset._verified.clear()  # as in a new process
+        cache._verified.clear()  # as in a new process
         with pytest.warns(UserWarning, match=re.escape(f"{path}: damaged")):
             found = data[0]
         assert all(torch.equal(found[key], expected[key]) for key in ("ct_volume", "mask", "affine", "xrays"))
@@ -490,16 +489,16 @@ def test_a_damaged_cache_file_is_always_noticed_and_made_again(root, tmp_path):
 def test_a_cache_file_is_verified_once_per_process(root, tmp_path, monkeypatch):
     data = PatientDataset(root, "val", 16, 64, cache_dir=tmp_path)
     data.build_cache()
-    calls, original = [], dataset._checksum_holds
-    monkeypatch.setattr(dataset, "_checksum_holds", lambda *a: calls.append(a) or original(*a))
+    calls, original = [], cache._checksum_holds
+    monkeypatch.setattr(cache, "_checksum_holds", lambda *a: calls.append(a) or original(*a))
     for _ in range(3):
         data[0]
     assert len(calls) == 4
 
 
 def with_a_data_worker(monkeypatch):
-    original = engine.Trainer._loader
-    monkeypatch.setattr(engine.Trainer, "_loader", lambda self, *a, **_: original(self, *a, workers=1))
+    original = trainer.Trainer._loader
+    monkeypatch.setattr(trainer.Trainer, "_loader", lambda self, *a, **_: original(self, *a, workers=1))
 
 
 def test_a_data_worker_that_raises_names_patient_and_file(tmp_path, monkeypatch):
@@ -596,14 +595,15 @@ def test_torchrun_and_the_launcher_end_when_a_rank_dies(tmp_path, monkeypatch, c
     """The job that launch_4gpu.sh starts on several GPUs, here on two CPU processes."""
     script = tmp_path / "script.py"
     script.write_text(
-        f"import os, signal, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport engine, toy_task\n"
-        "step = engine.Trainer._step\n"
+        f"import os, signal, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import toy_task\nfrom xray2ct.training import trainer\n"
+        "step = trainer.Trainer._step\n"
         "def dying(self, iterator):\n"
         "    if self.updates == 2 and os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, iterator)\n"
-        "engine.Trainer._step = dying\n"
-        "from files import run_cli\n"
+        "trainer.Trainer._step = dying\n"
+        "from xray2ct.files import run_cli\n"
         "run_cli(toy_task.main)\n"
     )
     for name, value in environment().items():

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from tiny_data import make_hu
 
-from figures import panel, planes, save_panel
-from projector import hu_to_unit
+from xray2ct.geometry.projector import hu_to_unit
+from xray2ct.imaging.figures import panel, planes, save_panel
 
 
 def test_planes_are_displayed_as_a_radiologist_sees_them():

@@ -5,8 +5,8 @@ import os
 import pytest
 from ct_cases import save_nifti, thorax
 
-from files import InputError
-from find_cts import CtSource, find_cts, search_cts, source_files
+from xray2ct.files import InputError
+from xray2ct.imaging.find_cts import CtSource, find_cts, search_cts, source_files
 
 PREAMBLE = b"\0" * 128 + b"DICM"
 

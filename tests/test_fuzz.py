@@ -34,18 +34,22 @@ pytest.importorskip("hypothesis")
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
-from baselines import LiftingUNet
-from config import EnhancedConfig, RefinementConfig, config_dict, load_config
-from ct_io import read_array_cube, read_ct, resample_cube
-from dataset import Manifest, PatientDataset, find_patients
-from files import InputError, is_plain_name, read_json, safe_name
+from dataset import PatientDataset
 from hybrid_vit_cascade.models import CascadeStage
 from hybrid_vit_cascade.settings import CascadeConfig, load_cascade_config
 from model_enhanced import EnhancedDirectModel, RefinementNetwork
-from prepare_data import RECORD, check_output, finished_entry, patient_files
-from projector import Geometry
-from splits import SPLITS, check_split
-from xray_io import NORMALIZATIONS, read_xray
+from xray2ct.conventions import RECORD
+from xray2ct.data.manifest import Manifest, find_patients
+from xray2ct.data.prepare import check_output, finished_entry, patient_files
+from xray2ct.data.splits import SPLITS, check_split
+from xray2ct.files import InputError, is_plain_name, read_json, safe_name
+from xray2ct.geometry.projector import Geometry
+from xray2ct.imaging.cube import resample_cube
+from xray2ct.imaging.cube_files import read_array_cube
+from xray2ct.imaging.read_ct import read_ct
+from xray2ct.imaging.read_xray import NORMALIZATIONS, read_xray
+from xray2ct.models.baselines import LiftingUNet
+from xray2ct.training.config import EnhancedConfig, RefinementConfig, config_dict, load_config
 
 pytestmark = pytest.mark.fuzz
 SECONDS = 60  # a case that takes longer hangs; usual ones take milliseconds
@@ -953,7 +957,7 @@ RECORD_PATHS = [
 
 @given(st.dictionaries(st.sampled_from(RECORD_PATHS), VALUES, max_size=2), TEXT_DAMAGE)
 def test_records_of_prepared_patients(folder, changes, damage):
-    from ct_io import CtSource
+    from xray2ct.imaging.find_cts import CtSource
 
     source = CtSource("p0", folder / "p0.nii", "nifti")
     source.path.write_bytes(b"x")

@@ -10,15 +10,17 @@ from test_reproducibility import PLAIN, spoiled
 from tiny_data import TINY_REFINEMENT, largest_difference, make_dataset, make_model
 
 import train_enhanced_4gpu
-from augment import AugmentConfig, PairMaker
-from checkpoints import load_checkpoint
-from distributed import Processes
-from engine import fit
-from environment import convolution_defect, deterministic
 from losses import EnhancedLoss
-from memory import available_memory
 from model_enhanced import RefinementNetwork
-from projector import Geometry, lift_features, render_xrays
+from xray2ct.checkpoints import load_checkpoint
+from xray2ct.data.augment import AugmentConfig, PairMaker
+from xray2ct.geometry.lifting import lift_features
+from xray2ct.geometry.projector import Geometry, render_xrays
+from xray2ct.models.memory import available_memory
+from xray2ct.training.convolution_check import convolution_defect
+from xray2ct.training.determinism import deterministic
+from xray2ct.training.distributed import Processes
+from xray2ct.training.trainer import fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can see")
 
@@ -89,7 +91,7 @@ def test_a_run_learns_in_mixed_precision(root, tmp_path, precision):
 
 
 def test_convolutions_in_reduced_precision_are_right_or_the_run_falls_back(root, tmp_path, capsys):
-    """The shapes of a tiny run; ``python environment.py`` does those of the default configurations."""
+    """The shapes of a tiny run; ``python -m tools.environment`` does those of the default configurations."""
     config, task, model = build(root, "training.precision=bfloat16", "training.num_epochs=1")
     fit(model, task, config, tmp_path, Processes(device=torch.device("cuda", 0)))
     events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from ct_cases import rotation
 
-from ct_io import read_ct
-from files import InputError
+from xray2ct.files import InputError
+from xray2ct.imaging.read_ct import read_ct
 
 pytest.importorskip("SimpleITK")
 DATA = np.where(np.arange(60) % 2, 40, -1000).astype("<i2")  # 5 x 4 x 3, the first axis fastest

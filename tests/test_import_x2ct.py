@@ -14,13 +14,14 @@ import pytest
 from ct_cases import grid_affine, save_nifti, thorax
 from tiny_data import make_hu
 
-import import_x2ct
 import prepare_data
-from ct_io import CtImage, find_cts, read_ct
-from dataset_check import check_dataset
-from files import InputError, read_json
-from findings import FAILED, OK, SIDES
-from import_x2ct import check_axes, judge_axes, make_split, read_ct_cube, read_list
+from tools import import_x2ct
+from tools.import_x2ct import check_axes, judge_axes, make_split, read_ct_cube, read_list
+from xray2ct.data.checks.dataset_check import check_dataset
+from xray2ct.data.checks.findings import FAILED, OK, SIDES
+from xray2ct.files import InputError, read_json
+from xray2ct.imaging.find_cts import find_cts
+from xray2ct.imaging.read_ct import CtImage, read_ct
 
 h5py = pytest.importorskip("h5py")
 
@@ -223,7 +224,7 @@ def test_options_that_mean_nothing_are_refused(tmp_path, released, monkeypatch):
 
 @pytest.fixture(scope="module")
 def page():
-    text = Path(import_x2ct.__file__).with_name("docs").joinpath("datasets.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "datasets.md").read_text(encoding="utf-8")
     names: dict = {}
     exec(re.findall(r"```python\n(.*?)```", text.split("## Split by patient")[1], flags=re.DOTALL)[0], names)
     return names

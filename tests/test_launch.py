@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import launch
+from tools import launch
 
-ROOT = Path(launch.__file__).parent
+ROOT = Path(launch.__file__).parent.parent
 
 
 def write_requirements(folder: Path, text: str, name: str = "requirements.txt") -> Path:
@@ -212,8 +212,15 @@ def test_a_torch_without_cuda_beside_a_driver_is_said(monkeypatch, capsys, answe
 
 def test_every_word_starts_a_file_that_exists():
     for word, script in launch.JOBS.items():
-        assert (ROOT / script).is_file(), word
-    assert launch.job_command(Path("py"), "demo", ["--seed", "1"]) == ["py", str(ROOT / "demo.py"), "--seed", "1"]
+        path = script if script.endswith(".py") else f"{script.replace('.', '/')}.py"
+        assert (ROOT / path).is_file(), word
+    assert launch.job_command(Path("py"), "demo", ["--seed", "1"]) == [
+        "py",
+        "-m",
+        "tools.demo",
+        "--seed",
+        "1",
+    ]
     assert launch.job_command(Path("py"), "test", ["-x"]) == ["py", "-m", "pytest", "-x"]
 
 
@@ -268,11 +275,11 @@ def test_batch_file_is_the_shell_script_for_windows():
     raw = (ROOT / "launch_4gpu.bat").read_bytes()
     assert raw.count(b"\n") == raw.count(b"\r\n") > 0
     text = raw.decode("ascii")  # a batch file is read in the console's own code page
-    assert re.search(r'^%PYTHON% "%~dp0launch\.py" %\*\r\nexit /b %ERRORLEVEL%\r$', text, re.MULTILINE)
+    assert re.search(r"^%PYTHON% -m tools\.launch %\*\r\nexit /b %ERRORLEVEL%\r$", text, re.MULTILINE)
     labels = set(re.findall(r"^:(\w+)", text, re.MULTILINE))
     assert set(re.findall(r"goto (\w+)", text)) == labels
     shell = (ROOT / "launch_4gpu.sh").read_text()
-    for name in re.findall(r"\w+\.(?:py|sh)\b", text.replace("%~dp0", "")):
+    for name in re.findall(r"[\w/]+\.(?:py|sh)\b", text.replace("%~dp0", "")):
         assert (ROOT / name).is_file(), name
     usage = re.compile(r"^(?:rem|#)   (?:bash )?launch_4gpu\.(?:bat|sh) (\w+) ", re.MULTILINE)
     assert usage.findall(text) == usage.findall(shell) == ["demo", "test", "smoke", "stage1", "stage2"]

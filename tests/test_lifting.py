@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from baselines import to_grid
 from hybrid_vit_cascade.models import PriorLifting, lift_views
-from model_enhanced import Lifting
-from projector import Geometry, averaged_to, lift_features, lift_pooled
+from xray2ct.geometry.lifting import averaged_to, lift_features, lift_pooled
+from xray2ct.geometry.projector import Geometry
+from xray2ct.models.baselines import to_grid
+from xray2ct.models.blocks import Lifting
 
 ADMITTED = [24, 40, 48, 80, 64]  # volume sizes; the networks also work at a half, a quarter and an eighth of them
 MAPS = [32, 64, 128]  # of X-ray features

@@ -14,9 +14,10 @@ from scipy import ndimage
 from torch import nn
 
 import losses
-from files import InputError
 from losses import EnhancedLoss, PerceptualLoss, ProjectionLoss, edge_loss, multiscale_loss, ssim_loss
-from projector import Geometry, render_xrays
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry, render_xrays
+from xray2ct.models import vgg16
 
 TERMS = ("l1", "mse", "ssim", "perceptual", "edge", "multiscale", "projection")
 ROOT = Path(losses.__file__).parent
@@ -476,14 +477,8 @@ def test_terms_of_weight_zero_are_neither_built_nor_computed(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("computed although its weight is 0")
 
-    for name in (
-        "_import_torchvision",
-        "_random_state",
-        "ssim_loss",
-        "edge_loss",
-        "multiscale_loss",
-        "render_xrays",
-    ):
+    monkeypatch.setattr(vgg16, "_import_torchvision", refuse)
+    for name in ("random_weights", "ssim_loss", "edge_loss", "multiscale_loss", "render_xrays"):
         monkeypatch.setattr(losses, name, refuse)
     prediction, target = volumes(size=8)
     aux, xrays = {"volume_4": prediction[..., ::2, ::2, ::2]}, torch.zeros(2, 2, 8, 8)
@@ -596,14 +591,14 @@ def test_imagenet_weights_come_from_the_cache(hub, vgg_file, capsys):
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_torchvision_imports_and_names_the_layers_as_expected():
-    torchvision = losses._import_torchvision()
-    assert losses._import_torchvision() is torchvision
+    torchvision = vgg16._import_torchvision()
+    assert vgg16._import_torchvision() is torchvision
     with torch.device("meta"):
         features = torchvision.models.vgg16(weights=None).features
     shapes = {name: tuple(value.shape) for name, value in features.named_parameters()}
-    for index, inputs, outputs, _ in losses.VGG_LAYERS:
+    for index, inputs, outputs, _ in vgg16.VGG_LAYERS:
         assert shapes[f"{index}.weight"] == (outputs, inputs, 3, 3)
-    assert {int(name.split(".")[0]) for name in shapes} == set(losses.VGG_CONVOLUTIONS)
+    assert {int(name.split(".")[0]) for name in shapes} == set(vgg16.VGG_CONVOLUTIONS)
 
 
 def test_torchvision_without_its_compiled_operators_still_imports(tmp_path):
@@ -618,11 +613,11 @@ def test_torchvision_without_its_compiled_operators_still_imports(tmp_path):
     )
     program = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
-        "import losses\n"
+        "from xray2ct.models import vgg16\n"
         "assert 'torchvision' not in sys.modules\n"
         "try:\n    import torchvision\n"
         "except RuntimeError as error:\n    print(error)\n"
-        "print(losses._import_torchvision().complete, losses._import_torchvision().complete)\n"
+        "print(vgg16._import_torchvision().complete, vgg16._import_torchvision().complete)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, encoding="utf-8", errors="replace", timeout=120

@@ -8,16 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from metrics import (
-    error_statistics,
-    paired_interval,
-    psnr,
-    psnr_slices,
-    ssim_3d,
-    ssim_uniform,
-    summarise,
-    t_interval,
-)
+from xray2ct.evaluation.statistics import paired_interval, summarise, t_interval
+from xray2ct.metrics import error_statistics, psnr, psnr_slices, ssim_3d, ssim_uniform
 
 
 def volumes(shape=(17, 19, 23), noise=0.1, dtype=torch.float32):

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-import model_enhanced
-from engine import to_channels_last
-from files import InputError
-from model_enhanced import DecoderStage, EnhancedDirectModel, EnhancedLoss, ResidualBlock, TransformerBlock
-from projector import Geometry, render_xrays
+from losses import EnhancedLoss
+from model_enhanced import DecoderStage, EnhancedDirectModel
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry, render_xrays
+from xray2ct.models import loading, registry
+from xray2ct.models.blocks import ResidualBlock, TransformerBlock
+from xray2ct.training.precision import to_channels_last
 
 SMALL = {"volume_size": (16, 16, 16), "base_channels": 16, "stem_stride": 1, "encoder_blocks": (1, 1, 1, 1)}
 
@@ -265,17 +267,17 @@ def test_it_learns_one_pair():
 
 
 def test_load_base_model_names_a_file_whose_weights_do_not_fit(tmp_path):
-    from checkpoints import save_checkpoint
+    from xray2ct.checkpoints import save_checkpoint
 
     config = {**SMALL, "decoder_blocks": (1, 1, 1), "transformer_blocks": 1}
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
     state = small().state_dict()
     path = tmp_path / "base.pt"
-    save_checkpoint(path, {"kind": model_enhanced.KIND, "model_config": config, "model_state_dict": state})
-    model, data = model_enhanced.load_base_model(path)
+    save_checkpoint(path, {"kind": registry.KIND, "model_config": config, "model_state_dict": state})
+    model, data = loading.load_base_model(path)
     assert not model.training
     assert data["model_config"] == config
     del state["prior"]
-    save_checkpoint(path, {"kind": model_enhanced.KIND, "model_config": config, "model_state_dict": state})
+    save_checkpoint(path, {"kind": registry.KIND, "model_config": config, "model_state_dict": state})
     with pytest.raises(InputError, match=r"base\.pt.*do not fit"):
-        model_enhanced.load_base_model(path)
+        loading.load_base_model(path)

@@ -13,9 +13,9 @@ from test_engine import TINY
 from tiny_data import make_dataset
 
 import train_enhanced_4gpu
-from distributed import Processes
-from files import InputError, read_json
-from monitoring import Monitors, add_arguments, check_arguments, curves, monitors_from
+from xray2ct.files import InputError, read_json
+from xray2ct.training.distributed import Processes
+from xray2ct.training.monitors import Monitors, add_arguments, check_arguments, curves, monitors_from
 
 
 def parse(*words, tensorboard=False):

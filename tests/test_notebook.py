@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
 
-import demo
 from dataset import PatientDataset
-from projector import unit_to_hu
-from reconstruct import load_pipeline
+from tools import demo
+from xray2ct.geometry.projector import unit_to_hu
+from xray2ct.inference.reconstruction import load_pipeline
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "inference.ipynb"

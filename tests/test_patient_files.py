@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from files import InputError
-from patient_files import PatientFolder, find_pairs, xray_name
+from xray2ct.data.patient_files import PatientFolder, find_pairs, xray_name
+from xray2ct.files import InputError
 
 
 def touch(folder, *names):

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ct_io import locate_cube, read_ct
-from files import InputError
-from make_phantoms import main, make_phantom
+from tools.make_phantoms import main
+from xray2ct.data.phantoms import make_phantom
+from xray2ct.files import InputError
+from xray2ct.imaging.body import locate_cube
+from xray2ct.imaging.read_ct import read_ct
 
 COARSE_MM = 6.0
 INDICES = (0, 1, 2, 3, 4)

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from tiny_data import make_checkpoint, make_dataset, make_model, make_refinement_checkpoint
 
 import evaluate
-import memory
-import pipeline
 import reconstruct
 from dataset import PatientDataset
-from files import InputError
 from model_enhanced import RefinementNetwork
-from pipeline import DirectSystem, check_finite, pick_device
+from xray2ct.files import InputError
+from xray2ct.inference import reconstruction
+from xray2ct.inference import system as system_module
+from xray2ct.inference.system import DirectSystem, check_finite, pick_device
+from xray2ct.models import memory
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +126,12 @@ class TestSystem:
             return real(network, coarse, xrays, tile, device)
 
         monkeypatch.setattr(RefinementNetwork, "refine", refine)
-        monkeypatch.setattr(pipeline.torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(system_module.torch.cuda, "empty_cache", lambda: None)
         assert torch.allclose(system.predict(xrays), whole, atol=2e-6)
         assert tried == [None, 8]
 
         monkeypatch.setattr(memory, "TILES", (15, 14))
-        monkeypatch.setattr(pipeline, "TILES", (15, 14))
+        monkeypatch.setattr(system_module, "TILES", (15, 14))
         with pytest.raises(InputError, match="does not fit this GPU's memory even in tiles of 14; use --device cpu"):
             system.predict(xrays)
 
@@ -251,7 +252,7 @@ class TestReconstruct:
         assert image.shape == (64, 64, 64)
         assert np.allclose(image.affine @ [31.5, 31.5, 31.5, 1], [0, 0, 0, 1])
         assert "64 x 64 x 64 voxels of 5.625 mm" in capsys.readouterr().out
-        hu, affine = reconstruct.load_pipeline(base, refinement, device="cpu")(*xrays)
+        hu, affine = reconstruction.load_pipeline(base, refinement, device="cpu")(*xrays)
         assert np.abs(np.asarray(image.dataobj).transpose(2, 1, 0).astype(int) - hu).max() <= 1
         assert np.allclose(affine, image.affine)
 

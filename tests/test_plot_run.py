@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import plot_run
-from files import InputError
+from tools import plot_run
+from xray2ct.files import InputError
 
 
 def write_log(folder, psnrs, extra=""):

@@ -11,10 +11,10 @@ import torch
 from ct_cases import dying_worker, grid_affine, save_nifti, thorax
 from PIL import Image
 
-import prepare_data
-from files import InputError
 from prepare_data import main
-from projector import Geometry, hu_to_unit, render_xrays
+from xray2ct.data import prepare
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 
 FILES = ("{}.nii.gz", "{}_mask.nii.gz", "{}_pa_drr.png", "{}_lat_drr.png", "prepared.json")
 
@@ -104,8 +104,8 @@ def test_threads_do_not_change_the_bytes_and_are_as_before_afterwards(cts):
 
 
 def test_each_patient_is_prepared_on_one_thread(cts, monkeypatch):
-    seen, render = [], prepare_data.render_xrays
-    monkeypatch.setattr(prepare_data, "render_xrays", lambda *a: seen.append(torch.get_num_threads()) or render(*a))
+    seen, render = [], prepare.render_xrays
+    monkeypatch.setattr(prepare, "render_xrays", lambda *a: seen.append(torch.get_num_threads()) or render(*a))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -118,7 +118,7 @@ def test_each_patient_is_prepared_on_one_thread(cts, monkeypatch):
 def test_several_workers_write_the_same_bytes_and_survive_one_that_dies(cts, monkeypatch, capsys):
     _, alone = run(cts, output="alone")
     save_nifti(cts / "killer.nii.gz", thorax())
-    monkeypatch.setattr(prepare_data, "_try_patient", dying_worker)
+    monkeypatch.setattr(prepare, "_try_patient", dying_worker)
     status, together = run(cts, output="together", workers=2)
     assert status == 1
     assert "killer: " in capsys.readouterr().out.split("could not be prepared:")[1]
@@ -239,7 +239,7 @@ def test_nothing_but_files_that_are_not_read(tmp_path, capsys):
 
 
 def test_a_killed_run_goes_on_where_it_stopped(cts, monkeypatch):
-    written, write = [], prepare_data.write_png16
+    written, write = [], prepare.write_png16
 
     def killed_at_the_third_xray(path, image):
         if len(written) == 3:
@@ -248,7 +248,7 @@ def test_a_killed_run_goes_on_where_it_stopped(cts, monkeypatch):
         written.append(path)
         write(path, image)
 
-    monkeypatch.setattr(prepare_data, "write_png16", killed_at_the_third_xray)
+    monkeypatch.setattr(prepare, "write_png16", killed_at_the_third_xray)
     with pytest.raises(KeyboardInterrupt):
         run(cts)
     output = cts.parent / "out"
@@ -256,7 +256,7 @@ def test_a_killed_run_goes_on_where_it_stopped(cts, monkeypatch):
     assert (output / "b" / "b.nii.gz").exists()
     assert not (output / "b" / "b_lat_drr.png").exists()
     before = state(output, "a")
-    monkeypatch.setattr(prepare_data, "write_png16", write)
+    monkeypatch.setattr(prepare, "write_png16", write)
     assert run(cts)[0] == 0
     assert state(output, "a") == before
     assert sorted(path.name for path in (output / "b").iterdir()) == sorted(f.format("b") for f in FILES)
@@ -330,7 +330,7 @@ def test_a_full_disk_leaves_what_was_there(cts, monkeypatch, capsys):
     def full(path, *_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_data, "write_cube", full)
+    monkeypatch.setattr(prepare, "write_cube", full)
     assert run(cts)[0] == 1
     assert "a.nii.gz: [Errno 28] No space left" in capsys.readouterr().out
     assert (output / "a" / "a.nii.gz").read_bytes() == cube

@@ -11,29 +11,30 @@ import torch
 import torch.nn.functional as F
 from tiny_data import make_hu
 
-import projector
-from ct_io import cube_affine, write_cube
-from files import InputError
-from projector import (
+from xray2ct.files import InputError
+from xray2ct.geometry import lifting, projector
+from xray2ct.geometry.lifting import lift_features
+from xray2ct.geometry.projector import (
     HU_WINDOW,
     MU_WATER,
     Geometry,
     hu_to_mu,
     hu_to_unit,
     image_size_of,
-    lift_features,
     line_integrals,
     render_xrays,
     unit_to_hu,
     unit_to_mu,
     visible_fraction,
 )
+from xray2ct.imaging.cube import cube_affine
+from xray2ct.imaging.cube_files import write_cube
 
 CONE, PARALLEL = Geometry(), Geometry("parallel")
 STEEP = Geometry(sdd_mm=700.0, sid_mm=500.0)  # rays of up to 19 degrees: errors of obliquity would show
 BOTH = pytest.mark.parametrize("geometry", [CONE, PARALLEL], ids=["cone", "parallel"])
 ALL = pytest.mark.parametrize("geometry", [CONE, PARALLEL, STEEP], ids=["cone", "parallel", "steep"])
-ROOT = Path(projector.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def unit_voxel(shape, *index):
@@ -283,7 +284,7 @@ def test_shape_of_the_volume_is_checked():
 
 MEMORY = """
 import torch
-from projector import Geometry, render_xrays
+from xray2ct.geometry.projector import Geometry, render_xrays
 
 def peak():  # of this process alone; getrusage would inherit the parent's
     status = open("/proc/self/status").read()
@@ -397,7 +398,7 @@ def test_lifting_keeps_the_dtype_and_checks_the_shape():
 
 
 def test_caches_filled_in_inference_mode_serve_training():
-    projector._lift_weights.cache_clear()
+    lifting._lift_weights.cache_clear()
     projector._cached_slice_weights.cache_clear()
     features, volume = torch.rand(1, 2, 2, 8, 8), torch.rand(1, 1, 6, 6, 6)
     with torch.inference_mode():
@@ -505,7 +506,7 @@ def test_line_integrals_agree_with_nanodrr_reading_the_file(tmp_path):
 @ALL
 def test_nanodrr_backend_equals_the_built_in_renderer(geometry):
     pytest.importorskip("nanodrr")
-    from projector_nanodrr import render_xrays_nanodrr
+    from xray2ct.geometry.nanodrr_backend import render_xrays_nanodrr
 
     hu = np.stack([make_hu(seed, 40) for seed in range(2)])
     volumes = [torch.from_numpy(hu_to_unit(hu.astype(np.float32)))[:, None].requires_grad_() for _ in range(2)]
@@ -524,7 +525,7 @@ def test_nanodrr_backend_equals_the_built_in_renderer(geometry):
 
 
 def test_nanodrr_backend_checks_its_input(monkeypatch):
-    from projector_nanodrr import render_xrays_nanodrr
+    from xray2ct.geometry.nanodrr_backend import render_xrays_nanodrr
 
     with pytest.raises(ValueError, match="expected"):
         render_xrays_nanodrr(torch.zeros(8, 8, 8), CONE)

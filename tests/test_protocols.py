@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import protocols
-from files import InputError
-from projector import Geometry, hu_to_unit
-from protocols import COLUMNS, PROTOCOLS, TISSUES, Case, score
+from xray2ct.evaluation import protocols
+from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS, TISSUES, Case, score
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry, hu_to_unit
 
 PAGE = Path(__file__).parent.parent / "docs" / "protocols.md"
 

@@ -9,8 +9,9 @@ pytest.importorskip("pydicom")
 import pydicom
 from dicom_cases import item, lps_ct, set_pixels, texts, write_frames, write_slices
 
-from ct_io import read_ct, resample_cube
-from files import InputError
+from xray2ct.files import InputError
+from xray2ct.imaging.cube import resample_cube
+from xray2ct.imaging.read_ct import read_ct
 
 SHUFFLED = [3, 9, 0, 5, 7, 1, 8, 2, 6, 4]
 

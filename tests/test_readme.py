@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from config import EnhancedConfig, RefinementConfig, load_config
-from files import InputError
+from xray2ct.files import InputError
+from xray2ct.training.config import EnhancedConfig, RefinementConfig, load_config
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("README.md", "benchmarks/README.md", "docs/results.md", "docs/files.md", "docs/clusters.md")
+NAMES = ("README.md", "benchmarks/README.md", "docs/results.md", "docs/architecture.md", "docs/clusters.md")
 PAGES = [ROOT / name for name in NAMES]
 
 
-SHARED_OPTIONS = ("training_cli", "pipeline", "monitoring")  # modules that add options to several scripts
+# Modules that add options to several commands.
+SHARED_OPTIONS = ("training/cli.py", "training/monitors.py", "inference/system.py", "inference/batch.py")
 
 
 def accepts(kind, setting: str) -> bool:
@@ -33,6 +34,8 @@ def commands():
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
+                if words[:2] == ["python", "-m"] and words[2] not in ("venv", "pip", "pytest"):
+                    found.append((f"{words[2].replace('.', '/')}.py", words[3:]))
                 scripts = [word for word in words if word.endswith((".py", ".sh"))]
                 if scripts:
                     found.append((scripts[0], words[words.index(scripts[0]) + 1 :]))
@@ -43,7 +46,7 @@ def commands():
 def test_commands_name_existing_scripts_options_and_settings(script, words):
     path = ROOT / script
     assert path.exists()
-    files = [path, *(ROOT / f"{name}.py" for name in SHARED_OPTIONS)]
+    files = [path, *(ROOT / "xray2ct" / name for name in SHARED_OPTIONS)]
     source = "".join(file.read_text(encoding="utf-8") for file in files)
     for option in (word for word in words if word.startswith("--")):
         assert f'"{option}"' in source, option

@@ -10,13 +10,16 @@ from tiny_data import make_checkpoint, make_dataset
 from xray_cases import write_dicom
 
 import reconstruct
-from checkpoints import save_checkpoint
 from dataset import PatientDataset
-from files import InputError
-from model_enhanced import KIND, EnhancedDirectModel, load_base_model
-from projector import Geometry
-from xray_dicom import Acquisition
-from xray_io import body_width
+from model_enhanced import EnhancedDirectModel
+from xray2ct.checkpoints import save_checkpoint
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry
+from xray2ct.imaging.dicom_xray import Acquisition
+from xray2ct.imaging.film import body_width
+from xray2ct.inference import batch, reconstruction
+from xray2ct.models.loading import load_base_model
+from xray2ct.models.registry import KIND
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def test_pictures_of_other_sizes_and_kinds_are_converted_and_said(root, base, tm
 
 
 def test_the_pipeline_takes_files_and_arrays(root, base):
-    pipeline = reconstruct.load_pipeline(base, device="cpu")
+    pipeline = reconstruction.load_pipeline(base, device="cpu")
     pa, lateral = files(root)
     hu, affine = pipeline(pa, lateral)
     arrays = [np.asarray(Image.open(p)) / 65535.0 for p in (pa, lateral)]
@@ -88,7 +91,7 @@ def test_the_pipeline_takes_files_and_arrays(root, base):
 
 
 def test_the_views_are_not_interchangeable_and_the_sides_matter(root, base):
-    pipeline = reconstruct.load_pipeline(base, device="cpu")
+    pipeline = reconstruction.load_pipeline(base, device="cpu")
     pa, lateral = (np.asarray(Image.open(p)) / 65535.0 for p in files(root))
     hu = pipeline(pa, lateral)[0].astype(int)
     assert np.abs(pipeline(pa[:, ::-1].copy(), lateral)[0] - hu).mean() > 5
@@ -98,7 +101,7 @@ def test_the_views_are_not_interchangeable_and_the_sides_matter(root, base):
 
 
 def test_pictures_of_unknown_brightness_are_doubted_and_percentile_adjusts_them(root, base, tmp_path):
-    pipeline, views = reconstruct.load_pipeline(base, device="cpu"), []
+    pipeline, views = reconstruction.load_pipeline(base, device="cpu"), []
     pipeline(*files(root))
     assert pipeline.notes == []
     for path, gain in zip(files(root), (0.45, 0.3)):
@@ -118,7 +121,7 @@ def test_pictures_of_unknown_brightness_are_doubted_and_percentile_adjusts_them(
 
 def test_the_pixel_spacing_of_one_view_alone_is_refused(root, base, tmp_path):
     """It would bring that view alone to the model's scale."""
-    pipeline = reconstruct.load_pipeline(base, device="cpu")
+    pipeline = reconstruction.load_pipeline(base, device="cpu")
     spacing = 0.8 * pipeline.system.geometry.detector_mm / 64
     pa, lateral = (np.rint(np.asarray(Image.open(path)) / 16).astype(np.uint16) for path in files(root))
     pa = write_dicom(tmp_path / "pa.dcm", pa, ImagerPixelSpacing=[spacing, spacing])
@@ -188,7 +191,7 @@ def test_inverted_pictures_work_when_said(root, base, tmp_path):
     path, lateral = damaged(tmp_path, root, "inverted")
     other = tmp_path / "lateral.png"
     Image.fromarray(65535 - np.asarray(Image.open(lateral))).save(other)
-    pipeline = reconstruct.load_pipeline(base, device="cpu")
+    pipeline = reconstruction.load_pipeline(base, device="cpu")
     assert np.abs(pipeline(path, other, invert=True)[0].astype(int) - pipeline(*files(root))[0]).max() <= 1
 
 
@@ -298,14 +301,14 @@ def test_pairs_of_every_format_that_is_read_are_used_and_other_pictures_named(ro
     ids=lambda error: type(error).__name__,
 )
 def test_whatever_goes_wrong_with_one_pair_the_others_are_done(root, base, tmp_path, capsys, monkeypatch, error):
-    write = reconstruct.write_volume
+    write = batch.write_volume
 
     def failing(path, *rest):
         if path.name.startswith("bad"):
             raise error
         write(path, *rest)
 
-    monkeypatch.setattr(reconstruct, "write_volume", failing)
+    monkeypatch.setattr(batch, "write_volume", failing)
     folder = copies(tmp_path / "xrays", root, "bad", "good")
     assert reconstruct.main(folder_command(folder, base, tmp_path / "out")) == 1
     printed = capsys.readouterr()

@@ -4,16 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from files import InputError
-from model_enhanced import (
-    RefinementNetwork,
-    Window,
-    load_refinement,
-    pixel_shuffle_3d,
-    pixel_unshuffle_3d,
-    upsample,
-)
-from projector import Geometry, render_xrays
+from model_enhanced import RefinementNetwork
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry, render_xrays
+from xray2ct.models.blocks import pixel_shuffle_3d, pixel_unshuffle_3d, upsample
+from xray2ct.models.loading import load_refinement
+from xray2ct.models.window import Window
 
 SMALL = {
     "channels": 8,

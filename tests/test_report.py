@@ -14,10 +14,10 @@ from PIL import Image
 from tiny_data import make_checkpoint, make_dataset, make_hu
 
 import evaluate
-import report
-from files import InputError
-from projector import HU_WINDOW, Geometry, hu_to_unit, render_xrays, unit_to_hu
-from report import STEP_HU, ReportCollector, choose_cases, level_count, pack, pack_volumes, quantise
+from xray2ct.evaluation import report
+from xray2ct.evaluation.report import STEP_HU, ReportCollector, choose_cases, level_count, pack, pack_volumes, quantise
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import HU_WINDOW, Geometry, hu_to_unit, render_xrays, unit_to_hu
 
 EVIL = '<script>document.title = "pwned"</script>{{cases}}"\'&'
 SIZE = 24

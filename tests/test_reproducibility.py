@@ -17,24 +17,22 @@ from test_training import arguments, assert_same_tensors
 from tiny_data import make_dataset
 from torch import nn
 
-import engine
-import environment
-import train_enhanced_4gpu as train_enhanced
-from checkpoints import WriteError, load_checkpoint
-from config import config_dict, config_hash
-from distributed import Processes
-from engine import fit
-from environment import (
+import train_enhanced_4gpu
+from tools import environment
+from xray2ct.checkpoints import WriteError, load_checkpoint
+from xray2ct.files import read_json
+from xray2ct.training import provenance, trainer
+from xray2ct.training.config import config_dict, config_hash
+from xray2ct.training.convolution_check import (
     Convolution,
-    command_line,
     convolution_defect,
-    describe_environment,
-    deterministic,
     recorded_convolutions,
-    recorded_run,
     reduced_precision_defects,
 )
-from files import read_json
+from xray2ct.training.determinism import deterministic
+from xray2ct.training.distributed import Processes
+from xray2ct.training.provenance import command_line, describe_environment, recorded_run
+from xray2ct.training.trainer import fit
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +111,9 @@ def test_operations_without_a_deterministic_version_are_named_once(capsys):
 
 def test_the_scripts_switch_reaches_the_training(root, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(engine.Trainer, "train_epoch", lambda *_: seen.append(flags()) or stop())
+    monkeypatch.setattr(trainer.Trainer, "train_epoch", lambda *_: seen.append(flags()) or stop())
     with pytest.raises(ZeroDivisionError):
-        train_enhanced.main([*arguments(root, tmp_path), "--deterministic"])
+        train_enhanced_4gpu.main([*arguments(root, tmp_path), "--deterministic"])
     assert seen[0][:2] == (True, True)
     assert not torch.are_deterministic_algorithms_enabled()
     assert read_json(tmp_path / "run.json")["runs"][0]["deterministic"] is True
@@ -132,10 +130,10 @@ def test_every_run_says_what_it_was_and_how_it_ended(root, tmp_path, monkeypatch
     words = arguments(root, tmp_path, "training.num_epochs=1")
     monkeypatch.setattr("sys.argv", ["train_enhanced_4gpu.py", *words])
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "train_epoch", lambda *_: stop())
+        patch.setattr(trainer.Trainer, "train_epoch", lambda *_: stop())
         with pytest.raises(ZeroDivisionError):
-            train_enhanced.main(words)
-    assert train_enhanced.main(words) == 0
+            train_enhanced_4gpu.main(words)
+    assert train_enhanced_4gpu.main(words) == 0
     data = read_json(tmp_path / "run.json")
     failed, finished = data["runs"]
     assert failed["outcome"] == "ZeroDivisionError: stopped by the test"
@@ -143,7 +141,7 @@ def test_every_run_says_what_it_was_and_how_it_ended(root, tmp_path, monkeypatch
     assert finished["command"][1:] == ["train_enhanced_4gpu.py", *words]
     assert finished["folder"] == os.getcwd()
     assert finished["began"] <= finished["ended"]
-    config = config_dict(train_enhanced.read_config(train_enhanced.parse_args(words)))
+    config = config_dict(train_enhanced_4gpu.read_config(train_enhanced_4gpu.parse_args(words)))
     checkpoint = load_checkpoint(tmp_path / "last.pt")
     assert finished["config_hash"] == config_hash(config) == checkpoint["config_hash"]
     assert finished["split_hash"] == checkpoint["split_hash"]
@@ -192,9 +190,8 @@ def test_no_secret_is_recorded(monkeypatch):
 
 
 def test_without_git_or_within_somebody_elses_checkout_the_sources_hash_remains(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "HERE", tmp_path)
-    (tmp_path / "requirements.txt").write_text("torch>=2.6\n")
-    (tmp_path / "engine.py").write_text("one")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    (tmp_path / "dataset.py").write_text("one")
     hashes = []
 
     def other_checkout(command, **_):
@@ -208,7 +205,7 @@ def test_without_git_or_within_somebody_elses_checkout_the_sources_hash_remains(
         found = describe_environment()["code"]
         assert (found["commit"], found["dirty"]) == (None, None)
         hashes.append(found["source_hash"])
-    (tmp_path / "engine.py").write_text("another")
+    (tmp_path / "dataset.py").write_text("another")
     hashes.append(describe_environment()["code"]["source_hash"])
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -222,15 +219,14 @@ def test_a_checkout_says_its_commit_and_whether_it_was_changed(monkeypatch, tmp_
 
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
-    (tmp_path / "engine.py").write_text("one")
-    (tmp_path / "requirements.txt").write_text("torch>=2.6\n")
+    (tmp_path / "dataset.py").write_text("one")
     git("init", "-q")
     git("add", ".")
     git("-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-q", "-m", "first")
-    monkeypatch.setattr(environment, "HERE", tmp_path.resolve())
+    monkeypatch.setattr(provenance, "ROOT", tmp_path.resolve())
     code = describe_environment()["code"]
     assert (code["commit"], code["dirty"]) == (git("rev-parse", "HEAD"), False)
-    (tmp_path / "engine.py").write_text("two")
+    (tmp_path / "dataset.py").write_text("two")
     assert describe_environment()["code"]["dirty"] is True
 
 
@@ -348,7 +344,7 @@ def test_wrong_convolutions_make_the_run_fall_back_to_float32(tmp_path, monkeypa
     """What comes out is, bit for bit, the run that asked for float32; and it stays so when the run goes on."""
     wanted, _, _ = toy_weights(tmp_path / "float32", "training.precision=float32")
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "CHECKED_DEVICES", ())
+        patch.setattr(trainer, "CHECKED_DEVICES", ())
         plain, _, _ = toy_weights(tmp_path / "plain", "training.precision=bfloat16")
     checked, _, lines = toy_weights(tmp_path / "checked", "training.precision=bfloat16")
     assert_same_tensors(checked, plain)  # the check changes nothing
@@ -356,8 +352,8 @@ def test_wrong_convolutions_make_the_run_fall_back_to_float32(tmp_path, monkeypa
     capsys.readouterr()
     faulty = functools.partial(reduced_precision_defects, convolve=functools.partial(spoiled, "weight gradient"))
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "reduced_precision_defects", faulty)
-        patch.setattr(engine.Trainer, "finish_epoch", lambda self, _: self.save_last() or stop())
+        patch.setattr(trainer, "reduced_precision_defects", faulty)
+        patch.setattr(trainer.Trainer, "finish_epoch", lambda self, _: self.save_last() or stop())
         with pytest.raises(ZeroDivisionError):
             toy_weights(tmp_path / "fallen", "training.precision=bfloat16")
     printed = capsys.readouterr().out

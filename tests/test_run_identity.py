@@ -8,14 +8,15 @@ import toy_task
 from test_engine import build
 from tiny_data import make_dataset, make_hu
 
-from checkpoints import load_checkpoint, save_checkpoint
-from ct_io import cube_affine, write_cube
 from dataset import PatientDataset
-from distributed import Processes
-from engine import Trainer
-from files import InputError, read_json, write_json
-from run_identity import data_header
-from training_cli import refuse_losses
+from xray2ct.checkpoints import load_checkpoint, save_checkpoint
+from xray2ct.files import InputError, read_json, write_json
+from xray2ct.imaging.cube import cube_affine
+from xray2ct.imaging.cube_files import write_cube
+from xray2ct.training.cli import refuse_losses
+from xray2ct.training.distributed import Processes
+from xray2ct.training.run_identity import data_header
+from xray2ct.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

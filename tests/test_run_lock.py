@@ -13,15 +13,15 @@ from test_engine import TINY
 from test_faults import toy
 from tiny_data import make_dataset
 
-import baselines
-import run_lock
 import train_enhanced_4gpu
-from checkpoints import remove_leftovers, save_checkpoint
-from distributed import Processes
-from engine import fit
-from files import InputError, write_json
 from hybrid_vit_cascade.training import train_progressive
-from run_lock import locked_folder
+from tools import baselines
+from xray2ct.checkpoints import remove_leftovers, save_checkpoint
+from xray2ct.files import InputError, write_json
+from xray2ct.training import run_lock
+from xray2ct.training.distributed import Processes
+from xray2ct.training.run_lock import locked_folder
+from xray2ct.training.trainer import fit
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forked processes are POSIX")
 

@@ -20,13 +20,18 @@ from PIL import Image
 from tiny_data import make_dataset, make_hu
 
 import prepare_data
-from checkpoints import load_checkpoint
-from ct_io import find_cts, read_array_cube, read_ct
-from dataset import Manifest, PatientDataset, find_patients
-from files import InputError, atomic_path, check_patient_id, is_plain_name, safe_name, write_json
-from prepare_data import RECORD, finished_entry, patient_files
-from splits import check_split
-from xray_io import read_xray, write_png16
+from dataset import PatientDataset
+from xray2ct.checkpoints import load_checkpoint
+from xray2ct.conventions import RECORD
+from xray2ct.data import prepare
+from xray2ct.data.manifest import Manifest, find_patients
+from xray2ct.data.prepare import finished_entry, patient_files
+from xray2ct.data.splits import check_split
+from xray2ct.files import InputError, atomic_path, check_patient_id, is_plain_name, safe_name, write_json
+from xray2ct.imaging.cube_files import read_array_cube
+from xray2ct.imaging.find_cts import find_cts
+from xray2ct.imaging.read_ct import read_ct
+from xray2ct.imaging.read_xray import read_xray, write_png16
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.relative_to(ROOT).parts))
@@ -270,8 +275,8 @@ def test_preparation_never_writes_through_a_link_and_reads_no_foreign_file(tmp_p
     assert list((tmp_path / "elsewhere").iterdir()) == []
     secret = tmp_path / "secret"
     secret.write_text("x")
-    entry = {"files": {"../../secret": prepare_data.sha256(secret)}}
-    record = {"complete": True, "signature": prepare_data.signature_of(source), "patient": entry}
+    entry = {"files": {"../../secret": prepare.sha256(secret)}}
+    record = {"complete": True, "signature": prepare.signature_of(source), "patient": entry}
     write_json(tmp_path / "b" / RECORD, record)
     assert finished_entry(source, tmp_path / "b") is None
 
@@ -510,7 +515,7 @@ def test_no_name_of_a_dicom_or_nifti_header_reaches_any_output(tmp_path, capfd):
 
 
 def test_no_name_of_a_dicom_xray_reaches_any_output(tmp_path, capfd, caplog, monkeypatch):
-    monkeypatch.setattr("dataset.CUBE_SIZE", 32)  # quick
+    monkeypatch.setattr("xray2ct.data.manifest.CUBE_SIZE", 32)  # quick
     folder = tmp_path / "data" / "p7"
     hu = make_hu(0, 32)
     folder.mkdir(parents=True)

@@ -11,13 +11,12 @@ import pytest
 import torch
 from test_faults import REPORT, ROOT, Run, child, forks  # noqa: F401 (forks: a fixture)
 
-import distributed
-import launch
-import signals
-from checkpoints import load_checkpoint
-from distributed import spawn
-from files import run_cli
-from signals import SignalCatcher, exit_status, passed_on
+from tools import launch
+from xray2ct.checkpoints import load_checkpoint
+from xray2ct.files import run_cli
+from xray2ct.training import distributed, signals
+from xray2ct.training.distributed import spawn
+from xray2ct.training.signals import SignalCatcher, exit_status, passed_on
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups are POSIX")
 LONG_STEPS = ("report", 1)  # two seconds: all copies of a signal come within one

@@ -9,10 +9,10 @@ from PIL import Image
 from tiny_data import TINY_MODEL, make_dataset
 
 import test_enhanced
-from config import EnhancedConfig, load_config
-from projector import Geometry
 from test_enhanced import Bench, CheckError
-from xray_io import write_png16
+from xray2ct.geometry.projector import Geometry
+from xray2ct.imaging.read_xray import write_png16
+from xray2ct.training.config import EnhancedConfig, load_config
 
 # float32: on a CPU, torch 2.13's bfloat16 weight gradient of a 3D convolution over 2 x 2 x 2 cells reads memory
 # that was never written; the bottleneck of 16^3 has that size.

@@ -2,8 +2,8 @@
 
 import pytest
 
-from files import InputError
-from splits import check_split, split_by_hash, split_hash
+from xray2ct.data.splits import check_split, split_by_hash, split_hash
+from xray2ct.files import InputError
 
 
 def test_split_by_hash_is_stable_complete_and_disjoint():

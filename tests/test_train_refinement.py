@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from test_training import assert_same_tensors, run, start_and_signal
 from tiny_data import make_checkpoint, make_dataset, make_model
 
-import train_refinement_4gpu as script
-from checkpoints import load_checkpoint
-from config import RefinementConfig, load_config
+import train_refinement_4gpu
 from dataset import PatientDataset
-from distributed import Processes
-from engine import Trainer, TrainingError, fit
-from files import InputError, read_json, write_json
-from model_enhanced import RefinementNetwork, load_base_model, load_refinement, upsample
+from model_enhanced import RefinementNetwork
+from xray2ct.checkpoints import load_checkpoint
+from xray2ct.files import InputError, read_json, write_json
+from xray2ct.models.blocks import upsample
+from xray2ct.models.loading import load_base_model, load_refinement
+from xray2ct.training import refinement_task
+from xray2ct.training.config import RefinementConfig, load_config
+from xray2ct.training.distributed import Processes
+from xray2ct.training.trainer import Trainer, TrainingError, fit
 
 TINY = (
     "model.channels=8",
@@ -65,7 +68,7 @@ def arguments(root, base, output, *overrides):
 def make_task(root, base, *overrides):
     config = load_config(RefinementConfig, None, [*TINY, *overrides])
     config.data.dataset_path, config.base_checkpoint = str(root), str(base)
-    return script.RefinementTask(config, Processes(0, 1, torch.device("cpu")))
+    return refinement_task.RefinementTask(config, Processes(0, 1, torch.device("cpu")))
 
 
 def events(output, kind):
@@ -76,7 +79,7 @@ def events(output, kind):
 @pytest.fixture(scope="module")
 def trained(root, base, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
-    done = run([sys.executable, script.__file__, *arguments(root, base, output)])
+    done = run([sys.executable, train_refinement_4gpu.__file__, *arguments(root, base, output)])
     assert done.returncode == 0, done.stderr
     return output, done.stdout
 
@@ -189,7 +192,7 @@ class TestRuns:
         assert network.out.weight.abs().max() > 0
 
     def test_killed_and_restarted_it_ends_with_the_same_weights_bit_for_bit(self, root, base, trained, tmp_path):
-        words = [sys.executable, script.__file__, *arguments(root, base, tmp_path)]
+        words = [sys.executable, train_refinement_4gpu.__file__, *arguments(root, base, tmp_path)]
         assert start_and_signal(words, tmp_path, 4, signal.SIGKILL) == -signal.SIGKILL
         assert not (tmp_path / "best_refinement.pt").exists() or len(events(tmp_path, "validation")) < 2
         again = run(words)
@@ -201,9 +204,17 @@ class TestRuns:
     def test_two_processes_follow_the_same_loss_curve(self, root, base, trained, tmp_path):
         """Guidance is dropped for some samples: parameters without a gradient would hang."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = run([*torchrun, script.__file__, *arguments(root, base, tmp_path, "training.num_epochs=1")])
+        done = run(
+            [*torchrun, train_refinement_4gpu.__file__, *arguments(root, base, tmp_path, "training.num_epochs=1")]
+        )
         assert done.returncode == 0, done.stderr
-        one = run([sys.executable, script.__file__, *arguments(root, base, tmp_path / "one", "training.num_epochs=1")])
+        one = run(
+            [
+                sys.executable,
+                train_refinement_4gpu.__file__,
+                *arguments(root, base, tmp_path / "one", "training.num_epochs=1"),
+            ]
+        )
         assert one.returncode == 0, one.stderr
         a, b = events(tmp_path, "step"), events(tmp_path / "one", "step")
         assert len(a) == len(b) == 3
@@ -211,7 +222,7 @@ class TestRuns:
             assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
 
     def test_dry_run_says_what_would_run(self, root, base, tmp_path, capsys):
-        assert script.main([*arguments(root, base, tmp_path / "out"), "--dry-run"]) == 0
+        assert train_refinement_4gpu.main([*arguments(root, base, tmp_path / "out"), "--dry-run"]) == 0
         printed = capsys.readouterr().out
         assert "16^3 -> 64^3, guided by X-rays of 64^2" in printed
         assert "epoch 3, frozen" in printed
@@ -220,17 +231,17 @@ class TestRuns:
 
 
 def test_the_configuration_is_written_with_its_defaults_where_it_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "__file__", str(tmp_path / "train_refinement_4gpu.py"))
-    path = script.default_config_path()
+    monkeypatch.setattr(train_refinement_4gpu, "__file__", str(tmp_path / "train_refinement_4gpu.py"))
+    path = train_refinement_4gpu.default_config_path()
     assert path == tmp_path / "config_refinement.json"
     assert "was missing" in capsys.readouterr().out
     assert load_config(RefinementConfig, path) == RefinementConfig()
     path.write_text('{"training": {"num_epochs": 7}}')
-    assert load_config(RefinementConfig, script.default_config_path()).training.num_epochs == 7
+    assert load_config(RefinementConfig, train_refinement_4gpu.default_config_path()).training.num_epochs == 7
 
 
 def test_the_repository_s_configuration_holds_the_defaults():
-    path = script.default_config_path()
+    path = train_refinement_4gpu.default_config_path()
     assert load_config(RefinementConfig, path) == RefinementConfig()
 
 
@@ -252,7 +263,7 @@ class TestBadInput:
     )
     def test_is_named_and_nothing_is_written(self, root, base, tmp_path, changes, words):
         with pytest.raises(InputError) as error:
-            script.main([*arguments(root, base, tmp_path / "out"), *changes])
+            train_refinement_4gpu.main([*arguments(root, base, tmp_path / "out"), *changes])
         for word in words:
             assert word in str(error.value)
         assert not (tmp_path / "out").exists()
@@ -334,7 +345,7 @@ class TestShortMemory:
 
         monkeypatch.setattr(task, "_try_step", step)
         assert "Not even the smallest" in task.memory_advice()
-        assert list(script.smaller_settings(task.config))[-1]["patch.size"] == 12
+        assert list(refinement_task.smaller_settings(task.config))[-1]["patch.size"] == 12
 
     def test_the_step_that_is_tried_really_runs(self, root, base):
         task = make_task(root, base)
@@ -343,7 +354,7 @@ class TestShortMemory:
     def test_a_projection_loss_is_computed_and_patches_are_no_advice_for_it(self, root, base):
         task = make_task(root, base, "patch.size=0", "loss.projection_weight=1")
         assert task._fits({"model.activation_checkpointing": True})
-        assert all("patch.size" not in changes for changes in script.smaller_settings(task.config))
+        assert all("patch.size" not in changes for changes in refinement_task.smaller_settings(task.config))
         batch = task.make_batch(next(iter(torch.utils.data.DataLoader(task.train_data))), [1], torch.device("cpu"))
         assert task.loss(task.build_model(), batch)[1]["projection"] > 0
 

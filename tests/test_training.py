@@ -13,9 +13,9 @@ import torch
 from test_engine import TINY
 from tiny_data import make_dataset
 
-import train_enhanced_4gpu as train_enhanced
-from checkpoints import load_checkpoint
-from files import InputError
+import train_enhanced_4gpu
+from xray2ct.checkpoints import load_checkpoint
+from xray2ct.files import InputError
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train_enhanced_4gpu.py")
@@ -150,7 +150,7 @@ def arguments(root, output, *overrides):
 
 
 def test_dry_run_prints_sizes_and_writes_nothing(root, tmp_path, capsys):
-    assert train_enhanced.main([*arguments(root, tmp_path / "out"), "--dry-run"]) == 0
+    assert train_enhanced_4gpu.main([*arguments(root, tmp_path / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "M parameters" in printed
     assert "global batch 2 = 1 x 1 x 2" in printed
@@ -170,7 +170,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(root, tmp_path, capsys):
 )
 def test_bad_input_is_named_and_nothing_is_written(root, tmp_path, changes, words):
     with pytest.raises(InputError) as error:
-        train_enhanced.main([*arguments(root, tmp_path / "out"), *changes])
+        train_enhanced_4gpu.main([*arguments(root, tmp_path / "out"), *changes])
     for word in words:
         assert word in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -8,9 +8,10 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 
-from ct_io import cube_affine, read_ct
-from files import InputError
-from volume_output import check_output, format_of, write_volume
+from xray2ct.files import InputError
+from xray2ct.imaging.cube import cube_affine
+from xray2ct.imaging.read_ct import read_ct
+from xray2ct.imaging.write_volume import check_output, format_of, write_volume
 
 FOV_MM, SIZE = 180.0, 12
 MARKERS = ((2, 3, 9), (10, 6, 1), (0, 0, 0), (11, 11, 11))  # (d, h, w)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from xray_cases import lut, picture, refused, write_dicom
 
-from files import InputError
-from xray_io import read_xray
+from xray2ct.files import InputError
+from xray2ct.imaging.read_xray import read_xray
 
 
 def test_dicom_is_divided_by_its_stored_range(tmp_path):

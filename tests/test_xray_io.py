@@ -7,11 +7,13 @@ from PIL import Image
 from tiny_data import make_hu
 from xray_cases import eight, picture, refused, sixteen, write_dicom
 
-import xray_io
-from files import InputError
-from projector import Geometry, hu_to_unit, render_xrays
-from xray_dicom import Acquisition
-from xray_io import REFERENCE_PERCENTILES, body_width, check_spacings, check_views, read_xray, write_png16
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
+from xray2ct.imaging import film
+from xray2ct.imaging import read_xray as read_xray_module
+from xray2ct.imaging.dicom_xray import Acquisition
+from xray2ct.imaging.film import body_width, check_spacings, check_views
+from xray2ct.imaging.read_xray import REFERENCE_PERCENTILES, read_xray, write_png16
 
 # ------------------------------------------------------------------------------------------------
 # Formats and scales
@@ -139,8 +141,8 @@ def test_histogram_undoes_any_increasing_curve(tmp_path, view):
         results.append(read_xray(tmp_path / f"{name}.npy", normalization="histogram", view=view).pixels)
     for result in results:
         assert np.abs(result - results[0]).max() < 0.1  # between the percentiles the curves' own bend is left
-        found = np.percentile(result, xray_io.HISTOGRAM_PERCENTILES)
-        assert found == pytest.approx(xray_io.REFERENCE_HISTOGRAMS[view], abs=0.01)
+        found = np.percentile(result, read_xray_module.HISTOGRAM_PERCENTILES)
+        assert found == pytest.approx(read_xray_module.REFERENCE_HISTOGRAMS[view], abs=0.01)
         assert (np.diff(result.ravel()[np.argsort(truth.ravel())]) >= -1e-6).all()
 
 
@@ -417,4 +419,4 @@ def test_views_of_different_heights_raise_a_doubt(views):
 
 def test_swap_threshold_separates_both_orders(views):
     ratio = body_width(views[1]) / body_width(views[0])
-    assert ratio < xray_io.SWAPPED_WIDTH_RATIO < 1 / ratio
+    assert ratio < film.SWAPPED_WIDTH_RATIO < 1 / ratio

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from xray_cases import eight, picture, refused, sixteen
 
-from xray_io import read_xray
+from xray2ct.imaging.read_xray import read_xray
 
 SIDES = {  # where the stored picture's first row and first column lie, by TIFF's and EXIF's definition
     1: ("top", "left"),

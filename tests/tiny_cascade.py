@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import save_checkpoint
 from dataset import PatientDataset
-from files import read_json, write_json
 from hybrid_vit_cascade.cascade import KIND
 from hybrid_vit_cascade.models import CascadeStage
+from xray2ct.checkpoints import save_checkpoint
+from xray2ct.files import read_json, write_json
 
 NAMES = ("low", "high")
 SIZES = (16, 32)

@@ -15,14 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import save_checkpoint, weights_fingerprint
-from config import EnhancedConfig, config_dict
-from ct_io import cube_affine, write_cube
 from dataset import PatientDataset
-from files import read_json, write_json
-from model_enhanced import KIND, REFINEMENT_KIND, EnhancedDirectModel, RefinementNetwork, load_base_model
-from projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
-from xray_io import write_png16
+from model_enhanced import EnhancedDirectModel, RefinementNetwork
+from xray2ct.checkpoints import save_checkpoint, weights_fingerprint
+from xray2ct.files import read_json, write_json
+from xray2ct.geometry.projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
+from xray2ct.imaging.cube import cube_affine
+from xray2ct.imaging.cube_files import write_cube
+from xray2ct.imaging.read_xray import write_png16
+from xray2ct.models.loading import load_base_model
+from xray2ct.models.registry import KIND, REFINEMENT_KIND
+from xray2ct.training.config import EnhancedConfig, config_dict
 
 TINY_MODEL = {
     "volume_size": [16, 16, 16],

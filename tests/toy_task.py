@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from config import EnhancedConfig, load_config
-from distributed import Processes
-from files import run_cli
-from metrics import psnr
-from training_cli import run_training, training_parser
+from xray2ct.files import run_cli
+from xray2ct.metrics import psnr
+from xray2ct.training.cli import run_training, training_parser
+from xray2ct.training.config import EnhancedConfig, load_config
+from xray2ct.training.distributed import Processes
 
 KIND = "toy"
 # 60 steps; the state is saved after each of them

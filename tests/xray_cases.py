@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from files import InputError
-from xray_io import read_xray
+from xray2ct.files import InputError
+from xray2ct.imaging.read_xray import read_xray
 
 
 def picture(rows=48, columns=48, full=1.0):

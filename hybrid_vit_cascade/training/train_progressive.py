@@ -25,13 +25,7 @@ from tqdm import tqdm
 if not __package__:  # started by path: the package lies two folders up
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from augment import PairMaker
-from checkpoints import check_compatible, find_state, load_checkpoint, save_checkpoint, weights_fingerprint
-from config import config_dict
 from dataset import PatientDataset
-from distributed import Processes, launch, process_group
-from engine import Interrupted, Precision, TrainingError, fit
-from files import InputError, atomic_path, is_plain_name, read_json, run_cli, write_json
 from hybrid_vit_cascade import PACKAGE
 from hybrid_vit_cascade.cascade import KIND, Cascade, Stage, to_signed, to_unit
 from hybrid_vit_cascade.diffusion import Schedule, augment_previous, draw_noise
@@ -45,11 +39,18 @@ from hybrid_vit_cascade.settings import (
     prediction_of,
     stage_run,
 )
-from metrics import psnr
-from monitoring import Monitors, add_arguments, check_arguments, monitors_from
-from run_identity import changed_settings, check_same_data, data_header
-from run_lock import locked_folder
-from training_cli import add_run_arguments, describe_processes, run_context
+from xray2ct.checkpoints import check_compatible, find_state, load_checkpoint, save_checkpoint, weights_fingerprint
+from xray2ct.data.augment import PairMaker
+from xray2ct.files import InputError, atomic_path, is_plain_name, read_json, run_cli, write_json
+from xray2ct.metrics import psnr
+from xray2ct.training.cli import add_run_arguments, describe_processes, run_context
+from xray2ct.training.config import config_dict
+from xray2ct.training.distributed import Processes, launch, process_group
+from xray2ct.training.monitors import Monitors, add_arguments, check_arguments, monitors_from
+from xray2ct.training.precision import Precision
+from xray2ct.training.run_identity import changed_settings, check_same_data, data_header
+from xray2ct.training.run_lock import locked_folder
+from xray2ct.training.trainer import Interrupted, TrainingError, fit
 
 SAMPLES = 2  # validation patients whose pictures go to the monitors
 VALIDATION_TIMES = 4  # noise levels at which the validation loss is measured

@@ -1,0 +1,56 @@
+"""A lower layer never imports a higher one, not even in a function, and no modules import each other in a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = (  # lowest first; docs/architecture.md shows them
+    ("xray2ct.conventions", "xray2ct.files", "xray2ct.checkpoints"),
+    ("xray2ct.geometry",),
+    ("xray2ct.imaging",),
+    ("xray2ct.data",),
+    ("losses", "dataset", "xray2ct.metrics", "xray2ct.models", "model_enhanced"),
+    ("xray2ct.training",),
+    ("xray2ct.inference",),
+    ("xray2ct.evaluation",),
+    ("hybrid_vit_cascade",),
+    ("evaluate", "export_onnx", "prepare_data", "reconstruct", "test_enhanced", "train_enhanced_4gpu"),
+    ("train_refinement_4gpu", "tools", "xray2ct.__main__"),
+)
+
+
+def layer(module: str) -> int | None:
+    found = [i for i, names in enumerate(LAYERS) for name in names if f"{module}.".startswith(f"{name}.")]
+    return max(found, default=None)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere in it: ``from a import b`` as ``a.b`` where that is a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {m if m in MODULES else node.module for m in (f"{node.module}.{name.name}" for name in node.names)}
+    return found & MODULES.keys()
+
+
+FOLDERS = ("xray2ct", "hybrid_vit_cascade", "tools")
+FILES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
+MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_import_leads_upwards(module):
+    ours = layer(module)
+    assert ours is not None or module == "xray2ct", f"{module} has no layer"
+    found = sorted(imports(MODULES[module]))
+    upwards = [f"{module} -> {other}" for other in found if (layer(other) or 0) > (ours or 0)]
+    assert not upwards
+
+
+def test_no_modules_import_in_a_circle():
+    TopologicalSorter({module: imports(path) - {module} for module, path in MODULES.items()}).prepare()

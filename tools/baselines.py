@@ -1,0 +1,180 @@
+"""Baselines from the same data and budget: a plain lifting U-Net, and the mean training volume.
+
+    python -m tools.baselines unet --config configs/cpu.json --data ROOT --output runs/unet
+    python -m tools.baselines mean --data ROOT --output runs/mean
+    python evaluate.py --data ROOT --base runs/unet/best_model.pt --output evaluation/unet \
+        --compare evaluation/direct/per_patient.csv
+
+Both take the configuration, data, augmentation, validation and checkpoints of ``train_enhanced_4gpu.py``; their
+checkpoints go wherever a stage-1 checkpoint goes (evaluate.py, reconstruct.py, train_refinement_4gpu.py --base).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import train_enhanced_4gpu
+from dataset import mean_volume
+from xray2ct.checkpoints import load_checkpoint, save_checkpoint
+from xray2ct.files import InputError, run_cli, write_json
+from xray2ct.models.baselines import LiftingUNet, MeanVolume
+from xray2ct.models.coarse import CoarseModel
+from xray2ct.training import direct_task
+from xray2ct.training.cli import check_before_launch, run_context, run_training, training_parser
+from xray2ct.training.config import EnhancedConfig, config_dict, load_config, resolve_config_path
+from xray2ct.training.distributed import launch, process_group
+from xray2ct.training.monitors import monitors_from
+from xray2ct.training.run_identity import check_same_run
+from xray2ct.training.run_lock import locked_folder
+from xray2ct.training.trainer import Trainer
+
+DEFAULT_OUTPUT = "checkpoints_BASELINE"
+# Mean squared error alone, as X2CT-CNN (X2CT-GAN without its discriminator, CVPR 2019): what PSNR measures, so that the
+# baseline is not held back by its loss. ``--set loss...`` overrides it; the loss of the configuration is not its own.
+LOSS = (
+    "loss.mse_weight=1",
+    *(f"loss.{name}_weight=0" for name in ("l1", "ssim", "perceptual", "edge", "multiscale", "projection")),
+)
+
+
+class BaselineTask(direct_task.EnhancedTask):
+    """:class:`EnhancedTask` (data, augmentation, loss, validation) with another network."""
+
+    kind: str  # of the checkpoints; model_enhanced.BASE_MODELS names the network
+    network: type[CoarseModel]
+    settings: tuple[str, ...]  # of the configuration's ``model`` that the network has
+
+    def impossible_losses(self) -> dict[str, str]:
+        return {"multiscale": "a baseline predicts no volumes of lower resolution"}
+
+    def model_config(self) -> dict:
+        """The network's settings, as its checkpoints hold them."""
+        return {name: getattr(self.config.model, name) for name in self.settings}
+
+    def build_model(self) -> CoarseModel:
+        """The network for this data; its initial weights depend on the seed only."""
+        torch.manual_seed(self.config.training.seed)
+        return self.network(**self.model_config(), geometry=self.train_data.geometry)
+
+    def header(self) -> dict:
+        return {**super().header(), "kind": self.kind, "model_config": self.model_config()}
+
+
+class UNetTask(BaselineTask):
+    """Trains :class:`LiftingUNet`."""
+
+    kind, network = "lifting_unet", LiftingUNet
+    settings = (
+        "volume_size",
+        "base_channels",
+        "xray_size",
+        "stem_stride",
+        "encoder_blocks",
+        "decoder_blocks",
+        "activation_checkpointing",
+    )
+
+
+class MeanTask(BaselineTask):
+    """Fills :class:`MeanVolume` with the training patients' mean.
+
+    In closed form: of all volumes that ignore the X-rays, the voxel-wise mean has the least squared error on the
+    training patients, so gradient steps could only approach it. Not augmented: patients that are scored lie as they do.
+    """
+
+    kind, network = "mean_volume", MeanVolume
+    settings = ("volume_size", "xray_size")
+
+    def build_model(self) -> MeanVolume:
+        model = super().build_model()
+        with torch.no_grad():
+            model.volume[0] = mean_volume(self.train_data)
+        return model
+
+
+TASKS = {"unet": UNetTask, "mean": MeanTask}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = training_parser(__doc__, "config_enhanced.json", DEFAULT_OUTPUT)
+    parser.add_argument("baseline", choices=TASKS, help="unet: the lifting U-Net; mean: the mean training volume")
+    args = parser.parse_args(argv)
+    if args.output == DEFAULT_OUTPUT:
+        args.output = f"checkpoints_{args.baseline}"
+    return args
+
+
+def read_config(args) -> EnhancedConfig:
+    """The configuration a command line describes, with the baselines' loss; no other part differs from stage 1's."""
+    path = resolve_config_path(args.config, "config_enhanced.json")
+    config = load_config(EnhancedConfig, path, [*LOSS, "model.transformer_blocks=0", *args.set])
+    blocks = config.model.transformer_blocks
+    if blocks:
+        raise InputError(f"model.transformer_blocks is {blocks}; a baseline has no attention: expected 0")
+    if args.data:
+        config.data.dataset_path = args.data
+    if args.baseline == "mean":
+        config.data.xray_source = "files"  # volumes as they are, at the model's resolution
+    return config
+
+
+def worker(args: argparse.Namespace) -> int:
+    """What each process of ``unet`` runs; returns its exit status."""
+    return run_training(args, read_config(args), UNetTask, train_enhanced_4gpu.describe)
+
+
+def save_mean(args: argparse.Namespace) -> int:
+    """Write the mean volume's checkpoint and its validation scores; returns the exit status.
+
+    Raises :class:`InputError` when the output folder holds a ``best_model.pt`` of another network, data or settings.
+    """
+    config, output = read_config(args), Path(args.output)
+    best = output / MeanTask.best_name
+    if best.exists():
+        load_checkpoint(best, kind=MeanTask.kind)  # before the volumes are read
+    with process_group() as processes:
+        task = MeanTask(config, processes)
+        model = task.build_model()
+        if processes.is_main:
+            print(f"Mean of {len(task.train_data)} training patients, {config.model.volume_size[0]}^3", flush=True)
+        if args.dry_run:
+            return 0
+        with (
+            locked_folder(output, processes),
+            run_context(args, config, output, processes, task.train_data.split_hash),
+        ):
+            if best.exists():
+                check_same_run(best, load_checkpoint(best, kind=MeanTask.kind), task.header(), config)
+            if processes.is_main:
+                write_json(output / "config.json", config_dict(config))
+            with monitors_from(args, config_dict(config), output, processes) as monitors:
+                _validate_and_save(Trainer(model, task, config, output, processes, monitors), best)
+    return 0
+
+
+def _validate_and_save(trainer: Trainer, path: Path) -> None:
+    """What the engine does at the end of an epoch, without the epoch: validate, log, save."""
+    trainer.epoch = 0
+    trainer.monitors.start(0)
+    metrics = trainer.validate()
+    trainer.log("validation", **metrics)
+    trainer.monitors.pictures(trainer.task.samples, 0)
+    if trainer.processes.is_main:
+        save_checkpoint(path, trainer.checkpoint(metrics))
+        print(f"{path}: PSNR {metrics['psnr']:.2f} dB on {metrics['patients']} validation patients")
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    config = read_config(args)
+    check_before_launch(args, config)
+    if args.baseline == "mean":
+        return save_mean(args)
+    return launch(worker, config.world_size, args)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,228 @@
+"""What ``launch_4gpu.sh`` and ``launch_4gpu.bat`` do: see that the environment is there, then start the job.
+
+    python -m tools.launch [demo | test | smoke | stage1 | stage2] [options of the job ...]
+
+Without a word it trains both stages in sequence, the second on the first one's best checkpoint. The running
+Python is used as it is when it satisfies requirements.txt; otherwise ``.venv`` is made in the repository, once.
+Paths among the options are relative to the current folder (``test``: to the repository). Standard library only:
+it runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from xray2ct.training.signals import PASSED_ON, exit_status, passed_on
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINING = {"stage1": "train_enhanced_4gpu.py", "stage2": "train_refinement_4gpu.py"}
+JOBS = {"demo": "tools.demo", "smoke": "test_enhanced.py", **TRAINING}
+BOTH = "train"
+MAX_GPUS = 4
+WINDOWS = os.name == "nt"
+USAGE = """usage: launch_4gpu.sh [demo | test | smoke | stage1 | stage2] [options]   (Windows: launch_4gpu.bat)
+  (no word)  train both stages on up to 4 GPUs, or the CPU: --data ROOT and options that both scripts have
+  stage1     train the first stage only: options of train_enhanced_4gpu.py, such as --data ROOT
+  stage2     train the second stage only: options of train_refinement_4gpu.py
+  demo       phantoms -> data -> training -> scores and pictures: options of tools/demo.py
+  test       the tests: options of pytest
+  smoke      checks before a long training: options of test_enhanced.py"""
+
+
+# ------------------------------------------------------------------------------------------------
+# Environment
+
+
+def requirement_files(path: Path) -> list[Path]:
+    """The files that the lines ``-r FILE`` of ``path`` name, and those that they name; ``path`` itself last."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    named = [path.parent / line[2:].strip() for line in lines if line.startswith("-r")]
+    return [*(file for name in named for file in requirement_files(name)), path]
+
+
+def read_requirements(path: Path) -> list[tuple[str, str]]:
+    """``(name, least version)`` of every line ``name>=version`` of :func:`requirement_files`."""
+    found = []
+    for file in requirement_files(path):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            line = line.partition("#")[0].strip()
+            if not line or line.startswith("-r"):
+                continue
+            match = re.fullmatch(r"([\w.-]+)\s*>=\s*([\d.]+)", line)
+            if match is None:
+                raise ValueError(f"{file}: {line!r}; expected name>=version")
+            found.append((match[1], match[2]))
+    return found
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Comparable numbers of a version: ``2.13.0+cu130`` -> (2, 13); trailing zeros say nothing."""
+    numbers = [int(n) for n in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def missing_requirements(path: Path) -> list[str]:
+    """Requirements that the running Python does not satisfy, as ``name>=version (found ...)``."""
+    missing = []
+    for name, least in read_requirements(path):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(f"{name}>={least} (not installed)")
+            continue
+        if release(version) < release(least):
+            missing.append(f"{name}>={least} (found {version})")
+    return missing
+
+
+def venv_python(venv: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return venv / ("Scripts/python.exe" if WINDOWS else "bin/python")
+
+
+def works(python: Path) -> bool:
+    """True when ``python`` runs and has pip: not so where making the environment was interrupted."""
+    if not python.exists():
+        return False
+    return subprocess.call([str(python), "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0
+
+
+def make_environment(venv: Path, requirements: Path, constraints: Path) -> Path:
+    """Make or complete ``venv`` and return its interpreter; instant when it is up to date.
+
+    A copy of the requirements is left inside when everything is installed: an interrupted or outdated
+    installation lacks it or has another one, and is done again. Exits on failure.
+    """
+    python = venv_python(venv)
+    sources = [*requirement_files(requirements), constraints]
+    wanted = "".join(path.read_text(encoding="utf-8") for path in sources)
+    stamp = venv / f"installed-{requirements.name}"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted and python.exists():
+        return python
+    print(f"Installing {requirements.name} into {venv} (once)", flush=True)
+    if not works(python) and subprocess.call([sys.executable, "-m", "venv", "--clear", str(venv)]):
+        sys.exit(f"error: {venv} could not be made (on Debian and Ubuntu: apt install python3-venv)")
+    install = [str(python), "-m", "pip", "install", "-r", str(requirements), "-c", str(constraints)]
+    if subprocess.call(install):
+        sys.exit(f"error: installing {requirements} failed; the same command tries again")
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def find_python(requirements: Path) -> Path:
+    """The running Python where it satisfies ``requirements``, otherwise that of ``.venv``."""
+    missing = missing_requirements(requirements)
+    if not missing:
+        return Path(sys.executable)
+    print(f"{sys.executable} lacks {', '.join(missing)}: using .venv", flush=True)
+    return make_environment(ROOT / ".venv", requirements, ROOT / "constraints.txt")
+
+
+# ------------------------------------------------------------------------------------------------
+# Jobs
+
+
+def gpu_count(python: Path) -> int:
+    """GPUs that torch can use; says so when there is a driver but torch was built without CUDA."""
+    code = "import torch; print(torch.cuda.device_count(), torch.version.cuda or torch.version.hip or '-')"
+    count, cuda = subprocess.check_output([str(python), "-c", code], encoding="utf-8").split()
+    if cuda == "-" and shutil.which("nvidia-smi"):
+        print(
+            f"warning: this machine has an NVIDIA driver, but torch of {python} is a build without CUDA."
+            " To use the GPU, install the build that https://pytorch.org/get-started names, with that Python",
+            file=sys.stderr,
+        )
+    return int(count)
+
+
+def job_command(python: Path, word: str, options: list[str]) -> list[str]:
+    """Command line of a job. Training uses torchrun for several GPUs, except on Windows.
+
+    Windows builds of torch lack libuv, which torchrun needs; the script starts the processes itself there.
+    """
+    if word == "test":
+        return [str(python), "-m", "pytest", *options]
+    command = [str(python)]
+    if word in TRAINING:
+        gpus = min(MAX_GPUS, gpu_count(python))
+        processes = 2 if gpus == 3 else gpus  # the default global batch is a multiple of 1, 2 and 4 processes
+        if gpus == 3:
+            print("note: 2 of 3 GPUs are used; for all: torchrun --nproc_per_node 3 ... --set world_size=3", flush=True)
+        if processes >= 2 and not WINDOWS:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    job = ["-m", JOBS[word]] if word == "demo" else [str(ROOT / JOBS[word])]
+    return [*command, *job, *options]
+
+
+def train_both(python: Path, options: list[str]) -> int:
+    """Both stages, one after the other; a stage that is done ends at once, one that was stopped goes on.
+
+    Runs as the parent of the two jobs: signals to this process are passed on. The first stage that does not end
+    with 0 ends the sequence with its exit status.
+    """
+    own = [option for option in options if option.split("=")[0] in ("--output", "--config")]
+    if own:
+        print(f"error: {own[0]} is one stage's own: train them by 'stage1' and 'stage2'\n{USAGE}", file=sys.stderr)
+        return 2
+    for word in TRAINING:
+        print(f"[{word}] {JOBS[word]}", flush=True)
+        status = run_child(job_command(python, word, options))
+        if status:
+            return status
+    return 0
+
+
+def run_child(command: list[str]) -> int:
+    """Run a job to its end; SIGTERM and SIGINT are passed on, so that it saves before it ends.
+
+    Returns its exit status, after a signal as :func:`signals.exit_status` has it.
+    """
+    jobs: list[subprocess.Popen] = []
+
+    def send(number):
+        for job in jobs:
+            job.send_signal(number)
+
+    with passed_on(send) as received:
+        jobs.append(subprocess.Popen(command))
+        for number in set(received) & set(PASSED_ON):  # while it was being started
+            send(number)
+        return exit_status(jobs[0].wait(), received)
+
+
+def run(command: list[str]) -> int:
+    """Run the job in place of this process, so that signals reach it and its exit status is ours."""
+    sys.stdout.flush()
+    if WINDOWS:
+        return subprocess.call(command)
+    os.execv(command[0], command)
+
+
+def main(argv: list[str]) -> int:
+    word, options = BOTH, argv
+    if argv and not argv[0].startswith("-"):
+        word, options = argv[0], argv[1:]
+    if word not in (*JOBS, BOTH, "test"):
+        print(f"error: unknown word {word!r}\n{USAGE}", file=sys.stderr)
+        return 2
+    if options[:1] in (["-h"], ["--help"]) and word == BOTH:
+        print(USAGE)
+        return 0
+    python = find_python(ROOT / ("requirements-dev.txt" if word == "test" else "requirements.txt"))
+    if word == "test":
+        os.chdir(ROOT)
+    if word == BOTH:
+        return train_both(python, options)
+    return run(job_command(python, word, options))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

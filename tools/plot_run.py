@@ -1,0 +1,136 @@
+"""Draw loss and PSNR of one or more training runs, from their ``log.jsonl``, into one PNG.
+
+python -m tools.plot_run checkpoints_enhanced
+python -m tools.plot_run run_a run_b/log.jsonl --output curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xray2ct.files import InputError, atomic_path, check_writable, run_cli
+
+LOG = "log.jsonl"
+
+
+@dataclass
+class Run:
+    """One run's curves by epoch: mean training loss, validation loss and PSNR in dB."""
+
+    name: str
+    loss: dict[int, float] = field(default_factory=dict)
+    validation_loss: dict[int, float] = field(default_factory=dict)
+    psnr: dict[int, float] = field(default_factory=dict)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The events of a ``log.jsonl``; a last line cut short by a crash is left out.
+
+    Raises :class:`InputError` naming file and line when the file is missing or another line is not an event.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected the {LOG} of a training run") from None
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}: line {number} is not valid JSON ({error})") from None
+        if not isinstance(event, dict) or "event" not in event:
+            raise InputError(f"{path}: line {number} has no 'event'; expected the {LOG} of a training run")
+        events.append(event)
+    return events
+
+
+def read_run(path: str | Path) -> Run:
+    """The curves of a run, given by its folder or its ``log.jsonl``.
+
+    Epochs that a resumed run did again count as done the last time. Raises :class:`InputError` as
+    :func:`read_log`, and when no epoch was finished.
+    """
+    path = Path(path)
+    log = path / LOG if path.is_dir() else path
+    run = Run(log.resolve().parent.name)
+    for event in read_log(log):
+        epoch = event.get("epoch")
+        if event["event"] == "epoch" and "loss" in event:
+            run.loss[epoch] = event["loss"]
+        elif event["event"] == "validation":
+            for key, curve in (("loss", run.validation_loss), ("psnr", run.psnr)):
+                if event.get(key) is not None:
+                    curve[epoch] = event[key]
+    if not run.loss and not run.psnr:
+        raise InputError(f"{log}: holds no finished epoch and no validation; nothing to draw")
+    return run
+
+
+def names_of(runs: list[Run]) -> list[str]:
+    """The runs' names, numbered where two are the same."""
+    names = [run.name for run in runs]
+    return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def draw(runs: list[Run]):
+    """A matplotlib figure: loss (training solid, validation dashed) and validation PSNR, the best marked, by epoch."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("drawing curves needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    losses, psnrs = figure.subplots(1, 2)
+    for name, run, index in zip(names_of(runs), runs, range(len(runs))):
+        colour = f"C{index % 10}"
+        losses.plot(*_curve(run.loss), color=colour, label=name)
+        losses.plot(*_curve(run.validation_loss), color=colour, linestyle="--")
+        psnrs.plot(*_curve(run.psnr), color=colour, label=name)
+        if run.psnr:
+            best = max(run.psnr, key=run.psnr.get)
+            psnrs.plot(best, run.psnr[best], "o", color=colour)
+            psnrs.annotate(
+                f"{run.psnr[best]:.2f}", (best, run.psnr[best]), (0, 6), textcoords="offset points", ha="center"
+            )
+    losses.set(title="loss (solid: training, dashed: validation)", xlabel="epoch")
+    psnrs.set(title="validation PSNR, dB (dot: best)", xlabel="epoch")
+    if all(value > 0 for run in runs for curve in (run.loss, run.validation_loss) for value in curve.values()):
+        losses.set_yscale("log")
+    psnrs.margins(y=0.12)
+    for axes in (losses, psnrs):
+        axes.grid(alpha=0.3, which="both")
+    psnrs.legend(frameon=False)
+    return figure
+
+
+def _curve(values: dict[int, float]) -> tuple[list[int], list[float]]:
+    epochs = sorted(values)
+    return epochs, [values[epoch] for epoch in epochs]
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a run's folder, or its {LOG}")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="default %(default)s")
+    args = parser.parse_args(argv)
+    if args.output.suffix.lower() != ".png":
+        raise InputError(f"--output {args.output}: expected a name ending in .png")
+    check_writable(args.output, "--output")
+    runs = [read_run(path) for path in args.runs]
+    figure = draw(runs)
+    with atomic_path(args.output) as temporary:
+        figure.savefig(temporary, dpi=130)
+    for name, run in zip(names_of(runs), runs):
+        best = max(run.psnr.items(), key=lambda item: item[1], default=None)
+        said = f"best PSNR {best[1]:.2f} dB at epoch {best[0]}" if best else "no validation yet"
+        print(f"{name}: {len(run.loss)} epochs, {said}")
+    print(f"drawn in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,36 @@
+"""Names and numbers that every part agrees on: files of a data set, suffixes, views, HU of air."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+AIR_HU = -1024  # also everything outside the scan
+MAX_HU = 3071  # end of the 12-bit scale; metal above it carries no information
+SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".mhd": "image", ".mha": "image", ".nrrd": "image", ".nhdr": "image"}
+# Files that may well hold a CT, in formats that are not read: named, never passed over.
+_OTHER_VOLUMES = (
+    ".hdr .img .hdr.gz .img.gz .raw .zraw .raw.gz .mha.gz .nrrd.gz .dcm.gz .gipl .gipl.gz .mnc .mgh .mgz .mif .mih "
+    ".vtk .vti .par .rec .ima .dcm .dicom .dic .h5 .hdf5 .npy .npz .mat .vol .mrc .zip .tar .tgz .tar.gz .7z .rar "
+    ".bz2 .xz .zst"
+)
+OTHER_VOLUMES = frozenset(_OTHER_VOLUMES.split())
+
+
+def suffix_of(path) -> str:
+    """The suffix in lower case, ``.nii.gz`` and its like whole."""
+    name = Path(path).name.lower()
+    last, before = Path(name).suffix, Path(Path(name).stem).suffix
+    return before + last if before + last in SUFFIXES or before + last in OTHER_VOLUMES else last
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+DICOM_SUFFIXES = (".dcm", ".dicom")  # DICOM files without any suffix are known by their content
+XRAY_SUFFIXES = (*PICTURES, ".npy", *DICOM_SUFFIXES)
+VOLUME_SUFFIXES = (*SUFFIXES, ".npy")
+VIEW_NAMES = (("_pa_drr", "_pa", "_frontal"), ("_lat_drr", "_lat", "_lateral"))
+VIEW_LABELS = ("PA", "lateral")
+OTHER_PICTURES = (".gif", ".webp", ".jp2", ".j2k", ".heic", ".avif", ".tga", ".pgm", ".ppm")  # no reader for these
+MANIFEST = "dataset.json"
+MANIFEST_VERSION = 1
+CUBE_SIZE = 256  # resolution at which a CT without a manifest is sampled
+RECORD = "prepared.json"

@@ -1,0 +1,480 @@
+"""Procedural thorax CTs in Hounsfield units: :func:`make_phantom`.
+
+Body, lungs, heart, vessels, airways, diaphragm, abdominal organs and skeleton vary from phantom to phantom by 5 to 20
+mm.
+
+Inside, coordinates are the patient's in mm as in ``projector.py`` (x to the left, y posterior, z
+inferior); the NIfTI world is ``(-x, -y, -z)``. Organs are painted one over the other, from the skin
+inwards, by their approximate signed distance (negative inside).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+AIR, LUNG, FAT, MUSCLE, BLOOD, LIVER = -1000.0, -850.0, -100.0, 50.0, 45.0, 60.0
+SPONGY_BONE, COMPACT_BONE, CARTILAGE, DISC = 280.0, 950.0, 110.0, 80.0  # HU, all without contrast agent
+SIDES = (-1, 1)  # sign of x: the patient's right, left
+RIBS = 12
+
+
+@dataclass
+class Anatomy:
+    """What differs between patients; lengths and positions in mm, patient coordinates."""
+
+    width: float  # half the body's width
+    depth: float  # half its depth
+    fat: float  # below the skin
+    breast: float  # size of the breasts, 0 to 1
+    apex: float  # z of the tip of the lungs
+    domes: dict  # z of the top of the diaphragm, per side
+    costal_drop: float  # from the dome to the posterior recess
+    chest_wall: float  # between fat and rib cage
+    mediastinum: float  # half its width
+    heart: np.ndarray  # centre
+    heart_axes: np.ndarray  # semi-axes: long, across, short
+    heart_turn: np.ndarray  # (3, 3), rows are the directions of the axes
+    aorta: float  # radius
+    arch: float  # z of the top of the aortic arch
+    carina: float  # z of the bifurcation of the trachea
+    vertebra: float  # height of a vertebra with its disc
+    scoliosis: float  # sideways amplitude of the spine
+    lung_hu: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Anatomy:
+        def normal(mean, sd):
+            return mean + sd * float(np.clip(rng.normal(), -2.0, 2.0))
+
+        right, apex = normal(55, 14), normal(-115, 8)
+        left = right + rng.uniform(4, 24)
+        axes = np.array([normal(66, 7), normal(48, 6), normal(44, 5)])
+        heart = np.array([normal(22, 6), normal(-22, 6), (left + right) / 2 - axes[2] + normal(11, 5)])
+        long_axis = _unit([1.0, normal(-0.75, 0.15), normal(0.6, 0.2)])  # to the left, front and feet
+        across = _unit(np.cross(long_axis, [0.0, 0.0, 1.0]))
+        turn = np.array([long_axis, across, np.cross(long_axis, across)])
+        return cls(
+            rng.uniform(150, 188), rng.uniform(102, 132), rng.uniform(7, 24), max(0.0, rng.uniform(-1, 1)),
+            apex, {-1: right, 1: left}, normal(62, 8), normal(19, 3), normal(27, 4), heart, axes, turn,
+            normal(14, 2), normal(-70, 7), normal(-42, 6), normal(24.5, 1), normal(0, 4), normal(LUNG, 25),
+        )  # fmt: skip
+
+    @property
+    def cage(self):
+        """Rib cage: half width, half depth, y of its centre."""
+        front = -self.depth + self.fat + self.chest_wall
+        back = self.depth - self.fat - self.chest_wall - 8.0
+        return self.width - self.fat - self.chest_wall - 6.0, (back - front) / 2, (back + front) / 2
+
+    def cage_scale(self, y, z):
+        """Size of the rib cage relative to its widest level; 0 at the apex, which is tilted forwards."""
+        level = (z + 0.3 * (y - self.cage[2]) - self.apex) / 105.0
+        return np.sqrt(1.0 - (1.0 - np.clip(level, 0.0, 1.0)) ** 2)
+
+    def spine(self, z):
+        """(x, y) of the centre of the vertebral bodies at level z."""
+        _, half_depth, centre = self.cage
+        return self.scoliosis * np.sin(z / 55.0), centre + half_depth - 20.0 - 0.0006 * (z - 40.0) ** 2
+
+    def front(self, z):
+        """y of the inside of the anterior chest wall in the midline."""
+        _, half_depth, centre = self.cage
+        return centre - half_depth * np.maximum(self.cage_scale(centre - half_depth, z), 0.45)
+
+
+def _unit(vector):
+    return np.asarray(vector) / np.linalg.norm(vector)
+
+
+def _smooth_step(value, start, stop):
+    t = np.clip((value - start) / (stop - start), 0.0, 1.0)
+    return t * t * (3.0 - 2.0 * t)
+
+
+# ------------------------------------------------------------------------------------------------
+# Shapes: approximate signed distances in mm, for any broadcastable x, y, z
+
+
+def body_distance(a: Anatomy, x, y, z):
+    width = a.width * (1.0 - 0.35 * _smooth_step(z, a.apex + 15, a.apex - 55) - 0.08 * _smooth_step(z, 50, 190))
+    depth = a.depth * (1.0 - 0.30 * _smooth_step(z, a.apex + 45, a.apex - 55))
+    radius = (np.abs(x / width) ** 2.5 + np.abs(y / depth) ** 2.5) ** 0.4
+    return (radius - 1.0) * (width + depth) / 2
+
+
+def cage_distance(a: Anatomy, x, y, z):
+    half_width, half_depth, centre = a.cage
+    scale = np.maximum(a.cage_scale(y, z), 0.02)
+    radius = np.sqrt((x / half_width) ** 2 + ((y - centre) / half_depth) ** 2)
+    return (radius / scale - 1.0) * scale * (half_width + half_depth) / 2
+
+
+def diaphragm(a: Anatomy, x, y):
+    """z of the diaphragm above (x, y): two domes, deepest at the back and the sides."""
+    half_width, half_depth, centre = a.cage
+    v = (y - centre + 8.0) / half_depth
+    over_y = np.where(v > 0, 1.0, 0.45) * v**2
+    tops = []
+    for side in SIDES:
+        u = (side * x - 0.52 * half_width) / (0.48 * half_width)
+        tops.append(a.domes[side] + a.costal_drop * (over_y + np.where(u > 0, 0.75, 0.20) * u**2))
+    return -8.0 * np.logaddexp(-tops[0] / 8.0, -tops[1] / 8.0)
+
+
+def heart_distance(a: Anatomy, x, y, z):
+    offset = (x - a.heart[0], y - a.heart[1], z - a.heart[2])
+    local = [sum(c * o for c, o in zip(row, offset)) / axis for row, axis in zip(a.heart_turn, a.heart_axes)]
+    return (np.sqrt(sum(c * c for c in local)) - 1.0) * a.heart_axes.mean()
+
+
+def lung_distance(a: Anatomy, x, y, z):
+    """Both lungs: inside the cage, above the diaphragm, beside mediastinum, heart and spine."""
+    spine_x, spine_y = a.spine(z)
+    _, half_depth, centre = a.cage
+    forwards = _smooth_step((y - centre) / half_depth, -0.3, -0.95)  # the lungs nearly meet behind the sternum
+    width = a.mediastinum * (0.7 + 0.3 * np.exp(-(((z - a.carina - 15.0) / 35.0) ** 2)))  # widest at the hila
+    beside = width * (1.0 - 0.8 * forwards) - np.abs(x - 3.0 * forwards)
+    gutter = 19.0 - np.hypot(x - spine_x, 0.7 * np.minimum(y - spine_y - 4.0, 0.0))  # beside the vertebrae
+    outside = np.maximum(cage_distance(a, x, y, z) + 2.0, 0.7 * (z - diaphragm(a, x, y)))
+    return np.maximum.reduce([outside, beside, gutter, 5.0 - heart_distance(a, x, y, z)])
+
+
+def ellipsoid(x, y, z, centre, axes):
+    radius = np.sqrt(sum(((c - m) / s) ** 2 for c, m, s in zip((x, y, z), centre, axes)))
+    return (radius - 1.0) * min(axes)
+
+
+# ------------------------------------------------------------------------------------------------
+# Canvas
+
+
+class Canvas:
+    """HU volume (i, j, k) with the deformed patient coordinates of its voxels."""
+
+    def __init__(self, rng, low, high, spacing):
+        """low, high: corners of the scan in mm, patient coordinates; spacing per axis in mm."""
+        self.spacing = np.asarray(spacing, dtype=np.float64)
+        self.shape = tuple(int(np.ceil((h - l) / s)) for l, h, s in zip(low, high, self.spacing))  # noqa: E741
+        # Index 0 has the largest x, y, z, so that the NIfTI axes run right, anterior, superior.
+        axes = [h - s * (np.arange(n) + 0.5) for h, s, n in zip(high, self.spacing, self.shape)]
+        self.axes = [axis.astype(np.float32) for axis in axes]
+        self.affine = np.diag([*self.spacing, 1.0])
+        self.affine[:3, 3] = [-float(axis[0]) for axis in axes]
+        self.edge = np.float32(self.spacing.mean())  # mm over which edges are blended
+        self.x, self.y, self.z = (
+            grid + self._deformation(rng, amplitude)
+            for grid, amplitude in zip(np.meshgrid(*self.axes, indexing="ij"), (4.0, 4.0, 5.0))
+        )
+        self.pad = 8.0 + self.edge  # more than the deformation moves any point
+        self.hu = np.full(self.shape, AIR, dtype=np.float32)
+
+    def _deformation(self, rng, amplitude, waves=3):
+        total = np.zeros(self.shape, dtype=np.float32)
+        for _ in range(waves):
+            length, phase = rng.uniform(140, 320, 3), rng.uniform(0, 2 * np.pi, 3)
+            waves_1d = [np.sin(2 * np.pi * c / n + p) for c, n, p in zip(self.axes, length, phase)]
+            total += np.einsum("i,j,k->ijk", *[w.astype(np.float32) for w in waves_1d])
+        return total * np.float32(amplitude / waves)
+
+    def box(self, low, high):
+        """Slices of the voxels that can lie between two corners in mm."""
+        slices = []
+        for axis, start, stop in zip(self.axes, low, high):
+            inside = np.flatnonzero((axis > start - self.pad) & (axis < stop + self.pad))
+            slices.append(slice(inside[0], inside[-1] + 1) if inside.size else slice(0, 0))
+        return tuple(slices)
+
+    def at(self, box=...):
+        return self.x[box], self.y[box], self.z[box]
+
+    def paint(self, distance, hu, box=..., within=None):
+        """Blend ``hu`` in where ``distance`` is negative (and ``within``, 0 to 1 per voxel, allows it)."""
+        weight = np.clip(0.5 - distance / self.edge, 0.0, 1.0)
+        if within is not None:
+            weight = weight * within[box]
+        self.hu[box] += weight * (hu - self.hu[box])
+
+    def blob(self, centre, axes, hu, within=None):
+        box = self.box(np.subtract(centre, axes), np.add(centre, axes))
+        self.paint(ellipsoid(*self.at(box), centre, axes), hu, box, within)
+
+    def tube(self, points, radii, hu, within=None, flat=1.0):
+        """Round pieces of rod through ``points`` (n, 3); ``flat`` < 1 stretches their section along z."""
+        points = np.asarray(points, dtype=np.float64)
+        radii = np.broadcast_to(np.asarray(radii, dtype=np.float64), len(points))
+        for start, stop, r0, r1 in zip(points[:-1], points[1:], radii[:-1], radii[1:]):
+            reach = max(r0, r1) / np.array([1.0, 1.0, flat])
+            box = self.box(np.minimum(start, stop) - reach, np.maximum(start, stop) + reach)
+            if self.hu[box].size == 0:
+                continue
+            step = (stop - start).astype(np.float32)
+            dx, dy, dz = (c - np.float32(o) for c, o in zip(self.at(box), start))
+            along = np.clip((dx * step[0] + dy * step[1] + dz * step[2]) / max(float(step @ step), 1e-6), 0, 1)
+            dx, dy, dz = dx - along * step[0], dy - along * step[1], (dz - along * step[2]) * np.float32(flat)
+            distance = np.sqrt(dx * dx + dy * dy + dz * dz) - (r0 + along * np.float32(r1 - r0))
+            self.paint(distance, hu, box, within)
+
+
+# ------------------------------------------------------------------------------------------------
+# Organs
+
+
+def paint_trunk(canvas: Canvas, a: Anatomy):
+    body = body_distance(a, *canvas.at())
+    for side in SIDES:
+        breast = (0.4 * a.width, 0.2 * a.depth + 26 * a.breast, 66)
+        canvas.blob((side * 0.48 * a.width, -0.75 * a.depth, 0), breast, FAT)
+    canvas.paint(body, FAT)
+    canvas.paint(body + a.fat, MUSCLE)
+    canvas.paint(np.maximum(np.abs(body + a.fat + 7.0) - 1.0, 0.0), FAT + 60)  # fat between the muscles
+    canvas.paint(cage_distance(a, *canvas.at()) + 1.0, FAT)
+
+
+def paint_lungs(canvas: Canvas, a: Anatomy, rng):
+    """Returns the lungs' share (0 to 1) of each voxel."""
+    distance = lung_distance(a, *canvas.at())
+    grain = ndimage.gaussian_filter(rng.standard_normal(canvas.shape, dtype=np.float32), 1.2) * 260.0
+    canvas.paint(distance, a.lung_hu + grain + 0.5 * canvas.y)  # blood settles at the back: denser there
+    return np.clip(0.5 - distance / canvas.edge, 0.0, 1.0)
+
+
+def paint_abdomen(canvas: Canvas, a: Anatomy, rng):
+    x, y, z = canvas.at()
+    cage = np.maximum(cage_distance(a, x, y, z), diaphragm(a, x, y) - z)
+    below = np.clip(0.5 - (cage + 5.0) / canvas.edge, 0.0, 1.0)
+    half_width, half_depth, centre = a.cage
+    canvas.paint(np.maximum(cage, -4.0 - cage), MUSCLE)  # the diaphragm itself
+    left, right = a.domes[1], a.domes[-1]
+    canvas.blob((0.55 * half_width, centre - 20, left + 50), (45, 42, 62), MUSCLE, below)  # stomach
+    canvas.blob((0.55 * half_width, centre - 32, left + 40), (36, 26, 40), AIR + 20, below)  # its air
+    canvas.blob((0.68 * half_width, centre + 0.55 * half_depth, left + 60), (30, 33, 52), MUSCLE, below)  # spleen
+    liver = ellipsoid(x, y, z, (-0.42 * half_width, centre - 8, right + 45), (0.72 * half_width, 0.95 * half_depth, 92))
+    left_lobe = ellipsoid(x, y, z, (10, centre - 0.45 * half_depth, right + 60), (62, 36, 40))
+    canvas.paint(np.minimum(liver, left_lobe), LIVER, within=below)
+    for _ in range(6):  # veins of the liver
+        points = np.array([-0.4 * half_width, centre, right + 55]) + np.cumsum(rng.normal(0, 18, (4, 3)), axis=0)
+        canvas.tube(points, [5, 4, 3, 2], BLOOD - 8, below)
+    for side in SIDES:
+        canvas.blob((side * 52, centre + 0.6 * half_depth, right + 115), (27, 24, 50), MUSCLE - 18, below)  # kidney
+
+
+def paint_mediastinum(canvas: Canvas, a: Anatomy):
+    """Heart in its fat, great vessels and oesophagus."""
+    x, y, z = canvas.at()
+    heart = np.maximum(heart_distance(a, x, y, z), 0.8 * (z - diaphragm(a, x, y) - 8.0))
+    canvas.paint(np.maximum(heart_distance(a, x, y, z) - 5.0, z - diaphragm(a, x, y)), FAT)
+    canvas.paint(heart, BLOOD)
+    spine_x, spine_y = a.spine(0.0)
+    hx, hy, hz = a.heart
+    top, bottom = a.apex - 80, 260.0
+    behind = [(spine_x + 24, a.spine(level)[1] - 14, level) for level in (a.arch + 22, 0, 60, 120, 180, bottom)]
+    arch = [(hx - 22, hy, hz - 25), (-10, hy, a.arch + 25), (-3, hy + 8, a.arch + 6)]
+    arch += [(10, (hy + spine_y) / 2, a.arch), (22, spine_y - 20, a.arch + 7)]
+    radii = [1.15] * 3 + [1.0] * 2 + [0.9] * len(behind)
+    canvas.tube(arch + behind, a.aorta * np.array(radii), BLOOD)
+    for x_end, y_start in ((-26, hy + 8), (14, hy + 20), (24, hy + 32)):  # to head and arms
+        canvas.tube([(x_end / 3, y_start, a.arch), (x_end, y_start + 4, a.apex), (1.2 * x_end, y_start, top)], 5, BLOOD)
+    canvas.tube([(-24, hy + 18, top), (-26, hy + 12, a.arch), (-28, hy + 10, hz)], 9, BLOOD)  # upper vena cava
+    canvas.tube([(-22, hy + 25, hz), (-22, spine_y - 35, a.domes[-1] + 50), (-18, spine_y - 22, bottom)], 11, BLOOD)
+    hilum = a.carina + 18
+    canvas.tube([(hx - 5, hy - 8, hz - 20), (8, hy + 14, hilum - 12)], 13, BLOOD)  # pulmonary trunk
+    for side in SIDES:
+        canvas.tube([(8, hy + 14, hilum - 12), hilum_of(a, side)], [12, 8], BLOOD)
+    levels = np.linspace(top, bottom, 7)
+    canvas.tube([(4, a.spine(level)[1] - 23, level) for level in levels], 6, MUSCLE - 15)  # oesophagus
+
+
+def hilum_of(a: Anatomy, side):
+    return np.array([side * (a.mediastinum + 12), a.heart[1] + 22, a.carina + 18 + 4 * side * -1])
+
+
+def paint_airways(canvas: Canvas, a: Anatomy, lungs):
+    y = a.heart[1] + 28
+    carina = np.array([2.0, y, a.carina])
+    tubes = [([(0, y - 12, a.apex - 80), (0, y - 4, a.apex), carina], [8.5, 8.5, 8.0])]
+    for side in SIDES:
+        hilum = hilum_of(a, side) + [0, 6, 4]
+        tubes.append(([carina, hilum], [6.5, 5.0]))
+        for dx, dy, dz in ((30, -12, -38), (28, -34, 25), (26, 22, 48)):
+            tubes.append(
+                ([hilum, hilum + [0.5 * side * dx, 0.4 * dy, 0.5 * dz], hilum + [side * dx, dy, dz]], [4, 3, 1.8])
+            )
+    for wall, hu in ((1.6, 0.0), (0.0, AIR)):
+        for points, radii in tubes:
+            canvas.tube(points, np.add(radii, wall), hu)
+
+
+def grow_vessels(a: Anatomy, rng, side, count=170):
+    """Vessel tree of one lung: nodes (n, 3), parent of each node, radii in mm.
+
+    Random points of the lung are joined, nearest to the hilum first, to the closest node of the tree;
+    radii follow Murray's law (flow proportional to the cube of the radius).
+    """
+    half_width, half_depth, centre = a.cage
+    low = np.array([8, centre - half_depth, a.apex])
+    points = rng.uniform(low, [half_width, centre + half_depth, max(a.domes.values()) + 60], (40 * count, 3))
+    points *= [side, 1, 1]
+    points = points[lung_distance(a, *points.T) < -5.0][:count]
+    hilum = hilum_of(a, side)
+    points = points[np.argsort(np.linalg.norm(points - hilum, axis=1))]
+    nodes, parents = [hilum], [0]
+    for point in points:
+        tree = np.array(nodes)
+        detour = np.linalg.norm(tree - point, axis=1) + 0.35 * np.linalg.norm(tree - hilum, axis=1)
+        parent = int(detour.argmin())
+        middle = (tree[parent] + point) / 2 + rng.normal(0, 2.0, 3)
+        nodes += [middle, point]
+        parents += [parent, len(nodes) - 2]
+    flow = np.zeros(len(nodes))
+    for node in range(len(nodes) - 1, 0, -1):
+        flow[node] = max(flow[node], 1.0)
+        flow[parents[node]] += flow[node]
+    return np.array(nodes), np.array(parents), 1.05 * np.cbrt(flow)
+
+
+def paint_lung_contents(canvas: Canvas, a: Anatomy, lungs, rng):
+    for side in SIDES:
+        nodes, parents, radii = grow_vessels(a, rng, side)
+        for node in range(1, len(nodes)):
+            canvas.tube(nodes[[parents[node], node]], radii[node], BLOOD, lungs)
+        for _ in range(rng.integers(0, 3)):  # nodules
+            canvas.blob(nodes[rng.integers(1, len(nodes))], rng.uniform(3, 9, 3), MUSCLE - 10, lungs)
+
+
+# ------------------------------------------------------------------------------------------------
+# Skeleton
+
+
+def paint_bone(canvas: Canvas, points, radii, flat=1.0, shell=2.0):
+    """A rod of compact bone, filled with spongy bone."""
+    canvas.tube(points, radii, COMPACT_BONE, flat=flat)
+    canvas.tube(points, np.maximum(np.asarray(radii) - shell, 0.4 * np.asarray(radii)), SPONGY_BONE, flat=flat)
+
+
+def paint_spine(canvas: Canvas, a: Anatomy):
+    _, _, centre = a.cage
+    box = canvas.box((-60, centre - 20, -400), (60, a.depth, 400))
+    x, y, z = canvas.at(box)
+    spine_x, spine_y = a.spine(z)
+    x, y = x - spine_x, y - spine_y
+    size = 1.0 + 0.0012 * z  # vertebrae grow towards the feet
+    from_middle = np.abs((z - a.apex) / a.vertebra % 1.0 - 0.5) * a.vertebra  # mm from the middle of the vertebra
+    column = (np.sqrt((x / 17) ** 2 + (y / 14) ** 2) - size) * 15
+    bone = np.maximum(column, from_middle - a.vertebra / 2 + 2.8)
+    canvas.paint(np.maximum(column, np.abs(x) - 30), DISC, box)
+    arch = np.maximum((np.hypot(x, y - 22 * size) - 14) * 1.0, from_middle - 8)
+    canvas.paint(np.minimum(bone, arch), COMPACT_BONE, box)
+    canvas.paint(np.minimum(bone, arch) + 2.5, SPONGY_BONE, box)
+    slanted = np.abs((z - a.apex - 0.5 * (y - 30)) / a.vertebra % 1.0 - 0.5) * a.vertebra
+    skin = body_distance(a, *canvas.at(box)) + 0.6 * a.fat + 4.0
+    process = np.maximum.reduce([np.abs(x) - 3.5, np.abs(y - 44) - 12, slanted - 6, skin])
+    wings = np.maximum.reduce([np.abs(x) - 30, np.abs(y - 22 - 0.25 * np.abs(x)) - 5, from_middle - 6])
+    canvas.paint(np.minimum(process, wings), SPONGY_BONE + 120, box)
+    canvas.paint(np.hypot(x, y - 22 * size) - 8.5, 25.0, box)  # spinal canal
+
+
+def rib_points(a: Anatomy, rib, side, count=22):
+    """Centre line (count, 3) of one rib, from the vertebra around the side to the front; ``rib`` is 0 to 11."""
+    half_width, half_depth, centre = a.cage
+    last = np.radians([128, 140, 146, 148, 148, 146, 142, 136, 128, 120, 92, 65][rib])
+    angle = np.linspace(np.radians(13), last, count)
+    z = a.apex - 6 + a.vertebra * (rib + 0.2) + (38 + 6.0 * min(rib, 7)) * (1 - np.cos(angle)) / 2
+    y = centre + half_depth * np.cos(angle)
+    scale = np.maximum(a.cage_scale(y, z), 0.42)
+    x = side * (half_width * scale + 5) * np.sin(angle)
+    return np.stack([x, centre + (half_depth * scale + 5) * np.cos(angle), z], axis=1)
+
+
+def sternum_point(a: Anatomy, fraction):
+    z = a.apex + 40 + 155 * fraction
+    return np.array([0.0, a.front(z) - 5.0, z])
+
+
+def paint_ribs(canvas: Canvas, a: Anatomy):
+    for side in SIDES:
+        for rib in range(RIBS):
+            points = rib_points(a, rib, side)
+            paint_bone(canvas, points, 4.2, flat=0.62)
+            if rib < 10:
+                joint = sternum_point(a, 0.06 + 0.145 * min(rib, 6)) + [side * 13, 0, 0]
+                middle = (points[-1] + joint) / 2 + [0, -4, 8]
+                canvas.tube([points[-1], middle, joint], 4.5, CARTILAGE, flat=0.7)
+
+
+def paint_sternum(canvas: Canvas, a: Anatomy):
+    for fraction in np.linspace(0, 1, 24):
+        half = 25 - 13 * _smooth_step(fraction, 0.1, 0.35)
+        middle = sternum_point(a, fraction)
+        paint_bone(canvas, [middle - [half, 0, 0], middle + [half, 0, 0]], 5.5)
+
+
+def paint_shoulders(canvas: Canvas, a: Anatomy):
+    x, y, z = canvas.at()
+    half_width, half_depth, centre = a.cage
+    shell = np.abs(cage_distance(a, x, y, z) - 14.0) - 2.2
+    top, tip = a.apex + 10, a.apex + 140
+    down = np.clip((z - top) / (tip - top), 0.0, 1.0)
+    for side in SIDES:
+        away = side * x
+        blade = np.maximum.reduce([0.42 * half_width + 18 * down - away, away - (0.95 - 0.35 * down) * half_width])
+        blade = np.maximum.reduce([shell, blade, top - z, z - tip, centre - y])
+        canvas.paint(blade, COMPACT_BONE - 100)
+        shoulder = np.array([side * min(0.80 * a.width, half_width + 15), centre + 5, a.apex - 2])
+        canvas.blob(shoulder, (20, 20, 22), COMPACT_BONE - 100)
+        canvas.blob(shoulder, (17, 17, 19), SPONGY_BONE)
+        edge = [side * 0.45 * half_width, centre + half_depth * 0.75, a.apex + 30]
+        paint_bone(canvas, [edge, shoulder + [0, 18, 0]], [3, 6])
+        manubrium = sternum_point(a, 0.0) + [side * 24, -2, -6]
+        bend = [side * 0.45 * half_width, manubrium[1] + 2, a.apex + 22]
+        paint_bone(canvas, [manubrium, bend, shoulder + [0, -18, -6]], [8, 6, 6.5])
+
+
+# ------------------------------------------------------------------------------------------------
+# Phantom and command
+
+
+def make_phantom(seed: int, index: int, spacing_mm: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """One phantom: int16 HU ``(i, j, k)`` and its 4 x 4 affine to RAS mm.
+
+    The anatomy depends on ``seed`` and ``index`` only. ``spacing_mm``: edge of cubic voxels; by default
+    2.2 to 2.6 mm in-plane and slices of 3 to 5 mm, different for each phantom.
+    """
+    rng = np.random.default_rng([seed, index])
+    a = Anatomy.draw(rng)
+    in_plane, slices = rng.uniform(2.2, 2.6), rng.uniform(3.0, 5.0)
+    spacing = [spacing_mm] * 3 if spacing_mm else [round(in_plane, 3)] * 2 + [round(slices, 2)]
+    margin, top, height = rng.uniform(12, 25), a.apex - rng.uniform(20, 40), rng.uniform(305, 355)
+    low = (-a.width - margin, -a.depth - margin - 28 * a.breast, top)
+    canvas = Canvas(rng, low, (a.width + margin, a.depth + margin, top + height), spacing)
+    paint_trunk(canvas, a)
+    organ_rng, grain_rng = (np.random.default_rng([seed, index, stream]) for stream in (1, 2))
+    lungs = paint_lungs(canvas, a, grain_rng)
+    paint_abdomen(canvas, a, organ_rng)
+    paint_mediastinum(canvas, a)
+    paint_lung_contents(canvas, a, lungs, organ_rng)
+    paint_airways(canvas, a, lungs)
+    paint_shoulders(canvas, a)
+    paint_ribs(canvas, a)
+    paint_sternum(canvas, a)
+    paint_spine(canvas, a)
+    hu = ndimage.gaussian_filter(canvas.hu, 0.5)
+    hu += 14.0 * ndimage.gaussian_filter(grain_rng.standard_normal(canvas.shape, dtype=np.float32), 0.4)
+    return np.rint(np.clip(hu, -1024, 3071)).astype(np.int16), canvas.affine
+
+
+def encode(hu: np.ndarray, affine: np.ndarray) -> bytes:
+    """The bytes of a ``.nii.gz``; the same input gives the same bytes (no time, no file name inside)."""
+    image = nib.Nifti1Image(hu, affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    stream = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", fileobj=stream, compresslevel=6, mtime=0) as packed:
+        packed.write(image.to_bytes())
+    return stream.getvalue()

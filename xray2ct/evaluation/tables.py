@@ -1,0 +1,129 @@
+"""Tables of scores: per-patient CSV, printed summary, comparison with another run."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS, format_score
+from xray2ct.evaluation.statistics import FEW
+from xray2ct.files import InputError, atomic_path, read_json
+
+GAINS = ("psnr_strict", "ssim_3d", "mae_hu", "body_mae_hu", "psnr_x2ct", "projection_relative")  # printed by default
+
+
+# ------------------------------------------------------------------------------------------------
+# Another run
+
+
+def read_rows(path, method: str, patients: list[str]) -> list[dict]:
+    """Another run's rows of one method, in the order of ``patients``, from its ``per_patient.csv``.
+
+    Columns that an earlier version did not write are said and left out; an empty cell is None.
+    Raises :class:`InputError` naming the file when it is missing, of another kind, or lacks the method or a patient.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--compare {path}: cannot be read ({error}); expected a per_patient.csv") from None
+    columns = [column for column in COLUMNS if rows and column in rows[0]]
+    if not columns or not {"method", "id"} <= rows[0].keys():
+        raise InputError(f"--compare {path}: not a per_patient.csv of evaluate.py (method, id, scores)")
+    found = {row["id"]: row for row in rows if row["method"] == method}
+    if not found:
+        names = ", ".join(dict.fromkeys(row["method"] for row in rows))
+        raise InputError(f"--compare {path}: has no method {method!r}, only {names} (choose by --compare-method)")
+    if set(found) != set(patients):
+        odd = sorted(set(found) ^ set(patients))
+        raise InputError(f"--compare {path}: other patients than scored here ({', '.join(odd[:5])})")
+    if len(columns) < len(COLUMNS):
+        missing = ", ".join(column for column in COLUMNS if column not in columns)
+        print(f"note: {path} is of an earlier version; not compared, since it does not have them: {missing}")
+    return [{column: _cell(path, found[patient], column) for column in columns} for patient in patients]
+
+
+def _cell(path, row: dict, column: str) -> float | None:
+    """A score; None for an empty cell. A cell that a cut-off line lacks is an error."""
+    text = row[column]
+    if text == "":
+        return None
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"--compare {path}: {column} of {row['id']} is {text!r}, not a number")
+    return value
+
+
+def note_other_truth(path, summary: dict) -> None:
+    """Say where the other run's ``summary.json`` (beside its CSV, if there) scored against other volumes than this."""
+    beside = Path(path).with_name("summary.json")
+    if not beside.exists():
+        return
+    other = read_json(beside)
+    for key in ("volume_size", "hu_window", "geometry"):
+        if key in other and other[key] != summary[key]:
+            print(f"note: {path} was scored with {key} {other[key]}, this with {summary[key]}: not the same task")
+
+
+# ------------------------------------------------------------------------------------------------
+# Where the weights come from
+
+
+def write_rows(path, rows: list[dict]) -> None:
+    """Write rows as CSV, atomically; numbers with six significant digits."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def print_table(summary: dict, full: bool = False) -> None:
+    """Mean +- sd per protocol and method, then the first method's paired gains with their intervals.
+
+    full: every column, not only each protocol's main ones. n is given where some patients lack a score.
+    """
+    methods = summary["methods"]
+    first = next(iter(methods))
+    patients = methods[first]["psnr_strict"]["n"]
+    print(f"{'':36}" + "".join(f"{name:>18}" for name in methods))
+    for name, protocol in PROTOCOLS.items():
+        for index, column in enumerate(protocol.columns if full else protocol.main):
+            cells = "".join(_mean(column, s[column], patients).rjust(18) for s in methods.values())
+            print(f"{name if index == 0 else '':15}{column:21}{cells}")
+    for key, gains in summary.items():
+        if key.startswith("minus_") and first in gains:
+            print(f"{first} minus {key.removeprefix('minus_')} (paired, 95 % t interval):")
+            for column in GAINS:
+                if column in gains[first]:
+                    print(f"  {column:20}{_gain(column, gains[first][column])}")
+            if patients < FEW:
+                print(f"  (below {FEW} patients an interval does not show a difference by itself)")
+
+
+def _mean(column: str, statistics: dict, patients: int) -> str:
+    spread = f" +- {format_score(column, statistics['sd'])}" if statistics["sd"] is not None else ""
+    count = f" (n {statistics['n']})" if statistics["n"] != patients else ""
+    return format_score(column, statistics["mean"]) + spread + count
+
+
+def _gain(column: str, statistics: dict) -> str:
+    mean, *interval = (
+        format_score(column, value, signed=True) for value in (statistics["mean"], *(statistics["ci95"] or ()))
+    )
+    limits = f" ({' to '.join(interval)})" if interval else ""
+    return f"{mean}{limits}, n = {statistics['n']}"
+
+
+# ------------------------------------------------------------------------------------------------
+# What is seen while scoring
+
+
+def print_coverage(statistics: dict) -> None:
+    """Share of the body's voxels whose error lies within 1 and 2 standard deviations of the samples."""
+    for key, expected in statistics["expected"].items():
+        print(f"{key:20}{statistics[key]['mean']:.3f} in the body; {expected:.3f} for a perfect model")

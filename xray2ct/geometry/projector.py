@@ -1,0 +1,364 @@
+"""Conventions, acquisition geometry, the differentiable X-ray renderer and feature lifting.
+
+Everything that ties a voxel to a detector pixel is here, so that the renderer, the lifting inside
+the networks and the physics loss cannot disagree.
+
+Conventions
+-----------
+* Volumes are ``(B, 1, D, H, W)``: D superior -> inferior, H anterior -> posterior, W patient
+  right -> left. ``volume[0, 0, d]`` is an axial slice as a radiologist sees it.
+* X-rays are ``(B, 2, H, W)``: channel 0 frontal (PA), columns patient right -> left; channel 1
+  lateral, columns anterior -> posterior. Rows run head to feet in both.
+* Millimetres, origin at the centre of the cube: z along D, y along H, x along W.
+* Outside the networks volumes are in Hounsfield units; inside they are mapped linearly from
+  ``hu_window`` to [0, 1] (default window: the 2,500 HU of the X2CT-GAN literature).
+* An X-ray is ``line integral of mu / XRAY_SCALE`` with ``mu = MU_WATER * max(0, 1 + HU / 1000)``:
+  linear in attenuation (bone bright), so that a physics loss means something.
+* PA view: source behind the patient (y = +sid), detector in front. Lateral view: source on the
+  patient's right (x = -sid), detector on the left (a "left lateral").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from numbers import Real
+
+import torch
+
+HU_WINDOW = (-1024.0, 1476.0)  # HU mapped to [0, 1]; X2CT-GAN's 2,500 HU
+MU_WATER = 0.02  # 1/mm, water at about 65 keV effective energy (NIST XCOM: 0.0206 at 60 keV, 0.0193 at 70 keV)
+XRAY_SCALE = 10.0  # line integral that becomes pixel value 1: 500 mm of water
+FOV_MM = 360.0
+VIEWS = ("pa", "lateral")
+
+
+# ------------------------------------------------------------------------------------------------
+# Units
+
+
+def hu_to_unit(hu, hu_window=HU_WINDOW):
+    """Map Hounsfield units linearly so that ``hu_window`` becomes [0, 1]; values outside are clipped.
+
+    Works on numpy arrays and torch tensors of any shape.
+    """
+    low, high = hu_window
+    return ((hu - low) / (high - low)).clip(0.0, 1.0)
+
+
+def unit_to_hu(unit, hu_window=HU_WINDOW):
+    """Inverse of :func:`hu_to_unit` (without clipping): [0, 1] -> Hounsfield units."""
+    low, high = hu_window
+    return unit * (high - low) + low
+
+
+def unit_to_mu(unit: torch.Tensor, hu_window=HU_WINDOW) -> torch.Tensor:
+    """Linear attenuation in 1/mm of a volume in [0, 1] (any shape): mu_water * max(0, 1 + HU/1000)."""
+    return hu_to_mu(unit_to_hu(unit, hu_window))
+
+
+def hu_to_mu(hu):
+    """Linear attenuation in 1/mm from Hounsfield units (numpy or torch): mu_water * max(0, 1 + HU/1000)."""
+    return MU_WATER * (1.0 + hu / 1000.0).clip(0.0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Geometry
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The two orthogonal views of one cube. All lengths in millimetres.
+
+    kind: ``"cone"`` (point source) or ``"parallel"``.
+    fov_mm: edge of the reconstructed cube, centred on the isocentre.
+    sdd_mm, sid_mm: source-to-detector and source-to-isocentre distance (cone only).
+    detector_mm: edge of the square detector, centred on the central ray. By default it sees
+        exactly ``fov_mm`` at the isocentre (``fov_mm * sdd_mm / sid_mm``; parallel: ``fov_mm``).
+
+    Raises ``ValueError`` naming the field when a value is impossible.
+    """
+
+    kind: str = "cone"
+    fov_mm: float = FOV_MM
+    sdd_mm: float | None = None
+    sid_mm: float | None = None
+    detector_mm: float | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("cone", "parallel"):
+            raise ValueError(f"geometry.kind is {self.kind!r}; expected 'cone' or 'parallel'")
+        self._check_length("fov_mm")
+        if self.kind == "parallel":
+            # Distances mean nothing for parallel rays: dropped, so that equal geometries compare equal.
+            self._set("sdd_mm", None)
+            self._set("sid_mm", None)
+        else:
+            self._set("sdd_mm", 1800.0 if self.sdd_mm is None else self.sdd_mm)
+            self._set("sid_mm", 1600.0 if self.sid_mm is None else self.sid_mm)
+            self._check_length("sdd_mm")
+            self._check_length("sid_mm")
+            if not self.sid_mm > self.fov_mm / 2:
+                raise ValueError(
+                    f"geometry.sid_mm is {self.sid_mm}; the source must lie outside the cube"
+                    f" (above fov_mm / 2 = {self.fov_mm / 2})"
+                )
+            if not self.sdd_mm >= self.sid_mm:
+                raise ValueError(
+                    f"geometry.sdd_mm is {self.sdd_mm}; the detector must lie behind the"
+                    f" isocentre (at least sid_mm = {self.sid_mm})"
+                )
+        if self.detector_mm is None:
+            scale = 1.0 if self.kind == "parallel" else self.sdd_mm / self.sid_mm
+            self._set("detector_mm", self.fov_mm * scale)
+        self._check_length("detector_mm")
+
+    def _check_length(self, name):
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+            raise ValueError(f"geometry.{name} is {value!r}; expected a length above 0 mm")
+        self._set(name, float(value))
+
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict:
+        """Plain dict for JSON manifests and checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Geometry:
+        """Inverse of :meth:`to_dict`; an unknown key raises ``ValueError`` naming it."""
+        known = set(cls.__dataclass_fields__)
+        extra = set(data) - known
+        if extra:
+            raise ValueError(f"geometry has unknown keys {sorted(extra)}; known: {sorted(known)}")
+        return cls(**data)
+
+    def __str__(self) -> str:
+        if self.kind == "parallel":
+            return f"parallel, cube {self.fov_mm:g} mm, detector {self.detector_mm:g} mm"
+        return (
+            f"cone, source-detector {self.sdd_mm:g} mm, source-isocentre {self.sid_mm:g} mm,"
+            f" cube {self.fov_mm:g} mm, detector {self.detector_mm:g} mm"
+        )
+
+    def magnification(self, view: int, depth_mm: torch.Tensor) -> torch.Tensor:
+        """Magnification of a plane of the cube onto the detector.
+
+        view 0 (PA): ``depth_mm`` is y; view 1 (lateral): ``depth_mm`` is x. Same shape out.
+        """
+        if self.kind == "parallel":
+            return torch.ones_like(depth_mm)
+        towards_detector = -depth_mm if view == 0 else depth_mm
+        return self.sdd_mm / (self.sid_mm + towards_detector)
+
+    def voxel_centres_mm(self, size: int, **tensor_options) -> torch.Tensor:
+        """Centres in mm of ``size`` equal voxels along one edge of the cube, ``(size,)``."""
+        return _centres(size, self.fov_mm, **tensor_options)
+
+    def project(self, view: int, z_mm, y_mm, x_mm):
+        """Detector coordinates ``(v_mm, u_mm)`` (row, column; origin at the centre) of points in mm.
+
+        The three coordinates broadcast against each other.
+        """
+        if view == 0:
+            magnification, across = self.magnification(0, y_mm), x_mm
+        else:
+            magnification, across = self.magnification(1, x_mm), y_mm
+        return magnification * z_mm, magnification * across
+
+
+def _centres(size: int, extent_mm: float, **tensor_options) -> torch.Tensor:
+    return ((torch.arange(size, **tensor_options) + 0.5) / size - 0.5) * extent_mm
+
+
+def hat_weights(position_mm: torch.Tensor, extent_mm: float, size: int) -> torch.Tensor:
+    """Linear-interpolation weights ``(..., size)`` that read ``size`` cells across ``extent_mm`` at positions.
+
+    Positions beyond the outermost cell centres fade linearly to zero (zero padding).
+    """
+    index = (position_mm / extent_mm + 0.5) * size - 0.5
+    cells = torch.arange(size, device=position_mm.device, dtype=position_mm.dtype)
+    return (1.0 - (index.unsqueeze(-1) - cells).abs()).clamp_min(0.0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rendering (Joseph's method)
+
+
+def _slice_weights(geometry, view, volume_shape, image_size, start, stop, device):
+    """Interpolation weights that read slices ``start:stop`` of one view at the detector's rays.
+
+    Returns rows ``(K, image rows, D)`` and columns ``(K, image columns, slice columns)``.
+    """
+    depth, height, width = volume_shape
+    slices, columns = (height, width) if view == 0 else (width, height)
+    options = {"device": device, "dtype": torch.float32}
+    depth_mm = geometry.voxel_centres_mm(slices, **options)[start:stop]
+    magnification = geometry.magnification(view, depth_mm)[:, None]
+    v_mm = _centres(image_size[0], geometry.detector_mm, **options)
+    u_mm = _centres(image_size[1], geometry.detector_mm, **options)
+    rows = hat_weights(v_mm / magnification, geometry.fov_mm, depth)
+    cols = hat_weights(u_mm / magnification, geometry.fov_mm, columns)
+    return rows, cols
+
+
+@lru_cache(maxsize=16)
+def _cached_slice_weights(*key):
+    return _slice_weights(*key)
+
+
+def _weights(geometry, view, volume_shape, image_size, start, stop, device):
+    key = (geometry, view, tuple(volume_shape), tuple(image_size), start, stop, device)
+    entries = (stop - start) * (image_size[0] * volume_shape[0] + image_size[1] * max(volume_shape[1:]))
+    # Training renders small images of the same geometry at each step: worth keeping. Large ones are not.
+    kept = entries <= 8_000_000 and start == 0 and not torch.is_inference_mode_enabled()
+    if kept and not torch.compiler.is_compiling():  # traced tensors belong to their trace
+        return _cached_slice_weights(*key)
+    return _slice_weights(*key)
+
+
+def _slab_length(geometry, view, volume_shape, image_size, device):
+    """Length in mm of each detector ray inside one slab of voxels, ``(rows, columns)``."""
+    slices = volume_shape[1] if view == 0 else volume_shape[2]
+    thickness = geometry.fov_mm / slices
+    if geometry.kind == "parallel":
+        return torch.full(image_size, thickness, device=device)
+    v = _centres(image_size[0], geometry.detector_mm, device=device)[:, None]
+    u = _centres(image_size[1], geometry.detector_mm, device=device)[None, :]
+    return thickness * torch.sqrt(1.0 + (u * u + v * v) / geometry.sdd_mm**2)
+
+
+def _chunk_slices(volume_shape, image_size, batch):
+    """Slices handled at once: bounds the temporaries to about 100 MB."""
+    if not isinstance(batch, int):  # a trace for any batch
+        batch = 1
+    per_slice = image_size[0] * volume_shape[0] + image_size[1] * max(volume_shape[1:])
+    per_slice += 2 * batch * max(image_size[0], volume_shape[0]) * max(volume_shape[1:])
+    return max(1, 25_000_000 // per_slice)
+
+
+class _ViewIntegral(torch.autograd.Function):
+    """Line integrals of one view; linear in the volume, so the backward pass is the exact adjoint.
+
+    Slice k contributes ``R_k S_k C_k^T`` (rows and columns of a slice perpendicular to the central
+    ray are magnified independently), so the sum over slices is one matrix product per chunk.
+    Nothing is kept for the backward pass: the weights are made again.
+    """
+
+    @staticmethod
+    def forward(ctx, volume, geometry, view, image_size):
+        ctx.geometry, ctx.view, ctx.image_size, ctx.volume_shape = (
+            geometry,
+            view,
+            image_size,
+            volume.shape[2:],
+        )
+        slabs = _to_slabs(volume, view)  # (B, K, D, C)
+        batch, count = slabs.shape[:2]
+        shape = volume.shape[2:]
+        if geometry.kind == "parallel":  # all slices share one pair of weights: sum first
+            rows, cols = _weights(geometry, view, shape, image_size, 0, 1, volume.device)
+            image = rows[0] @ slabs.sum(dim=1) @ cols[0].T
+        else:
+            image = volume.new_zeros(batch, *image_size)
+            step = _chunk_slices(shape, image_size, batch)
+            for start in range(0, count, step):
+                stop = min(start + step, count)
+                rows, cols = _weights(geometry, view, shape, image_size, start, stop, volume.device)
+                partial = torch.matmul(rows, slabs[:, start:stop])  # (B, k, rows, C)
+                partial = partial.permute(0, 2, 1, 3).reshape(batch, image_size[0], -1)
+                image += partial @ cols.permute(0, 2, 1).reshape(-1, image_size[1])
+        return image * _slab_length(geometry, view, shape, image_size, volume.device)
+
+    @staticmethod
+    def backward(ctx, grad_image):
+        geometry, view, image_size, shape = ctx.geometry, ctx.view, ctx.image_size, ctx.volume_shape
+        grad_image = grad_image * _slab_length(geometry, view, shape, image_size, grad_image.device)
+        count = shape[1] if view == 0 else shape[2]
+        if geometry.kind == "parallel":
+            rows, cols = _weights(geometry, view, shape, image_size, 0, 1, grad_image.device)
+            slab = rows[0].T @ grad_image @ cols[0]
+            slabs = slab.unsqueeze(1).expand(-1, count, -1, -1)
+        else:
+            parts = []
+            step = _chunk_slices(shape, image_size, grad_image.shape[0])
+            for start in range(0, count, step):
+                stop = min(start + step, count)
+                rows, cols = _weights(geometry, view, shape, image_size, start, stop, grad_image.device)
+                partial = torch.matmul(grad_image.unsqueeze(1), cols)  # (B, k, rows, C)
+                parts.append(torch.matmul(rows.transpose(1, 2), partial))
+            slabs = torch.cat(parts, dim=1)
+        return _from_slabs(slabs, view), None, None, None
+
+
+def _to_slabs(volume: torch.Tensor, view: int) -> torch.Tensor:
+    """(B, 1, D, H, W) -> (B, slices along the view's depth axis, D, columns)."""
+    return volume[:, 0].permute(0, 2, 1, 3) if view == 0 else volume[:, 0].permute(0, 3, 1, 2)
+
+
+def _from_slabs(slabs: torch.Tensor, view: int) -> torch.Tensor:
+    slabs = slabs.permute(0, 2, 1, 3) if view == 0 else slabs.permute(0, 2, 3, 1)
+    return slabs.unsqueeze(1)
+
+
+def line_integrals(mu: torch.Tensor, geometry: Geometry, image_size=(512, 512)) -> torch.Tensor:
+    """Integrate attenuation along every detector ray of both views.
+
+    mu: ``(B, 1, D, H, W)`` in 1/mm over the cube of ``geometry`` (sizes may differ per axis).
+    Returns ``(B, 2, *image_size)``, dimensionless, always accumulated in float32.
+
+    Joseph's method (IEEE Trans. Med. Imaging 1, 192, 1982): one bilinear sample per slice
+    perpendicular to the central ray, times the ray's length in the slice. Rays sample pixel
+    centres; image pixels much coarser than the voxels are therefore aliased: render finer and
+    average. Differentiable with respect to ``mu`` (exact adjoint), not to the geometry.
+    """
+    if mu.ndim != 5 or mu.shape[1] != 1:
+        raise ValueError(f"volume has shape {tuple(mu.shape)}; expected (B, 1, D, H, W)")
+    image_size = (int(image_size[0]), int(image_size[1]))
+    with torch.autocast(device_type=mu.device.type, enabled=False):
+        mu = mu.float()
+        views = [_ViewIntegral.apply(mu, geometry, view, image_size) for view in range(2)]
+    return torch.stack(views, dim=1)
+
+
+def render_xrays(
+    volume: torch.Tensor,
+    geometry: Geometry,
+    image_size=(512, 512),
+    hu_window=HU_WINDOW,
+    xray_scale: float = XRAY_SCALE,
+) -> torch.Tensor:
+    """Digitally reconstructed radiographs of a volume in [0, 1].
+
+    volume: ``(B, 1, D, H, W)``. Returns ``(B, 2, *image_size)``: line integral / ``xray_scale``,
+    in [0, 1] for any human chest (not clipped, so that gradients survive).
+    """
+    return line_integrals(unit_to_mu(volume.float(), hu_window), geometry, image_size) / xray_scale
+
+
+# ------------------------------------------------------------------------------------------------
+# Lifting
+
+
+def image_size_of(xray_size) -> tuple[int, int]:
+    """``512`` or ``(512, 512)`` -> ``(512, 512)``."""
+    if isinstance(xray_size, int):
+        return (xray_size, xray_size)
+    rows, columns = xray_size
+    return (int(rows), int(columns))
+
+
+def visible_fraction(geometry: Geometry) -> float:
+    """Share of the cube that both views see (1.0 for parallel rays and a full detector)."""
+    axis = geometry.voxel_centres_mm(64)
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    half = geometry.detector_mm / 2
+    inside = torch.ones_like(z, dtype=torch.bool)
+    for view in (0, 1):
+        v_mm, u_mm = geometry.project(view, z, y, x)
+        inside &= (v_mm.abs() <= half) & (u_mm.abs() <= half)
+    fraction = inside.float().mean().item()
+    return 1.0 if math.isclose(fraction, 1.0) else fraction

@@ -1,0 +1,372 @@
+"""DICOM X-rays (CR, DX, secondary capture): pixels the right way round, and how the picture was taken.
+
+Only pixels and the acquisition's numbers are taken: no name, id or text of the header gets into a result or a message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import tempfile
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import expit
+
+from xray2ct.files import InputError
+
+MAX_VALUE = 1e30  # beyond it float32 and differences overflow
+OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "H": "F", "F": "H"}
+WORDS = {"L": "left", "R": "right", "A": "anterior", "P": "posterior", "H": "head", "F": "feet"}
+# Where columns and rows of the project's views run to (projector.py): PA, lateral.
+WANTED = (("L", "F"), ("P", "F"))
+VIEW_NAMES = ("PA", "lateral")
+MODALITIES = ("CR", "DX", "DR", "RG", "RF", "XA", "OT", "SC", "")  # projections; OT and SC are scanned films
+GREY = {"MONOCHROME1": True, "MONOCHROME2": False}  # True: low values are shown white
+COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """How an X-ray was taken, all in millimetres; None where it is not known.
+
+    pixel_spacing_mm: of the detector, or with spacing_at_patient of the plane through the middle of the patient.
+    sdd_mm, sid_mm: source to detector, source to the middle of the patient.
+    Raises :class:`InputError` for lengths that are none, or a patient behind the detector.
+    """
+
+    pixel_spacing_mm: float | None = None
+    sdd_mm: float | None = None
+    sid_mm: float | None = None
+    spacing_at_patient: bool = False
+
+    def __post_init__(self):
+        for name in ("pixel_spacing_mm", "sdd_mm", "sid_mm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e5:
+                raise InputError(f"--{name.replace('_', '-')} is {value:g}; expected a length above 0 mm")
+        if self.sdd_mm and self.sid_mm and self.sid_mm > self.sdd_mm:
+            raise InputError(f"--sid-mm is {self.sid_mm:g}, beyond the detector (--sdd-mm {self.sdd_mm:g})")
+
+    def over(self, other: Acquisition) -> Acquisition:
+        """What is known here, else what ``other`` knows."""
+        spacing = self if self.pixel_spacing_mm is not None else other
+        return Acquisition(
+            spacing.pixel_spacing_mm,
+            self.sdd_mm if self.sdd_mm is not None else other.sdd_mm,
+            self.sid_mm if self.sid_mm is not None else other.sid_mm,
+            spacing.spacing_at_patient,
+        )
+
+
+@dataclass
+class StoredXray:
+    """An X-ray as its file has it, whatever the format: ``pixels`` (H, W) float64, bone bright as far as the file says.
+
+    ``full_scale`` is the value that means 1. NaN marks padding and transparency: pixels that show nothing.
+    """
+
+    pixels: np.ndarray
+    full_scale: float
+    notes: list[str]
+    acquisition: Acquisition
+
+
+def is_dicom(path) -> bool:
+    """True when the file has DICOM's preamble, whatever it is called."""
+    with open(path, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def decode_dicom(path, view: int, check_shape) -> StoredXray:
+    """Read one DICOM X-ray.
+
+    view: 0 PA, 1 lateral: Patient Orientation (0020,0020) turns the picture to the project's axes, which a note says.
+    check_shape: called with ``(rows, columns)`` before memory is taken. Applied in DICOM's order (PS3.4, N.2):
+    Modality LUT or Rescale Slope and Intercept, VOI LUT tables and sigmoids (a linear window only clips: left out),
+    MONOCHROME1. Padding is NaN.
+    Raises :class:`InputError` naming the file: unreadable, no X-ray, in colour, several frames, a header that
+    contradicts the pixels or itself, the other view, compressed without a decoder at hand, without pydicom.
+    """
+    try:
+        import pydicom
+    except ImportError:
+        raise InputError(f"{path}: reading DICOM X-rays needs pydicom; run: pip install pydicom") from None
+    try:
+        with _silenced("pydicom"):
+            data = pydicom.dcmread(path)
+            pixels, full_scale, notes = _values(path, data, check_shape)
+            _check_view(path, data, view)
+            acquisition = _acquisition(path, data, notes)
+            return StoredXray(_turned(path, data, pixels, view, notes), full_scale, notes, acquisition)
+    except InputError:
+        raise
+    except Exception as error:  # damaged files make pydicom and its decoders raise whatever they stumble on
+        reason = type(error).__name__ if not isinstance(error, AttributeError | NotImplementedError) else error
+        raise InputError(f"{path}: not a readable DICOM picture ({reason})") from error
+
+
+@contextlib.contextmanager
+def _silenced(library: str):
+    """No warnings, and nothing in the library's log: both quote the values of tags, such as a patient's name."""
+    logger = logging.getLogger(library)
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
+def _values(path, data, check_shape):
+    _check_kind(path, data, check_shape)
+    bits, signed = int(data.BitsStored), data.PixelRepresentation == 1
+    low, high = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
+    full_scale, notes = high - low, []
+    values, padding = _stored_values(path, data, low, high)
+    if data.get("ModalityLUTSequence"):
+        values, high = _look_up(path, data, "Modality LUT", values, (low, high), notes)
+        low, full_scale = 0.0, high
+    else:
+        slope, intercept = _number(data, "RescaleSlope", 1.0), _number(data, "RescaleIntercept", 0.0)
+        if not (0 < abs(slope) < MAX_VALUE and abs(intercept) < MAX_VALUE):
+            raise InputError(f"{path}: RescaleSlope is {slope:g}, RescaleIntercept {intercept:g}; expected a slope")
+        values = values.astype(np.float64) * slope + intercept
+        low, high = sorted((low * slope + intercept, high * slope + intercept))
+    if data.get("VOILUTSequence"):
+        values, high = _look_up(path, data, "VOI LUT", values, (low, high), notes)
+        low, full_scale = 0.0, high
+    elif _curve(path, data) == "SIGMOID":
+        values = _sigmoid(path, data, values, notes)
+        low, high, full_scale = 0.0, 1.0, 1.0
+    shape = str(data.get("PresentationLUTShape") or "")
+    inverted = GREY[data.PhotometricInterpretation] or shape == "INVERSE"
+    if inverted:
+        values = high + low - values
+        name = "MONOCHROME1" if GREY[data.PhotometricInterpretation] else "Presentation LUT Shape INVERSE"
+        notes.append(f"{name}: inverted, so that bone is bright")
+    notes += _intensity_notes(data, inverted)
+    values[padding] = np.nan
+    return values, full_scale, notes
+
+
+def _check_kind(path, data, check_shape) -> None:
+    """Raise :class:`InputError` for what is no single grey X-ray, or a header that this reader does not know."""
+    check_shape((int(data.Rows), int(data.Columns)))
+    modality = str(data.get("Modality") or "")
+    if modality not in MODALITIES:
+        shown = modality if len(modality) == 2 and modality.isalpha() else "another"  # never a text of the header
+        raise InputError(f"{path}: Modality is {shown}; expected an X-ray ({', '.join(filter(None, MODALITIES))})")
+    if int(data.get("NumberOfFrames") or 1) > 1:
+        frames = int(data.NumberOfFrames)
+        raise InputError(f"{path}: shape {(frames, int(data.Rows), int(data.Columns))}; expected one picture")
+    photometric = str(data.get("PhotometricInterpretation") or "")
+    if photometric not in GREY:
+        shown = photometric if photometric in COLOUR else "missing or unknown"
+        raise InputError(f"{path}: Photometric Interpretation is {shown}; expected {' or '.join(GREY)}")
+    if "PixelData" not in data:
+        raise InputError(f"{path}: Pixel Data (7FE0,0010) is missing; expected an X-ray of whole numbers")
+    stored = int(data.get("BitsStored", 0))
+    if not 2 <= stored <= 32:
+        raise InputError(f"{path}: {stored} bits per pixel; expected 8 to 16")
+    if int(data.get("HighBit", stored - 1)) != stored - 1:
+        raise InputError(f"{path}: High Bit is {int(data.HighBit)} with {stored} Bits Stored; expected {stored - 1}")
+
+
+def _stored_values(path, data, low, high) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers from ``low`` to ``high``, and which of them are padding."""
+    raw = _decoded(path, data)
+    raw = raw.astype(np.int64 if raw.dtype.itemsize > 2 else np.int32)
+    padding = _padding(data, raw)
+    values = raw & int(high - low)  # bits above may hold an overlay
+    if low < 0:
+        values = np.where(values > high, values - int(high - low + 1), values)
+    elif (values != raw)[~padding].any() and not any(
+        group % 2 == 0 and data.get((group, 0x0102)) and data[group, 0x0102].value for group in range(0x6000, 0x6020)
+    ):
+        raise InputError(f"{path}: holds values up to {raw.max()}; expected at most {high:g} by its Bits Stored")
+    return values, padding
+
+
+def _padding(data, raw) -> np.ndarray:
+    """Where Pixel Padding Value, to Pixel Padding Range Limit, says that there is no picture."""
+    if data.get("PixelPaddingValue") is None:
+        return np.zeros(raw.shape, bool)
+    limit = data.get("PixelPaddingRangeLimit")
+    span = 2 ** int(data.BitsAllocated)
+    ends = [int(value) % span for value in (data.PixelPaddingValue, data.PixelPaddingValue if limit is None else limit)]
+    if data.PixelRepresentation == 1:
+        ends = [value - span if value >= span // 2 else value for value in ends]
+    return (raw >= min(ends)) & (raw <= max(ends))
+
+
+def _decoded(path, data) -> np.ndarray:
+    """The pixels as they are stored, by pydicom and what it has for decoders, else by SimpleITK."""
+    from pydicom.pixels import get_decoder
+
+    syntax = data.file_meta.TransferSyntaxUID
+    try:
+        if get_decoder(syntax).is_available:
+            data.pixel_array_options(correct_unused_bits=False)  # padding may need these bits
+            return data.pixel_array
+    except (NotImplementedError, RuntimeError):  # a syntax that pydicom does not know; a decoder that is not enough
+        pass
+    return _decoded_by_simpleitk(path, data, syntax)
+
+
+def _decoded_by_simpleitk(path, data, syntax) -> np.ndarray:
+    """As :func:`_decoded`; SimpleITK gets a file of the pixels alone, so that it applies nothing of the header."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import SecondaryCaptureImageStorage, UID_dictionary, generate_uid
+
+    try:
+        import SimpleITK  # optional, and slow to import
+    except ImportError:
+        SimpleITK = None
+    plain = Dataset()
+    for key in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
+        setattr(plain, key, data[key].value)
+    plain.PhotometricInterpretation, plain[0x7FE00010] = "MONOCHROME2", data["PixelData"]
+    plain.SOPClassUID, plain.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
+    plain.file_meta = FileMetaDataset()
+    plain.file_meta.TransferSyntaxUID = syntax
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            plain.save_as(f"{folder}/x.dcm", enforce_file_format=True)
+            SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+            return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(f"{folder}/x.dcm"))[0]
+    except (AttributeError, RuntimeError, ValueError):
+        name = f"{syntax.name} ({syntax})" if syntax in UID_dictionary else "unknown"
+        tried = "" if SimpleITK is None else ", or its pixels are damaged"
+        raise InputError(
+            f"{path}: no decoder for its transfer syntax, {name}{tried}; run: pip install SimpleITK"
+            " pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+        ) from None
+
+
+def _number(data, key, default: float | None = None) -> float | None:
+    value = data.get(key)
+    if value is None or value == "":
+        return default
+    value = value[0] if isinstance(value, list | tuple) or hasattr(value, "append") else value
+    return float(value)
+
+
+def _look_up(path, data, name, values, span, notes) -> tuple[np.ndarray, float]:
+    """``values``, of the possible range ``span``, through the first table of a sequence, and the table's full scale."""
+    items = data[f"{name.replace(' ', '')}Sequence"].value
+    entries, first, depth = (int(value) for value in items[0].LUTDescriptor)
+    entries = entries % 65536 or 65536
+    # Signed or unsigned is not always told, or wrong: what lies in the range is meant.
+    first = next((start for start in (first, first - 65536, first + 65536) if span[0] <= start <= span[1]), first)
+    table = items[0].LUTData
+    if isinstance(table, bytes):
+        table = np.frombuffer(table, "<u2" if data.original_encoding[1] else ">u2")
+    table = np.atleast_1d(np.asarray(table, dtype=np.int64)) & 0xFFFF
+    if depth == 8 and len(table) == (entries + 1) // 2:  # two to a word
+        table = table.astype("<u2").view(np.uint8)
+    if len(table) < entries or not 8 <= depth <= 16 or table[:entries].max() >= 2**depth:
+        raise InputError(
+            f"{path}: its {name} holds {len(table)} entries up to {table.max()}; expected {entries} of {depth} bits"
+            " by its LUT Descriptor"
+        )
+    notes.append(f"{name} applied" + (f", the first of {len(items)}" if len(items) > 1 else ""))
+    index = (np.rint(values) - first).clip(0, entries - 1).astype(np.intp)
+    return table[index].astype(np.float64), 2.0**depth - 1
+
+
+def _curve(path, data) -> str:
+    function = str(data.get("VOILUTFunction") or "LINEAR")
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise InputError(f"{path}: VOI LUT Function is unknown; expected LINEAR, LINEAR_EXACT or SIGMOID")
+    return function
+
+
+def _sigmoid(path, data, values, notes) -> np.ndarray:
+    """Through the first window of a sigmoid, to 0 to 1 (PS3.3, C.11.2.1.3.1)."""
+    center, width = _number(data, "WindowCenter"), _number(data, "WindowWidth")
+    if center is None or width is None or not (abs(center) < MAX_VALUE and 0 < width < MAX_VALUE):
+        raise InputError(f"{path}: VOI LUT Function is SIGMOID; expected a Window Center, and a Window Width above 0")
+    count = data["WindowCenter"].VM
+    notes.append("VOI LUT applied: a sigmoid" + (f", the first of {count}" if count > 1 else ""))
+    return expit(4 * (values - center) / width)
+
+
+def _intensity_notes(data, inverted: bool) -> list[str]:
+    """Doubts by what the header says of pixel values and X-ray intensity."""
+    notes, relationship = [], data.get("PixelIntensityRelationship")
+    if relationship == "LIN":
+        notes.append("pixels are proportional to the X-ray intensity (LIN): the normalization 'histogram' fits such")
+    if relationship == "DISP":
+        notes.append("pixels went through a display's curve (DISP): the normalization 'histogram' fits such")
+    sign = _number(data, "PixelIntensityRelationshipSign")
+    if sign in (1, -1) and not data.get("ModalityLUTSequence") and not data.get("VOILUTSequence"):
+        sign *= math.copysign(1, _number(data, "RescaleSlope", 1.0))
+        if (sign > 0) != inverted:
+            notes.append(
+                "Pixel Intensity Relationship Sign says that bone is dark, against the Photometric Interpretation,"
+                " which was used: pass --invert if it is"
+            )
+    return notes
+
+
+def _check_view(path, data, view) -> None:
+    """Raise :class:`InputError` where View Position (0018,5101) says that it is the other view."""
+    position = str(data.get("ViewPosition") or "").upper()
+    lateral = position in ("LL", "RL", "LATERAL", "LLD", "RLD")
+    if position and ((view == 0 and lateral) or (view == 1 and position in ("PA", "AP"))):
+        raise InputError(
+            f"{path}: View Position is {position}; expected the {VIEW_NAMES[view]} view"
+            " (are --pa and --lateral swapped?)"
+        )
+
+
+def _turned(path, data, pixels, view, notes):
+    """The picture with columns and rows running as the project's, by Patient Orientation where there is one."""
+    letters = [str(value)[:1].upper() for value in data.get("PatientOrientation") or ()]
+    if len(letters) != 2 or any(letter not in OPPOSITE for letter in letters):
+        return pixels
+    given, (columns, rows) = tuple(letters), letters
+    wanted_columns, wanted_rows = WANTED[view]
+    if columns in "HF":
+        pixels, columns, rows = pixels.T, rows, columns
+    if {columns, rows} - {wanted_columns, OPPOSITE[wanted_columns], "H", "F"} or rows not in "HF":
+        runs = " and ".join(WORDS[letter] for letter in given)
+        raise InputError(f"{path}: Patient Orientation says it runs to {runs}; that is no {VIEW_NAMES[view]} view")
+    if columns != wanted_columns:
+        pixels = pixels[:, ::-1]
+    if rows != wanted_rows:
+        pixels = pixels[::-1]
+    if given != WANTED[view]:
+        notes.append(f"turned by Patient Orientation: it ran to {WORDS[given[0]]} and {WORDS[given[1]]}")
+    return np.ascontiguousarray(pixels)
+
+
+def _acquisition(path, data, notes) -> Acquisition:
+    """Spacing and distances of the header; what is impossible counts as unknown.
+
+    Imager Pixel Spacing and that of a scanned film lie in the detector's plane. So does Pixel Spacing (PS3.3, 10.7),
+    unless its calibration puts it into the patient's.
+    """
+    imager = data.get("ImagerPixelSpacing") or data.get("NominalScannedPixelSpacing")
+    spacing = imager or data.get("PixelSpacing") or data.get("PixelAspectRatio")
+    spacing = [float(value) for value in spacing] if spacing else []
+    edge = spacing[0] if imager or data.get("PixelSpacing") else None
+    if len(spacing) == 2 and abs(spacing[0] - spacing[1]) > 0.01 * spacing[0]:
+        unit = "" if edge is None else " mm"
+        raise InputError(f"{path}: its pixels are {spacing[0]:g} x {spacing[1]:g}{unit}; expected square ones")
+    at_patient = not imager and data.get("PixelSpacingCalibrationType") in ("GEOMETRY", "FIDUCIAL")
+    sdd, sid = _number(data, "DistanceSourceToDetector"), None
+    magnification = _number(data, "EstimatedRadiographicMagnificationFactor")
+    if magnification and 1 <= magnification < 10:
+        if sdd:
+            sid = sdd / magnification
+        elif edge and not at_patient:
+            edge, at_patient = edge / magnification, True
+    if str(data.get("ViewPosition") or "").upper() == "AP":
+        notes.append("an AP view: the heart is magnified more than in the PA views that the models know")
+    known = (value if value and 0 < value < 1e5 else None for value in (edge, sdd, sid))
+    return Acquisition(*known, spacing_at_patient=at_patient)

@@ -1,0 +1,270 @@
+"""Blocks of the networks: residual, transformer, dense, X-ray encoder, back-projection layer, 3D PixelShuffle."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from xray2ct.files import InputError, whole_number
+from xray2ct.geometry.lifting import averaged_to, lift_pooled
+
+# ------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm, because batches are small; groups of at least 8 channels keep its statistics steady."""
+    return nn.GroupNorm(_groups(channels), channels)
+
+
+def _groups(channels: int) -> int:
+    return max(1, min(16, channels // 8))
+
+
+def checked_width(name: str, channels) -> int:
+    """A number of channels that :func:`group_norm` can divide; else :class:`InputError` naming the setting."""
+    width = whole_number(name, channels, 1)
+    if width % _groups(width):
+        raise InputError(f"{name} is {width}; expected a multiple of {8 if width < 128 else 16}")
+    return width
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block (He et al., 2016), 2D or 3D; the second convolution starts at zero."""
+
+    def __init__(self, channels: int, dims: int):
+        super().__init__()
+        conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        self.norm1 = group_norm(channels)
+        self.conv1 = conv(channels, channels, 3, padding=1)
+        self.norm2 = group_norm(channels)
+        self.conv2 = conv(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return x + y
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and MLP over the coarsest volume's cells: the global 3D context."""
+
+    def __init__(self, channels: int, heads: int, mlp_ratio: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, mlp_ratio * channels), nn.GELU(), nn.Linear(mlp_ratio * channels, channels)
+        )
+        for last in (self.out, self.mlp[-1]):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x):  # (B, N, C)
+        batch, tokens, channels = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, N, C / heads)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, channels))
+        return x + self.mlp(self.norm2(x))
+
+
+class Recomputing(nn.Module):
+    """Base of the networks that can recompute parts of themselves in the backward pass, for less memory."""
+
+    activation_checkpointing = False
+
+    def _run(self, function, *inputs):
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+
+class XrayEncoder(nn.Module):
+    """Four stages shared by all views, told apart by a learned view embedding.
+
+    Stage s has stride ``stem_stride * 2^s``: 512^2 -> 256^2, 128^2, 64^2, 32^2 with the default
+    stem. The stem folds pixels into channels, so that no convolution runs at full resolution.
+    """
+
+    def __init__(self, widths, blocks, stem_stride: int, in_channels: int = 1, views: int = 2):
+        super().__init__()
+        self.stem_stride, self.in_channels = stem_stride, in_channels
+        folded = in_channels * stem_stride**2
+        self.stem = nn.Conv2d(folded, widths[0], 5 if stem_stride == 1 else 3, padding=2 if stem_stride == 1 else 1)
+        self.view_embedding = nn.Parameter(0.02 * torch.randn(views, widths[0]))
+        self.stages = nn.ModuleList()
+        for stage, (width, count) in enumerate(zip(widths, blocks)):
+            layers = [ResidualBlock(width, 2) for _ in range(count)]
+            if stage > 0:
+                layers.insert(0, nn.Conv2d(widths[stage - 1], width, 2, stride=2))
+            self.stages.append(nn.Sequential(*layers))
+
+    def forward(self, xrays):  # (B, V, H, W), or (B, V, C, H, W) with C channels per view
+        batch = xrays.shape[0]
+        x = xrays.reshape(-1, self.in_channels, *xrays.shape[-2:])
+        x = self.stem(F.pixel_unshuffle(x, self.stem_stride))
+        x = x + self.view_embedding.repeat(batch, 1)[:, :, None, None].to(x.dtype)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features  # 4 x (B V, C_s, H / stride_s, W / stride_s)
+
+
+class Lifting(nn.Module):
+    """X-ray features -> one volume of features, by geometry; the views are kept apart until the end.
+
+    Each view's features go to every voxel that projects there. The sum of the two view-specific
+    projections says what either view saw, their product where both agree; the fusion weighs them
+    with a per-voxel depth prior coming from the coarser scale.
+    """
+
+    def __init__(self, in_channels: int, channels: int, out_channels: int):
+        super().__init__()
+        self.reduce = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(2))
+        self.fuse = nn.Conv3d(3 * channels, out_channels, 1)
+
+    def forward(self, features, geometry, volume_size, grid_mm=None):  # (2B, C, h, w)
+        """``volume_size`` covers the whole cube; ``grid_mm`` (z, y, x in mm) picks the voxels of a part of it."""
+        x = features.unflatten(0, (-1, 2))
+        x = torch.stack([reduce(x[:, v]) for v, reduce in enumerate(self.reduce)], dim=1)
+        pa, lateral = lift_pooled(x, geometry, volume_size, grid_mm).unbind(1)  # (B, c, D, H, W) each
+        return self.fuse(torch.cat([pa, lateral, pa * lateral], dim=1))
+
+
+def in_full_precision(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``layer(x)`` in the precision of its weights (float32), also under autocast: for layers that end in a volume.
+
+    In bfloat16 a value of 0.5 to 1 is rounded to steps of 1/256, of 2,500 HU that is 10.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(next(layer.parameters()).dtype))
+
+
+def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torch.Tensor:
+    """``(B, V, H, W)`` or ``(B, V, 1, H, W)`` -> ``(B, V, size, size)``; ``size`` None leaves the resolution.
+
+    Raises ``ValueError`` on another shape, another number of views, or a resolution that is not a multiple of 32.
+    """
+    if xrays.ndim == 5 and xrays.shape[2] == 1:
+        xrays = xrays.squeeze(2)
+    if xrays.ndim != 4 or xrays.shape[1] != views:
+        wanted = "(B, 2, H, W): PA, then lateral" if views == 2 else "(B, 1, H, W): PA alone"
+        raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected {wanted}")
+    if size is not None and tuple(xrays.shape[-2:]) != (size, size):
+        if min(xrays.shape[-2:]) > size:
+            xrays = averaged_to(xrays, (size, size))
+        else:
+            xrays = F.interpolate(xrays, size=(size, size), mode="bilinear")
+    if xrays.shape[-2] % 32 or xrays.shape[-1] % 32:
+        raise ValueError(f"X-rays have size {tuple(xrays.shape[-2:])}; expected multiples of 32")
+    return xrays
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 1
+
+
+def check_stem_stride(stem_stride) -> None:
+    if whole_number("model.stem_stride", stem_stride, 1) not in (1, 2, 4):
+        raise InputError(f"model.stem_stride is {stem_stride}; expected 1, 2 or 4")
+
+
+def check_xray_size(xray_size) -> None:
+    """Raise :class:`InputError` unless X-rays of this size, or of any (None), can be encoded."""
+    if xray_size is not None:
+        whole_number("model.xray_size", xray_size, 32, multiple=32)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+def pixel_shuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
+    """``(B, C f^3, D, H, W)`` -> ``(B, C, f D, f H, f W)``: channels become sub-voxels (torch's is 2D only).
+
+    Channel ``((c f + i) f + j) f + k`` goes to sub-voxel ``(i, j, k)``; after Shi et al. (CVPR 2016, eq. 4).
+    """
+    batch, channels, depth, height, width = x.shape
+    f = factor
+    if channels % f**3:
+        raise ValueError(f"input has {channels} channels; expected a multiple of {f}^3 = {f**3}")
+    x = x.reshape(batch, channels // f**3, f, f, f, depth, height, width)
+    x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(batch, channels // f**3, depth * f, height * f, width * f)
+
+
+def pixel_unshuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
+    """Inverse of :func:`pixel_shuffle_3d` (space-to-depth); sizes must be multiples of ``factor``."""
+    batch, channels, depth, height, width = x.shape
+    f = factor
+    if depth % f or height % f or width % f:
+        raise ValueError(f"input has size {(depth, height, width)}; expected multiples of {f}")
+    x = x.reshape(batch, channels, depth // f, f, height // f, f, width // f, f)
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(batch, channels * f**3, depth // f, height // f, width // f)
+
+
+def upsample(coarse: torch.Tensor, scale: int = 4) -> torch.Tensor:
+    """Trilinear upsampling ``(B, 1, D, H, W)`` -> ``(B, 1, 4D, 4H, 4W)``, float32: what stage 2 must beat."""
+    return F.interpolate(coarse.float(), scale_factor=scale, mode="trilinear", align_corners=False)
+
+
+class DenseBlock(nn.Module):
+    """Five convolutions, each seeing all earlier outputs; scaled residual (Wang et al., ESRGAN, 2018)."""
+
+    def __init__(self, channels: int, growth: int):
+        super().__init__()
+        outputs = (growth, growth, growth, growth, channels)
+        self.convs = nn.ModuleList(
+            nn.Conv3d(channels + i * growth, width, 3, padding=1) for i, width in enumerate(outputs)
+        )
+        for conv in self.convs:
+            # ESRGAN's 0.1 of He's initialisation: a deep stack of residuals starts near the identity.
+            nn.init.kaiming_normal_(conv.weight, a=0.2)
+            conv.weight.data *= 0.1
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x):
+        features = [x]
+        for conv in self.convs[:-1]:
+            features.append(F.leaky_relu(conv(torch.cat(features, dim=1)), 0.2))
+        return x + 0.2 * self.convs[-1](torch.cat(features, dim=1))
+
+
+class RRDB(nn.Module):
+    """Residual in residual dense block: three dense blocks and a scaled residual around them (ESRGAN)."""
+
+    def __init__(self, channels: int, growth: int):
+        super().__init__()
+        self.blocks = nn.Sequential(*[DenseBlock(channels, growth) for _ in range(3)])
+
+    def forward(self, x):
+        return x + 0.2 * self.blocks(x)
+
+
+def shuffle_conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Convolution and 3D PixelShuffle to twice the resolution; all eight sub-voxels start alike.
+
+    Equal filters for the sub-voxels of a cell start without checkerboard (ICNR, Aitken et al., 2017).
+    """
+    conv = nn.Conv3d(in_channels, 8 * out_channels, 3, padding=1)
+    nn.init.kaiming_normal_(conv.weight, a=0.2)
+    nn.init.zeros_(conv.bias)
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight[::8].repeat_interleave(8, dim=0))
+    return nn.Sequential(conv, PixelShuffle3d())
+
+
+class PixelShuffle3d(nn.Module):
+    """:func:`pixel_shuffle_3d` by two as a layer."""
+
+    def forward(self, x):
+        return pixel_shuffle_3d(x, 2)

@@ -1,0 +1,35 @@
+"""Base class of the stage-1 networks: sizes, and the geometry that travels in the ``state_dict``."""
+
+from __future__ import annotations
+
+from xray2ct.files import whole_number, whole_numbers
+from xray2ct.geometry.projector import Geometry
+from xray2ct.models.blocks import Recomputing, check_stem_stride, check_xray_size
+
+
+def check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks=0) -> None:
+    """Raise :class:`InputError` naming the setting that a stage-1 network cannot have."""
+    whole_number("model.base_channels", base_channels, 16, multiple=16)
+    if base_channels >= 256:  # the narrowest features, half of them, are normalised in groups of at least 16
+        whole_number("model.base_channels", base_channels, 256, multiple=32)
+    check_stem_stride(stem_stride)
+    whole_numbers("model.encoder_blocks", encoder_blocks, 4, 0)
+    whole_numbers("model.decoder_blocks", decoder_blocks, 3, 0)
+    whole_number("model.transformer_blocks", transformer_blocks, 0)
+
+
+class CoarseModel(Recomputing):
+    """What loading and stage 2 want of a stage-1 network: sizes, and the geometry of its data in the ``state_dict``."""
+
+    def __init__(self, volume_size, geometry: Geometry | None, xray_size: int | None):
+        super().__init__()
+        self.volume_size = tuple(whole_numbers("model.volume_size", volume_size, 3, 16, multiple=8))
+        check_xray_size(xray_size)
+        self.geometry, self.xray_size = geometry or Geometry(), xray_size
+
+    def get_extra_state(self) -> dict:
+        return {"geometry": self.geometry.to_dict(), "xray_size": self.xray_size}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.geometry = Geometry.from_dict(state["geometry"])
+        self.xray_size = state["xray_size"]

@@ -1,0 +1,80 @@
+"""Mixed precision, memory format and memory of the device."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+
+import torch
+from torch import nn
+
+from xray2ct.files import InputError, runs_as_command
+
+
+# Optional: ``comment(metrics) -> str``, a line on a validation's means; ``memory_advice() -> str``, settings
+# that need less GPU memory, asked for once when it runs out; ``precisions() -> list[Precision]``, those that frozen
+# networks run in, which fall back to float32 together with the trained one.
+class Precision:
+    """Autocast and gradient scaling for ``auto``, ``float32``, ``bfloat16`` or ``float16``."""
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "auto":
+            name = _best_precision(device)
+        if name == "float16" and device.type != "cuda":
+            raise InputError("training.precision is float16, which needs a GPU; use bfloat16 or float32")
+        self.name, self.device = name, device
+        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
+
+    def use_float32(self) -> None:
+        """Fall back to float32, for everybody who holds this object."""
+        self.name, self.dtype = "float32", torch.float32
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+
+    def autocast(self):
+        """Context in which the model's forward pass runs."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "float32")
+
+
+def _best_precision(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+    # Emulated bfloat16 is slower than float32: only where the processor has the instructions.
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    supported = capabilities.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if supported else "float32"
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """Store convolution weights channels-last: activations follow; faster on CPUs and tensor cores."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.to(memory_format=torch.channels_last)
+    return model
+
+
+def free_memory(device: torch.device) -> None:
+    """Give what nothing refers to any more back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def keep_freed_memory() -> None:
+    """Make glibc reuse freed blocks instead of giving them back to the kernel after every operation.
+
+    Activations are tens of megabytes, which malloc otherwise maps and unmaps each time: page faults
+    were a fifth of a CPU training step. No effect where the C library has no ``mallopt``, nor outside this project's
+    own commands: a notebook that uses these modules keeps its process as it is.
+    """
+    if not runs_as_command():
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX of malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**28)
