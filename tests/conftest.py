@@ -1,4 +1,9 @@
-"""How many cases the fuzz targets draw: a few always the same ones, with ``-m fuzz`` many random ones."""
+"""One thread per worker; few fuzz cases that are always the same, with ``-m fuzz`` many random ones."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads: the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):

@@ -12,10 +12,10 @@ import pytest
 import SimpleITK as sitk
 import torch
 from PIL import Image
-from tiny_data import make_dataset, make_hu
-from xray_cases import write_dicom
 
 from dataset import PatientDataset, mean_volume
+from tests.helpers.tiny_data import make_dataset, make_hu
+from tests.helpers.xray_cases import write_dicom
 from xray2ct.data.checks.dataset_check import check_dataset
 from xray2ct.data.checks.findings import FAILED
 from xray2ct.files import InputError

@@ -28,7 +28,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_data import make_dataset
+
+from tests.helpers.tiny_data import make_dataset
 
 pytest.importorskip("hypothesis")
 from hypothesis import assume, event, given
@@ -448,7 +449,7 @@ def ct_frames():
     import tempfile
     from pathlib import Path
 
-    from dicom_cases import lps_ct, write_frames
+    from tests.helpers.dicom_cases import lps_ct, write_frames
 
     ct = lps_ct((12, 10, 6), (24.0, 24.0, 24.0 / 1.3))
     with tempfile.TemporaryDirectory() as place:

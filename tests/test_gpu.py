@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from test_engine import build
-from test_reproducibility import PLAIN, spoiled
-from tiny_data import TINY_REFINEMENT, largest_difference, make_dataset, make_model
 
 import train_enhanced_4gpu
 from losses import EnhancedLoss
 from model_enhanced import RefinementNetwork
+from tests.helpers.convolutions import PLAIN, spoiled
+from tests.helpers.runs import build
+from tests.helpers.tiny_data import TINY_REFINEMENT, largest_difference, make_dataset, make_model
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.data.augment import AugmentConfig, PairMaker
 from xray2ct.geometry.lifting import lift_features

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 LAYERS = (  # lowest first; docs/architecture.md shows them
     ("xray2ct.conventions", "xray2ct.files", "xray2ct.checkpoints"),
     ("xray2ct.geometry",),

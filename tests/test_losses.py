@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import urllib.error
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +14,12 @@ from torch import nn
 
 import losses
 from losses import EnhancedLoss, PerceptualLoss, ProjectionLoss, edge_loss, multiscale_loss, ssim_loss
+from tests.helpers.paths import ROOT
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry, render_xrays
 from xray2ct.models import vgg16
 
 TERMS = ("l1", "mse", "ssim", "perceptual", "edge", "multiscale", "projection")
-ROOT = Path(losses.__file__).parent
 
 
 def volumes(size=16, batch=2, noise=0.1, seed=0):

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
-from tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
 
 from dataset import PatientDataset
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
 from tools import demo
 from xray2ct.geometry.projector import unit_to_hu
 from xray2ct.inference.reconstruction import load_pipeline
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "inference.ipynb"
 
 

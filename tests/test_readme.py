@@ -2,14 +2,13 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import ROOT
 from xray2ct.files import InputError
 from xray2ct.training.config import EnhancedConfig, RefinementConfig, load_config
 
-ROOT = Path(__file__).parent.parent
 NAMES = ("README.md", "benchmarks/README.md", "docs/results.md", "docs/architecture.md", "docs/clusters.md")
 PAGES = [ROOT / name for name in NAMES]
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from ct_cases import grid_affine, save_nifti, thorax
 from PIL import Image
-from tiny_data import make_dataset, make_hu
 
 import prepare_data
 from dataset import PatientDataset
+from tests.helpers.ct_cases import grid_affine, save_nifti, thorax
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_data import make_dataset, make_hu
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.conventions import RECORD
 from xray2ct.data import prepare
@@ -33,7 +34,6 @@ from xray2ct.imaging.find_cts import find_cts
 from xray2ct.imaging.read_ct import read_ct
 from xray2ct.imaging.read_xray import read_xray, write_png16
 
-ROOT = Path(__file__).parent.parent
 MODULES = sorted(p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.relative_to(ROOT).parts))
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_data import TINY_MODEL, make_dataset
 
 import test_enhanced
 from test_enhanced import Bench, CheckError
+from tests.helpers.tiny_data import TINY_MODEL, make_dataset
 from xray2ct.geometry.projector import Geometry
 from xray2ct.imaging.read_xray import write_png16
 from xray2ct.training.config import EnhancedConfig, load_config

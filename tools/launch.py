@@ -149,7 +149,7 @@ def job_command(python: Path, word: str, options: list[str]) -> list[str]:
     Windows builds of torch lack libuv, which torchrun needs; the script starts the processes itself there.
     """
     if word == "test":
-        return [str(python), "-m", "pytest", *options]
+        return [str(python), "-m", "pytest", "-n", "auto", "--maxprocesses", "8", *options]
     command = [str(python)]
     if word in TRAINING:
         gpus = min(MAX_GPUS, gpu_count(python))

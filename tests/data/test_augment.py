@@ -1,0 +1,256 @@
+"""Augmentation: pairs stay consistent, seeds decide, ranges hold, sides are kept in mind."""
+
+import pytest
+import torch
+
+from tests.helpers.tiny_data import make_hu
+from xray2ct.data import augment
+from xray2ct.data.augment import AugmentConfig, PairMaker, random_affine, random_displacement
+from xray2ct.files import InputError
+from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
+
+OFF = {
+    "rotation_deg": 0.0,
+    "scale": 0.0,
+    "translation_mm": 0.0,
+    "elastic_mm": 0.0,
+    "hu_shift": 0.0,
+    "hu_scale": 0.0,
+    "mirror_probability": 0.0,
+    "xray_noise": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def volume():
+    return torch.from_numpy(hu_to_unit(make_hu(0, 64).astype("float32")))[None, None]
+
+
+def make(volume, seeds=(1,), masks=None, **changes):
+    maker = PairMaker(Geometry(), (32, 32, 32), 64, AugmentConfig(source_size=64, **{**OFF, **changes}))
+    volume = volume.expand(len(seeds), -1, -1, -1, -1)
+    return maker(volume, torch.ones_like(volume) if masks is None else masks, list(seeds))
+
+
+def centroid_mm(volume, low=0.0):
+    """Centre of mass (z, y, x) in mm of what lies above ``low``."""
+    weight = (volume[0, 0] - low).clamp_min(0)
+    axes = [Geometry().voxel_centres_mm(n) for n in weight.shape]
+    total = weight.sum()
+    return [float((weight.sum([d for d in range(3) if d != i]) * a).sum() / total) for i, a in enumerate(axes)]
+
+
+def test_without_changes_the_pair_is_the_volume_and_its_rendering(volume):
+    pair = make(volume)
+    assert torch.allclose(pair["ct_volume"], torch.nn.functional.avg_pool3d(volume, 2), atol=1e-5)
+    assert torch.allclose(pair["xrays"], render_xrays(volume, Geometry(), (64, 64)), atol=1e-4)
+    assert pair["mask"].min() == 1
+
+
+def test_uint16_volumes_mean_the_same(volume):
+    coded = (volume * 65535).round().to(torch.uint16)
+    masks = torch.ones_like(volume, dtype=torch.uint8)
+    assert torch.allclose(make(coded, masks=masks)["ct_volume"], make(volume)["ct_volume"], atol=2e-5)
+
+
+def test_xrays_belong_to_the_augmented_volume(volume):
+    """Rendering the (coarser) target again gives the X-rays of the pair, not those of the original."""
+    pair = make(volume, rotation_deg=10.0, scale=0.15, translation_mm=30.0, elastic_mm=8.0, mirror_probability=1.0)
+    again = render_xrays(pair["ct_volume"], Geometry(), (64, 64))
+    original = render_xrays(volume, Geometry(), (64, 64))
+    own, other = (again - pair["xrays"]).abs().mean(), (again - original).abs().mean()
+    assert own < 0.02
+    assert own < 0.3 * other
+
+
+def test_seeds_decide_and_do_not_touch_the_global_generator(volume):
+    changes = {"rotation_deg": 10.0, "elastic_mm": 8.0, "xray_noise": 0.01, "hu_shift": 20.0}
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one, two = make(volume, (5, 6), **changes), make(volume, (6, 5), **changes)
+    assert torch.equal(state, torch.get_rng_state())
+    for key in ("xrays", "ct_volume"):
+        assert torch.allclose(one[key][0], two[key][1], atol=1e-5)
+        assert torch.allclose(one[key][1], two[key][0], atol=1e-5)
+        assert not torch.allclose(one[key][0], one[key][1], atol=1e-2)
+
+
+def test_mirroring_swaps_the_sides_in_the_frontal_view_only(volume):
+    plain, mirrored = make(volume), make(volume, mirror_probability=1.0)
+    assert torch.allclose(mirrored["ct_volume"], plain["ct_volume"].flip(-1), atol=1e-4)
+    assert torch.allclose(mirrored["xrays"][:, 0], plain["xrays"][:, 0].flip(-1), atol=1e-3)
+    parallel = PairMaker(
+        Geometry("parallel"),
+        (32,) * 3,
+        64,
+        AugmentConfig(source_size=64, **{**OFF, "mirror_probability": 1.0}),
+    )
+    pair = parallel(volume, torch.ones_like(volume), [1])
+    lateral = render_xrays(volume, Geometry("parallel"), (64, 64))[:, 1]
+    assert torch.allclose(pair["xrays"][:, 1], lateral, atol=1e-3)  # parallel rays: the lateral view cannot tell
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_translation_stays_in_its_range(seed):
+    ball = torch.zeros(1, 1, 64, 64, 64)
+    ball[..., 28:36, 28:36, 28:36] = 1.0
+    moved = centroid_mm(make(ball, (seed,), translation_mm=40.0)["ct_volume"])
+    assert all(abs(m) <= 40.5 for m in moved)
+    assert any(abs(m) > 2 for m in moved)
+
+
+def draws(function, count=400, **changes):
+    """Random changes of one kind from ``count`` seeds, stacked."""
+    config = AugmentConfig(**{**OFF, **changes})
+    return torch.stack([function(config, Geometry().fov_mm, torch.Generator().manual_seed(s)) for s in range(count)])
+
+
+def assert_uniform(values, limit):
+    """Values ``(N, 3)`` fill +-limit evenly along each axis: nothing beyond, and a uniform distribution's deviation."""
+    assert values.abs().max() <= limit * 1.0001
+    assert (values.std(dim=0) / (limit / 3**0.5) - 1).abs().max() < 0.1
+    assert values.amax(dim=0).min() > 0.95 * limit
+    assert values.amin(dim=0).max() < -0.95 * limit
+    correlation = torch.corrcoef(values.T) - torch.eye(3)
+    assert correlation.abs().max() < 0.2  # each axis is drawn on its own
+
+
+def test_rotations_fill_their_range_about_each_axis():
+    matrix = draws(random_affine, rotation_deg=6.0)[:, :, :3].double()
+    assert torch.allclose(matrix @ matrix.mT, torch.eye(3, dtype=torch.float64).expand_as(matrix), atol=1e-6)
+    # R = Rx(a) Ry(b) Rz(c): b, then a and c, from three of its entries (Euler angles).
+    b = matrix[:, 0, 2].asin()
+    a, c = torch.atan2(-matrix[:, 1, 2], matrix[:, 2, 2]), torch.atan2(-matrix[:, 0, 1], matrix[:, 0, 0])
+    assert_uniform(torch.stack([a, b, c], dim=1).rad2deg(), 6.0)
+
+
+def test_scales_and_shifts_fill_their_ranges():
+    theta = draws(random_affine, scale=0.1)
+    assert_uniform(theta.diagonal(dim1=1, dim2=2) - 1.0, 0.1)
+    half_cube_mm = Geometry().fov_mm / 2  # what 1 is to affine_grid
+    assert_uniform(draws(random_affine, translation_mm=15.0)[:, :, 3] * half_cube_mm, 15.0)
+
+
+def test_mirroring_follows_its_probability():
+    sides = draws(random_affine, mirror_probability=0.3).diagonal(dim1=1, dim2=2)
+    assert 0.23 < (sides[:, 0] < 0).float().mean() < 0.37
+    assert (sides[:, 1:] > 0).all()
+
+
+def test_a_ball_moves_by_the_millimetres_drawn():
+    ball = torch.zeros(1, 1, 64, 64, 64)
+    ball[..., 28:36, 28:36, 28:36] = 1.0
+    for seed in range(3):
+        shift = draws(random_affine, count=seed + 1, translation_mm=40.0)[seed, :, 3] * 180.0  # x, y, z
+        moved = centroid_mm(make(ball, (seed,), translation_mm=40.0)["ct_volume"])
+        assert moved == pytest.approx((-shift.flip(0)).tolist(), abs=0.3)  # the grid says where to read
+
+
+def test_elastic_displacements_have_the_stated_deviation():
+    """elastic_mm along each axis at the corners; about half of it over the cube, where control points are averaged."""
+    config = AugmentConfig(elastic_mm=8.0, elastic_points=5)
+    fields = [random_displacement(config, 360.0, 9, torch.Generator().manual_seed(seed)) for seed in range(150)]
+    fields = torch.cat(fields) * 180.0  # mm
+    ends = fields[:, :: fields.shape[1] - 1, :: fields.shape[2] - 1, :: fields.shape[3] - 1]
+    for axis in range(3):
+        assert ends[..., axis].std().item() == pytest.approx(8.0, rel=0.06)
+        assert 0.45 * 8.0 < fields[..., axis].std() < 0.65 * 8.0  # the outermost of nine samples are corners and edges
+    assert fields.mean().abs() < 0.2
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])  # of the volume: D, H, W
+def test_displacements_act_along_their_axis_at_their_place(axis, monkeypatch):
+    """Only component ``axis`` is drawn, and only on one side of the next axis: that ball moves, along that axis."""
+    side = (axis + 1) % 3
+
+    def one_sided(*shape, generator=None):
+        drawn = torch.zeros(*shape)
+        if len(shape) == 5:  # (1, components x y z, D, H, W)
+            drawn[0, 2 - axis].movedim(side, 0)[shape[-1] // 2 :] = 2.0
+        return drawn
+
+    balls = []
+    for place in (10, 52):
+        ball = torch.zeros(64, 64, 64)
+        ball[27:37, 27:37, 27:37] = 1.0
+        balls.append(ball.roll(place - 32, dims=side))
+    before = [centroid_mm(ball[None, None]) for ball in balls]
+    monkeypatch.setattr(augment.torch, "randn", one_sided)
+    after = [centroid_mm(make(ball[None, None], elastic_mm=8.0)["ct_volume"]) for ball in balls]
+    still, moved = ([a - b for a, b in zip(*pair)] for pair in zip(after, before))
+    assert max(abs(v) for v in still) < 0.5
+    assert moved[axis] == pytest.approx(-16.0, abs=1.5)  # the grid says where to read: content moves the other way
+    assert max(abs(v) for k, v in enumerate(moved) if k != axis) < 1.5
+
+
+def test_sources_coarser_than_the_target_are_named(volume):
+    with pytest.raises(InputError, match=r"augment\.source_size is 64.*\(64, 64, 64\).*at least the \(80, 80, 80\)"):
+        PairMaker(Geometry(), (80, 80, 80), 64, AugmentConfig(source_size=64))(volume, None, [1])
+
+
+def test_any_target_size_shows_the_same_place(volume):
+    """Sizes that do not divide the source's: no shift, no stretch."""
+    expected = centroid_mm(volume)
+    for size in (24, 40, 48):
+        maker = PairMaker(Geometry(), (size,) * 3, 64, AugmentConfig(enabled=False, source_size=64))
+        assert centroid_mm(maker(volume, None, [1])["ct_volume"]) == pytest.approx(expected, abs=0.02)
+
+
+def test_density_changes_leave_air_alone_and_stay_small(volume):
+    pair = make(volume, hu_shift=40.0, hu_scale=0.05)
+    difference = (pair["ct_volume"] - torch.nn.functional.avg_pool3d(volume, 2)).abs()
+    limit = (40.0 + 0.05 * 1440.0) / 2500.0
+    assert 1e-3 < difference.max() <= limit + 1e-5
+    air = torch.full((1, 1, 64, 64, 64), hu_to_unit(-1000.0 * torch.ones(())).item())
+    assert torch.allclose(make(air, hu_shift=40.0, hu_scale=0.05)["ct_volume"], air[..., :32, :32, :32], atol=1e-5)
+
+
+def many_pairs(value, count=300, **changes):
+    """Pairs of a small uniform volume from ``count`` seeds."""
+    config = AugmentConfig(source_size=8, **{**OFF, **changes})
+    maker = PairMaker(Geometry("parallel"), (8, 8, 8), 16, config)
+    return maker(torch.full((count, 1, 8, 8, 8), value), None, range(count))
+
+
+WATER = 1024 / 2500
+
+
+def test_density_changes_fill_their_ranges_in_hounsfield_units():
+    plain = many_pairs(WATER, 1)["ct_volume"].mean()
+    for changes in ({"hu_shift": 20.0}, {"hu_scale": 0.02}):  # 2 % of water's density is 20 HU, too
+        change = 2500 * (many_pairs(WATER, **changes)["ct_volume"].flatten(1)[:, 292] - plain)  # one inner voxel
+        assert change.abs().max() <= 20.01
+        assert change.std().item() == pytest.approx(20 / 3**0.5, rel=0.1)
+        assert change.mean().abs() < 2
+
+
+def test_noise_and_gain_of_the_x_rays_are_as_strong_as_stated():
+    plain = many_pairs(WATER / 2, 1)["xrays"]
+    noise = many_pairs(WATER / 2, xray_noise=0.003)["xrays"] - plain
+    assert noise.std().item() == pytest.approx(0.003, rel=0.03)
+    gain = (many_pairs(WATER / 2, xray_gain=0.2)["xrays"] / plain).mean((-2, -1)) - 1.0  # (samples, views)
+    assert gain.abs().max() <= 0.2001
+    assert gain.std(dim=0).tolist() == pytest.approx([0.2 / 3**0.5] * 2, rel=0.1)
+    assert torch.corrcoef(gain.T)[0, 1].abs() < 0.2  # two exposures, two gains
+
+
+def test_x_rays_stay_in_their_range():
+    assert many_pairs(1.0, 1, xray_noise=0.01)["xrays"].max() == 1.0  # 360 mm of bone
+    assert many_pairs(0.0, 1, xray_noise=0.01)["xrays"].min() == 0.0
+
+
+def test_the_mask_moves_with_the_volume(volume):
+    masks = torch.ones_like(volume)
+    masks[:, :, :20] = 0
+    pair = make(volume * masks, masks=masks, translation_mm=40.0, mirror_probability=1.0)
+    inside = pair["mask"][0, 0].mean((1, 2)) > 0.5
+    body = pair["ct_volume"][0, 0].amax((1, 2)) > 0.3
+    assert 5 < inside.sum() < 32
+    assert (inside != body).sum() <= 1
+
+
+def test_disabled_augmentation_ignores_the_seed(volume):
+    maker = PairMaker(Geometry(), (32, 32, 32), 64, AugmentConfig(enabled=False, source_size=64))
+    one, two = (maker(volume, torch.ones_like(volume), [seed]) for seed in (1, 2))
+    assert torch.equal(one["xrays"], two["xrays"])
+    assert torch.equal(one["ct_volume"], two["ct_volume"])
