@@ -80,13 +80,13 @@ class CascadePipeline(Pipeline):
 
     system: CascadeSystem
 
-    def read(self, pa, lateral=None, normalization="manifest", invert=False, check=True, acquisition=None):
+    def read(self, pa, lateral=None, normalization="manifest", invert=False, check=True, exposure=None):
         """X-ray files or arrays -> ``(num_views, S, S)``; as :meth:`Pipeline.read`, with PA alone for one view."""
         self.system.cascade.check_views(1 if lateral is None else 2)
         if lateral is not None:
-            return super().read(pa, lateral, normalization, invert, check, acquisition)
+            return super().read(pa, lateral, normalization, invert, check, exposure)
         stand_in = np.eye(self.system.xray_size, dtype=np.float32)  # any array passes for a second view; dropped
-        return super().read(pa, stand_in, normalization, invert, False, acquisition)[:1]
+        return super().read(pa, stand_in, normalization, invert, False, exposure)[:1]
 
     def __call__(self, pa, lateral=None, **options):
         """Two X-rays -> ``(HU int16 (D, H, W), affine)``; as :meth:`Pipeline.__call__`."""

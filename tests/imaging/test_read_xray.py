@@ -11,7 +11,7 @@ from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 from xray2ct.imaging import film
 from xray2ct.imaging import read_xray as read_xray_module
-from xray2ct.imaging.dicom_xray import Acquisition
+from xray2ct.imaging.dicom_xray import Exposure
 from xray2ct.imaging.film import body_width, check_spacings, check_views
 from xray2ct.imaging.read_xray import REFERENCE_PERCENTILES, read_xray, write_png16
 
@@ -200,10 +200,10 @@ def test_distances_of_the_header_and_of_the_options_scale_too(tmp_path):
     path = write_dicom(tmp_path / "x.dcm", stored, **header)
     assert blob_width_mm(read_xray(path, size=256, geometry=GEOMETRY).pixels) == pytest.approx(100, abs=3)
     np.save(tmp_path / "x.npy", stored / 4095.0)
-    given = Acquisition(1.0, 1500.0, 1200.0)
-    pixels = read_xray(tmp_path / "x.npy", size=256, geometry=GEOMETRY, acquisition=given).pixels
+    given = Exposure(1.0, 1500.0, 1200.0)
+    pixels = read_xray(tmp_path / "x.npy", size=256, geometry=GEOMETRY, exposure=given).pixels
     assert blob_width_mm(pixels) == pytest.approx(100, abs=3)
-    twice = read_xray(path, size=256, geometry=GEOMETRY, acquisition=Acquisition(pixel_spacing_mm=2.0)).pixels
+    twice = read_xray(path, size=256, geometry=GEOMETRY, exposure=Exposure(pixel_spacing_mm=2.0)).pixels
     assert blob_width_mm(twice) == pytest.approx(200, abs=3)  # options go before the header
 
 
@@ -235,7 +235,7 @@ def test_each_spacing_belongs_to_its_plane(tmp_path, header):
     xray = read_xray(path, size=256, geometry=GEOMETRY)
     assert blob_width_mm(xray.pixels) == pytest.approx(100, abs=3)
     assert xray.spacing_known
-    own = read_xray(path, size=256, geometry=GEOMETRY, acquisition=Acquisition(2.0)).pixels  # of the detector, always
+    own = read_xray(path, size=256, geometry=GEOMETRY, exposure=Exposure(2.0)).pixels  # of the detector, always
     assert blob_width_mm(own) == pytest.approx(200 * magnified / 1.125, abs=3)  # at the model's distances
 
 
@@ -243,8 +243,8 @@ def test_a_spacing_of_one_file_only_is_refused_naming_the_other(tmp_path):
     stored = np.rint(picture(full=4000)).astype(np.uint16)
     paths = [write_dicom(tmp_path / "a.dcm", stored, ImagerPixelSpacing=[8.0, 8.0]), tmp_path / "b.npy"]
     np.save(paths[1], picture())
-    for acquisition, refusal in ((None, True), (Acquisition(8.0), False)):
-        views = {path: read_xray(path, geometry=GEOMETRY, acquisition=acquisition) for path in paths}
+    for exposure, refusal in ((None, True), (Exposure(8.0), False)):
+        views = {path: read_xray(path, geometry=GEOMETRY, exposure=exposure) for path in paths}
         if refusal:
             with pytest.raises(InputError, match=r"b\.npy: its pixel spacing is missing, that of .*a\.dcm is known"):
                 check_spacings(views)
@@ -263,9 +263,9 @@ def test_impossible_spacings_and_distances_are_named(tmp_path):
     aspect = write_dicom(tmp_path / "z.dcm", stored, PixelAspectRatio=["2", "1"])
     refused(aspect, r"z\.dcm: its pixels are 2 x 1; expected square ones")
     with pytest.raises(InputError, match="--sid-mm is 1600, beyond the detector"):
-        Acquisition(1.0, 1500.0, 1600.0)
+        Exposure(1.0, 1500.0, 1600.0)
     with pytest.raises(InputError, match="--pixel-spacing-mm is -1"):
-        Acquisition(-1.0)
+        Exposure(-1.0)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tests.helpers.xray_cases import write_dicom
 from xray2ct.checkpoints import save_checkpoint
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry
-from xray2ct.imaging.dicom_xray import Acquisition
+from xray2ct.imaging.dicom_xray import Exposure
 from xray2ct.imaging.film import body_width
 from xray2ct.inference import batch, reconstruction
 from xray2ct.models.loading import load_base_model
@@ -129,7 +129,7 @@ def test_the_pixel_spacing_of_one_view_alone_is_refused(root, base, tmp_path):
     for view in (lateral, files(root)[1]):
         with pytest.raises(InputError, match=rf"{view.name}: its pixel spacing is missing, that of .*pa\.dcm is known"):
             pipeline.read(pa, view)
-    given = pipeline.read(pa, lateral, acquisition=Acquisition(pixel_spacing_mm=spacing))
+    given = pipeline.read(pa, lateral, exposure=Exposure(pixel_spacing_mm=spacing))
     assert np.array_equal(given[0], pipeline.read(pa, given[1].numpy())[0])  # an array has the model's scale
     whole = pipeline.read(*files(root))
     shown = [body_width(view) / body_width(other) for view, other in zip(given.numpy(), whole.numpy())]

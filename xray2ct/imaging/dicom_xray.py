@@ -1,6 +1,6 @@
 """DICOM X-rays (CR, DX, secondary capture): pixels the right way round, and how the picture was taken.
 
-Only pixels and the acquisition's numbers are taken: no name, id or text of the header gets into a result or a message.
+Only pixels and the exposure's numbers are taken: no name, id or text of the header gets into a result or a message.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420",
 
 
 @dataclass(frozen=True)
-class Acquisition:
+class Exposure:
     """How an X-ray was taken, all in millimetres; None where it is not known.
 
     pixel_spacing_mm: of the detector, or with spacing_at_patient of the plane through the middle of the patient.
@@ -50,10 +50,10 @@ class Acquisition:
         if self.sdd_mm and self.sid_mm and self.sid_mm > self.sdd_mm:
             raise InputError(f"--sid-mm is {self.sid_mm:g}, beyond the detector (--sdd-mm {self.sdd_mm:g})")
 
-    def over(self, other: Acquisition) -> Acquisition:
+    def over(self, other: Exposure) -> Exposure:
         """What is known here, else what ``other`` knows."""
         spacing = self if self.pixel_spacing_mm is not None else other
-        return Acquisition(
+        return Exposure(
             spacing.pixel_spacing_mm,
             self.sdd_mm if self.sdd_mm is not None else other.sdd_mm,
             self.sid_mm if self.sid_mm is not None else other.sid_mm,
@@ -71,7 +71,7 @@ class StoredXray:
     pixels: np.ndarray
     full_scale: float
     notes: list[str]
-    acquisition: Acquisition
+    exposure: Exposure
 
 
 def is_dicom(path) -> bool:
@@ -99,8 +99,8 @@ def decode_dicom(path, view: int, check_shape) -> StoredXray:
             data = pydicom.dcmread(path)
             pixels, full_scale, notes = _values(path, data, check_shape)
             _check_view(path, data, view)
-            acquisition = _acquisition(path, data, notes)
-            return StoredXray(_turned(path, data, pixels, view, notes), full_scale, notes, acquisition)
+            exposure = _exposure(path, data, notes)
+            return StoredXray(_turned(path, data, pixels, view, notes), full_scale, notes, exposure)
     except InputError:
         raise
     except Exception as error:  # damaged files make pydicom and its decoders raise whatever they stumble on
@@ -345,7 +345,7 @@ def _turned(path, data, pixels, view, notes):
     return np.ascontiguousarray(pixels)
 
 
-def _acquisition(path, data, notes) -> Acquisition:
+def _exposure(path, data, notes) -> Exposure:
     """Spacing and distances of the header; what is impossible counts as unknown.
 
     Imager Pixel Spacing and that of a scanned film lie in the detector's plane. So does Pixel Spacing (PS3.3, 10.7),
@@ -369,4 +369,4 @@ def _acquisition(path, data, notes) -> Acquisition:
     if str(data.get("ViewPosition") or "").upper() == "AP":
         notes.append("an AP view: the heart is magnified more than in the PA views that the models know")
     known = (value if value and 0 < value < 1e5 else None for value in (edge, sdd, sid))
-    return Acquisition(*known, spacing_at_patient=at_patient)
+    return Exposure(*known, spacing_at_patient=at_patient)

@@ -16,7 +16,7 @@ from PIL import Image
 from xray2ct.conventions import PICTURES
 from xray2ct.files import InputError, atomic_path
 from xray2ct.geometry.projector import Geometry
-from xray2ct.imaging.dicom_xray import MAX_VALUE, Acquisition, StoredXray, decode_dicom, is_dicom
+from xray2ct.imaging.dicom_xray import MAX_VALUE, Exposure, StoredXray, decode_dicom, is_dicom
 from xray2ct.imaging.xray_picture import decode_array, decode_picture
 
 NORMALIZATIONS = ("manifest", "percentile", "histogram")
@@ -65,7 +65,7 @@ def read_xray(
     view: int = 0,
     invert: bool = False,
     geometry: Geometry | None = None,
-    acquisition: Acquisition | None = None,
+    exposure: Exposure | None = None,
 ) -> XrayImage:
     """Read one X-ray: PNG, JPEG, TIFF or BMP (8 or 16 bit), ``.npy``, or DICOM (with pydicom).
 
@@ -79,9 +79,9 @@ def read_xray(
     size: edge of the result; the picture is padded to a square with its border's value (never
         stretched), then averaged by area down or interpolated linearly up. None: as it comes.
     invert: dark bone in, bright bone out.
-    geometry: what the picture is for. Where the detector's pixel spacing is known, from ``acquisition`` or a DICOM
+    geometry: what the picture is for. Where the detector's pixel spacing is known, from ``exposure`` or a DICOM
         header, it is cut or padded to the part of the patient that this geometry's detector sees; otherwise the whole
-        picture is taken for that. acquisition: spacing and distances, in place of what the file says.
+        picture is taken for that. exposure: spacing and distances, in place of what the file says.
 
     Padding (by a DICOM header) and wholly transparent pixels have no part in a normalization and become air. EXIF
     orientation, WhiteIsZero and what a DICOM header says of its pixels are used (:mod:`xray_picture`,
@@ -107,7 +107,7 @@ def read_xray(
     pixels = _normalise(path, raw, full_scale, normalization, view)
     _check_polarity(path, pixels[shown])
     pixels = np.where(outside, np.nanmin(pixels), pixels)
-    known = (acquisition or Acquisition()).over(decoded.acquisition)
+    known = (exposure or Exposure()).over(decoded.exposure)
     if geometry is not None and known.pixel_spacing_mm is not None:
         pixels = _fit_field(path, pixels, known, geometry, notes)
     if size is not None:
@@ -212,19 +212,19 @@ def _check_polarity(path, pixels) -> None:
         )
 
 
-def _fit_field(path, pixels, acquisition: Acquisition, geometry: Geometry, notes) -> np.ndarray:
+def _fit_field(path, pixels, exposure: Exposure, geometry: Geometry, notes) -> np.ndarray:
     """Cut or pad the picture to a square of what the geometry's detector sees at the isocentre.
 
     The isocentre stands where it does in the geometry, before the detector, unless ``sid_mm`` is known. The rays'
     other slant where the source stood nearer stays: only the scale is made right.
     """
-    wanted, spacing = geometry.detector_mm, acquisition.pixel_spacing_mm
+    wanted, spacing = geometry.detector_mm, exposure.pixel_spacing_mm
     if geometry.kind == "cone":
         wanted *= geometry.sid_mm / geometry.sdd_mm
-    if geometry.kind == "cone" and not acquisition.spacing_at_patient:
+    if geometry.kind == "cone" and not exposure.spacing_at_patient:
         behind = geometry.sdd_mm - geometry.sid_mm
-        sdd = acquisition.sdd_mm or geometry.sdd_mm
-        sid = acquisition.sid_mm or sdd - behind
+        sdd = exposure.sdd_mm or geometry.sdd_mm
+        sid = exposure.sid_mm or sdd - behind
         if not 0 < sid <= sdd:
             raise InputError(
                 f"{path}: source to detector is {sdd:g} mm; expected more than {behind:g}, or --sid-mm too"
@@ -234,7 +234,7 @@ def _fit_field(path, pixels, acquisition: Acquisition, geometry: Geometry, notes
     if not max(pixels.shape) / 4 <= edge <= min(MAX_EDGE, 4 * max(pixels.shape)):
         seen = " x ".join(f"{n * spacing:.0f}" for n in reversed(pixels.shape))
         raise InputError(
-            f"{path}: shows {seen} mm of the patient by its pixel spacing of {acquisition.pixel_spacing_mm:g} mm;"
+            f"{path}: shows {seen} mm of the patient by its pixel spacing of {exposure.pixel_spacing_mm:g} mm;"
             f" expected about {wanted:.0f} x {wanted:.0f} mm (--pixel-spacing-mm gives another)"
         )
     if pixels.shape != (edge, edge):

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from xray2ct.files import InputError, read_npy, shown_name
-from xray2ct.imaging.dicom_xray import Acquisition, StoredXray
+from xray2ct.imaging.dicom_xray import Exposure, StoredXray
 
 COLOUR = ("P", "PA", "RGB", "RGBA", "LA", "YCbCr")
 # Pillow's modes of one channel, and the value that means 1.
@@ -62,7 +62,7 @@ def decode_array(path) -> StoredXray:
         raise InputError(f"{path}: array of {array.dtype}; expected numbers")
     array = np.squeeze(array) if array.ndim > 2 else array
     scale = {1: 255.0, 2: 65535.0}.get(array.dtype.itemsize, 1.0) if array.dtype.kind == "u" else 1.0
-    return StoredXray(_finite(path, array.astype(np.float64)), scale, [], Acquisition())
+    return StoredXray(_finite(path, array.astype(np.float64)), scale, [], Exposure())
 
 
 def _finite(path, pixels):
@@ -115,7 +115,7 @@ def _decode(path, picture) -> StoredXray:
     if orientation in UPRIGHT:
         notes.append(f"turned by its EXIF orientation ({orientation})")
         pixels = pixels if is_tiff else np.ascontiguousarray(UPRIGHT[orientation](pixels))
-    return StoredXray(pixels, full_scale, notes, Acquisition())
+    return StoredXray(pixels, full_scale, notes, Exposure())
 
 
 def _transparent(path, picture, raw_mode) -> np.ndarray | None:

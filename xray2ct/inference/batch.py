@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from xray2ct.data.patient_files import find_pairs
 from xray2ct.files import InputError, check_writable, describe
-from xray2ct.imaging.dicom_xray import Acquisition
+from xray2ct.imaging.dicom_xray import Exposure
 from xray2ct.imaging.figures import save_panel
 from xray2ct.imaging.read_xray import NORMALIZATIONS
 from xray2ct.imaging.write_volume import FORMATS, check_output, write_volume
@@ -60,7 +60,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_common_arguments(args) -> None:
     """Raise :class:`InputError`, before anything is loaded, for what cannot be read or written."""
-    Acquisition(args.pixel_spacing_mm, args.sdd_mm, args.sid_mm)
+    Exposure(args.pixel_spacing_mm, args.sdd_mm, args.sid_mm)
     if args.folder:
         if args.pa or args.lateral:
             raise InputError("--folder stands for --pa and --lateral; expected one or the other")
@@ -99,7 +99,7 @@ def reconstruct_one(pipeline: Pipeline, pa, lateral, output, picture, args) -> t
         args.xray_normalization,
         args.invert,
         check=not args.no_check,
-        acquisition=Acquisition(args.pixel_spacing_mm, args.sdd_mm, args.sid_mm),
+        exposure=Exposure(args.pixel_spacing_mm, args.sdd_mm, args.sid_mm),
     )
     for note in pipeline.notes:
         tqdm.write(f"note: {note}", file=sys.stderr)

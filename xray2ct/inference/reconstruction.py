@@ -15,7 +15,7 @@ import torch
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import unit_to_hu
 from xray2ct.imaging.cube import cube_affine
-from xray2ct.imaging.dicom_xray import Acquisition
+from xray2ct.imaging.dicom_xray import Exposure
 from xray2ct.imaging.film import check_spacings, check_views
 from xray2ct.imaging.read_xray import REFERENCE_PERCENTILES, read_xray
 from xray2ct.inference.system import DirectSystem
@@ -42,11 +42,11 @@ class Pipeline:
         normalization: str = "manifest",
         invert: bool = False,
         check: bool = True,
-        acquisition: Acquisition | None = None,
+        exposure: Exposure | None = None,
     ) -> torch.Tensor:
         """Two X-ray files or arrays (H, W) in [0, 1] -> ``(2, S, S)`` float32 at the model's resolution.
 
-        normalization, invert: see :func:`read_xray`. acquisition: pixel spacing and distances of the files, in
+        normalization, invert: see :func:`read_xray`. exposure: pixel spacing and distances of the files, in
         place of what a DICOM header says; an array shows what the model's detector sees. Raises :class:`InputError`
         naming the file for anything unusable, for a pixel spacing that is known of one file only, and for swapped views
         (``check``). What was done to the pictures is left in ``notes``.
@@ -58,7 +58,7 @@ class Pipeline:
                 images.append(_array_view(source, view, size))
                 continue
             xray = read_xray(
-                source, normalization, size, view, invert, geometry=self.system.geometry, acquisition=acquisition
+                source, normalization, size, view, invert, geometry=self.system.geometry, exposure=exposure
             )
             self.notes += [f"{source}: {note}" for note in xray.notes]
             images.append(xray.pixels)
