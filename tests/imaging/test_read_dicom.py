@@ -179,10 +179,11 @@ def test_frames_that_cannot_be_placed_are_refused_by_name(tmp_path, words):
         read_ct(write_frames(tmp_path / "e.dcm", lps_ct(), order, change=change))
 
 
+@pytest.mark.parametrize("rle", [False, True])
 @pytest.mark.parametrize(
     ("value", "limit", "stored"), [(2500, None, 2500), (63536, None, -2000), (2400, 2600, 2500), (0, None, 0)]
 )
-def test_padding_counts_as_outside_the_scan(tmp_path, value, limit, stored):
+def test_padding_counts_as_outside_the_scan(tmp_path, value, limit, stored, rle):
     ct = lps_ct()
 
     def change(data, k):
@@ -194,6 +195,8 @@ def test_padding_counts_as_outside_the_scan(tmp_path, value, limit, stored):
         data.add_new("PixelPaddingValue", "US" if value > 32767 else "SS", value)
         if limit:
             data.add_new("PixelPaddingRangeLimit", "SS", limit)
+        if rle:
+            data.compress(pydicom.uid.RLELossless)
 
     found = read_ct(write_slices(tmp_path, ct, change))
     assert (found.data[:4] == -2000).all()
@@ -215,6 +218,24 @@ def test_a_sign_in_the_highest_stored_bit_is_seen(tmp_path):
         data.PixelRepresentation = 1
 
     same(read_ct(write_slices(tmp_path, ct, change)), ct)
+
+
+def test_overlays_above_the_stored_bits_are_left_out(tmp_path):
+    ct = lps_ct()
+
+    def change(data, k):
+        set_pixels(data, ct.data[:, :, k].T, bits=12)
+        marked = np.frombuffer(data.PixelData, "<u2") | np.uint16(1 << 12)
+        data.PixelData = marked.tobytes()
+
+    with pytest.raises(InputError, match=r"pixels from .* expected 12 bits as BitsStored says"):
+        read_ct(write_slices(tmp_path / "unknown", ct, change))
+
+    def with_overlay(data, k):
+        change(data, k)
+        data.add_new(0x60000102, "US", 12)
+
+    same(read_ct(write_slices(tmp_path / "overlay", ct, with_overlay)), ct)
 
 
 def compress(data, compressor, place):

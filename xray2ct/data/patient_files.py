@@ -28,7 +28,7 @@ from xray2ct.conventions import (
 )
 from xray2ct.files import InputError
 from xray2ct.imaging.cube_files import mask_path
-from xray2ct.imaging.dicom_xray import is_dicom
+from xray2ct.imaging.dicom_files import is_dicom
 
 HEADERS = (".mhd", ".nhdr")  # their voxels lie in files beside them
 # What may lie beside X-rays and volumes and is neither.
@@ -136,7 +136,7 @@ class PatientFolder:
                 self.unused.append(path)
         elif stem == self.id.lower() and suffix in VOLUME_SUFFIXES:
             self._volumes[0].append(path)
-        elif suffix in BESIDE:
+        elif suffix in BESIDE or path.name.upper() == "DICOMDIR":
             return False
         elif name is not None:
             self._sort_xray(path, name)

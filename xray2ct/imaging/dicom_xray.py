@@ -5,24 +5,23 @@ Only pixels and the exposure's numbers are taken: no name, id or text of the hea
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import tempfile
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import expit
 
+from xray2ct.conventions import VIEW_LABELS
 from xray2ct.files import InputError
+from xray2ct.imaging.dicom_files import is_dicom, reading
+from xray2ct.imaging.dicom_pixels import stored_frames
+from xray2ct.imaging.optional import import_pydicom
 
 MAX_VALUE = 1e30  # beyond it float32 and differences overflow
 OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "H": "F", "F": "H"}
 WORDS = {"L": "left", "R": "right", "A": "anterior", "P": "posterior", "H": "head", "F": "feet"}
 # Where columns and rows of the project's views run to (projector.py): PA, lateral.
 WANTED = (("L", "F"), ("P", "F"))
-VIEW_NAMES = ("PA", "lateral")
 MODALITIES = ("CR", "DX", "DR", "RG", "RF", "XA", "OT", "SC", "")  # projections; OT and SC are scanned films
 GREY = {"MONOCHROME1": True, "MONOCHROME2": False}  # True: low values are shown white
 COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
@@ -74,12 +73,6 @@ class StoredXray:
     exposure: Exposure
 
 
-def is_dicom(path) -> bool:
-    """True when the file has DICOM's preamble, whatever it is called."""
-    with open(path, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
 def decode_dicom(path, view: int, check_shape) -> StoredXray:
     """Read one DICOM X-ray.
 
@@ -90,35 +83,13 @@ def decode_dicom(path, view: int, check_shape) -> StoredXray:
     Raises :class:`InputError` naming the file: unreadable, no X-ray, in colour, several frames, a header that
     contradicts the pixels or itself, the other view, compressed without a decoder at hand, without pydicom.
     """
-    try:
-        import pydicom
-    except ImportError:
-        raise InputError(f"{path}: reading DICOM X-rays needs pydicom; run: pip install pydicom") from None
-    try:
-        with _silenced("pydicom"):
-            data = pydicom.dcmread(path)
-            pixels, full_scale, notes = _values(path, data, check_shape)
-            _check_view(path, data, view)
-            exposure = _exposure(path, data, notes)
-            return StoredXray(_turned(path, data, pixels, view, notes), full_scale, notes, exposure)
-    except InputError:
-        raise
-    except Exception as error:  # damaged files make pydicom and its decoders raise whatever they stumble on
-        reason = type(error).__name__ if not isinstance(error, AttributeError | NotImplementedError) else error
-        raise InputError(f"{path}: not a readable DICOM picture ({reason})") from error
-
-
-@contextlib.contextmanager
-def _silenced(library: str):
-    """No warnings, and nothing in the library's log: both quote the values of tags, such as a patient's name."""
-    logger = logging.getLogger(library)
-    before, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = before
+    pydicom = import_pydicom(path, "reading DICOM X-rays")
+    with reading(path):
+        data = pydicom.dcmread(path, force=is_dicom(path))  # also without preamble
+        pixels, full_scale, notes = _values(path, data, check_shape)
+        _check_view(path, data, view)
+        exposure = _exposure(path, data, notes)
+        return StoredXray(_turned(path, data, pixels, view, notes), full_scale, notes, exposure)
 
 
 def _values(path, data, check_shape):
@@ -126,7 +97,7 @@ def _values(path, data, check_shape):
     bits, signed = int(data.BitsStored), data.PixelRepresentation == 1
     low, high = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
     full_scale, notes = high - low, []
-    values, padding = _stored_values(path, data, low, high)
+    (values,), padding = stored_frames(path, data, (1, int(data.Rows), int(data.Columns)))
     if data.get("ModalityLUTSequence"):
         values, high = _look_up(path, data, "Modality LUT", values, (low, high), notes)
         low, full_scale = 0.0, high
@@ -149,7 +120,8 @@ def _values(path, data, check_shape):
         name = "MONOCHROME1" if GREY[data.PhotometricInterpretation] else "Presentation LUT Shape INVERSE"
         notes.append(f"{name}: inverted, so that bone is bright")
     notes += _intensity_notes(data, inverted)
-    values[padding] = np.nan
+    if padding is not None:
+        values[padding[0]] = np.nan
     return values, full_scale, notes
 
 
@@ -167,84 +139,9 @@ def _check_kind(path, data, check_shape) -> None:
     if photometric not in GREY:
         shown = photometric if photometric in COLOUR else "missing or unknown"
         raise InputError(f"{path}: Photometric Interpretation is {shown}; expected {' or '.join(GREY)}")
-    if "PixelData" not in data:
-        raise InputError(f"{path}: Pixel Data (7FE0,0010) is missing; expected an X-ray of whole numbers")
     stored = int(data.get("BitsStored", 0))
     if not 2 <= stored <= 32:
         raise InputError(f"{path}: {stored} bits per pixel; expected 8 to 16")
-    if int(data.get("HighBit", stored - 1)) != stored - 1:
-        raise InputError(f"{path}: High Bit is {int(data.HighBit)} with {stored} Bits Stored; expected {stored - 1}")
-
-
-def _stored_values(path, data, low, high) -> tuple[np.ndarray, np.ndarray]:
-    """Whole numbers from ``low`` to ``high``, and which of them are padding."""
-    raw = _decoded(path, data)
-    raw = raw.astype(np.int64 if raw.dtype.itemsize > 2 else np.int32)
-    padding = _padding(data, raw)
-    values = raw & int(high - low)  # bits above may hold an overlay
-    if low < 0:
-        values = np.where(values > high, values - int(high - low + 1), values)
-    elif (values != raw)[~padding].any() and not any(
-        group % 2 == 0 and data.get((group, 0x0102)) and data[group, 0x0102].value for group in range(0x6000, 0x6020)
-    ):
-        raise InputError(f"{path}: holds values up to {raw.max()}; expected at most {high:g} by its Bits Stored")
-    return values, padding
-
-
-def _padding(data, raw) -> np.ndarray:
-    """Where Pixel Padding Value, to Pixel Padding Range Limit, says that there is no picture."""
-    if data.get("PixelPaddingValue") is None:
-        return np.zeros(raw.shape, bool)
-    limit = data.get("PixelPaddingRangeLimit")
-    span = 2 ** int(data.BitsAllocated)
-    ends = [int(value) % span for value in (data.PixelPaddingValue, data.PixelPaddingValue if limit is None else limit)]
-    if data.PixelRepresentation == 1:
-        ends = [value - span if value >= span // 2 else value for value in ends]
-    return (raw >= min(ends)) & (raw <= max(ends))
-
-
-def _decoded(path, data) -> np.ndarray:
-    """The pixels as they are stored, by pydicom and what it has for decoders, else by SimpleITK."""
-    from pydicom.pixels import get_decoder
-
-    syntax = data.file_meta.TransferSyntaxUID
-    try:
-        if get_decoder(syntax).is_available:
-            data.pixel_array_options(correct_unused_bits=False)  # padding may need these bits
-            return data.pixel_array
-    except (NotImplementedError, RuntimeError):  # a syntax that pydicom does not know; a decoder that is not enough
-        pass
-    return _decoded_by_simpleitk(path, data, syntax)
-
-
-def _decoded_by_simpleitk(path, data, syntax) -> np.ndarray:
-    """As :func:`_decoded`; SimpleITK gets a file of the pixels alone, so that it applies nothing of the header."""
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import SecondaryCaptureImageStorage, UID_dictionary, generate_uid
-
-    try:
-        import SimpleITK  # optional, and slow to import
-    except ImportError:
-        SimpleITK = None
-    plain = Dataset()
-    for key in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
-        setattr(plain, key, data[key].value)
-    plain.PhotometricInterpretation, plain[0x7FE00010] = "MONOCHROME2", data["PixelData"]
-    plain.SOPClassUID, plain.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
-    plain.file_meta = FileMetaDataset()
-    plain.file_meta.TransferSyntaxUID = syntax
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            plain.save_as(f"{folder}/x.dcm", enforce_file_format=True)
-            SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-            return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(f"{folder}/x.dcm"))[0]
-    except (AttributeError, RuntimeError, ValueError):
-        name = f"{syntax.name} ({syntax})" if syntax in UID_dictionary else "unknown"
-        tried = "" if SimpleITK is None else ", or its pixels are damaged"
-        raise InputError(
-            f"{path}: no decoder for its transfer syntax, {name}{tried}; run: pip install SimpleITK"
-            " pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        ) from None
 
 
 def _number(data, key, default: float | None = None) -> float | None:
@@ -319,7 +216,7 @@ def _check_view(path, data, view) -> None:
     lateral = position in ("LL", "RL", "LATERAL", "LLD", "RLD")
     if position and ((view == 0 and lateral) or (view == 1 and position in ("PA", "AP"))):
         raise InputError(
-            f"{path}: View Position is {position}; expected the {VIEW_NAMES[view]} view"
+            f"{path}: View Position is {position}; expected the {VIEW_LABELS[view]} view"
             " (are --pa and --lateral swapped?)"
         )
 
@@ -335,7 +232,7 @@ def _turned(path, data, pixels, view, notes):
         pixels, columns, rows = pixels.T, rows, columns
     if {columns, rows} - {wanted_columns, OPPOSITE[wanted_columns], "H", "F"} or rows not in "HF":
         runs = " and ".join(WORDS[letter] for letter in given)
-        raise InputError(f"{path}: Patient Orientation says it runs to {runs}; that is no {VIEW_NAMES[view]} view")
+        raise InputError(f"{path}: Patient Orientation says it runs to {runs}; that is no {VIEW_LABELS[view]} view")
     if columns != wanted_columns:
         pixels = pixels[:, ::-1]
     if rows != wanted_rows:

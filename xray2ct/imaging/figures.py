@@ -1,6 +1,6 @@
 """Pictures: two X-rays | prediction | truth | difference in three planes, as a radiologist hangs them.
 
-from figures import save_panel
+from xray2ct.imaging.figures import save_panel
 save_panel("case.png", xrays, prediction, target)
 """
 

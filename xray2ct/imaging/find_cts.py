@@ -11,13 +11,13 @@ from pathlib import Path
 
 from xray2ct.conventions import OTHER_VOLUMES, SUFFIXES, suffix_of
 from xray2ct.files import InputError, safe_name
+from xray2ct.imaging.dicom_files import is_dicom
 from xray2ct.imaging.image_headers import data_files
+from xray2ct.imaging.optional import import_pydicom
 from xray2ct.imaging.read_dicom import (
     MIN_SERIES_SLICES,
     SeriesInfo,
     files_of_dicomdir,
-    import_pydicom,
-    is_dicom,
     may_lie_beside_slices,
     series_of,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from xray2ct.files import InputError, shown_name
+from xray2ct.imaging.dicom_files import is_dicom, reading
 from xray2ct.imaging.dicom_pixels import stored_frames
-from xray2ct.imaging.dicom_xray import _silenced
+from xray2ct.imaging.optional import import_pydicom
 
 MIN_SERIES_SLICES = 8  # beside another series, fewer are a localiser
 MAX_DRIFT_MM = 0.5  # a slice's distance from its place on the regular grid; at most a quarter of a step, too
@@ -67,27 +67,6 @@ class Frame:
         return self.path.name if self.of == 1 else f"frame {self.number + 1} of {self.path.name}"
 
 
-def import_pydicom(path):
-    """pydicom, or InputError saying how to install it."""
-    try:
-        import pydicom  # optional
-    except ImportError:
-        raise InputError(f"{path}: reading DICOM needs pydicom; run: pip install 'pydicom>=3'") from None
-    return pydicom
-
-
-def is_dicom(path) -> bool:
-    """True for DICOM by content: the preamble or, in files without, a first element of group 0002 or 0008.
-
-    Raises OSError when the file cannot be opened.
-    """
-    if Path(path).name.upper() == "DICOMDIR":
-        return False
-    with open(path, "rb") as stream:
-        block = stream.read(132)
-    return block[128:] == b"DICM" or bool(re.match(rb"[\x02\x08]\0.\0(?:[A-Z]{2}|..\0\0)", block, re.DOTALL))
-
-
 def may_lie_beside_slices(path) -> bool:
     """True for a file that is no slice by its name, so that it may lie in a folder of DICOM files."""
     name = Path(path).name
@@ -97,16 +76,11 @@ def may_lie_beside_slices(path) -> bool:
 def read_header(path, tags=None):
     """pydicom's dataset of a file without its pixels (``tags``: only these); InputError when it cannot be read."""
     pydicom = import_pydicom(path)
-    try:
+    with reading(path):
         with open(path, "rb") as stream:
             if DEFLATED in stream.read(2048):
                 raise InputError(f"{path}: a deflated DICOM file; expected one that is not (dcmconv +te)")
-        with _silenced("pydicom"):
-            return pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags)
-    except InputError:
-        raise
-    except Exception as error:  # damaged files make pydicom raise whatever it stumbles on
-        raise InputError(f"{path}: not a readable DICOM file ({type(error).__name__}); copy it again") from error
+        return pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags)
 
 
 def read_series(folder, max_voxels: int):
@@ -136,17 +110,9 @@ def read_series(folder, max_voxels: int):
 
 
 def guarded(path, work, *arguments):
-    """``work(path, ...)`` with pydicom silenced; whatever it and its decoders stumble on becomes an InputError.
-
-    Values of a header are decoded when they are asked for, so that asking needs this, too.
-    """
-    try:
-        with _silenced("pydicom"):
-            return work(path, *arguments)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: not a readable DICOM file ({type(error).__name__})") from error
+    """``work(path, ...)``; what pydicom raises in it becomes an InputError, see :func:`dicom_files.reading`."""
+    with reading(path):
+        return work(path, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -10,15 +10,7 @@ from xray2ct.conventions import suffix_of
 from xray2ct.files import InputError
 from xray2ct.imaging.ct_checks import MAX_INFLATION, check_claim
 from xray2ct.imaging.image_headers import NRRD, check_header, data_files
-
-
-def import_sitk(path):
-    try:
-        import SimpleITK  # optional, and slow to import
-    except ImportError:
-        raise InputError(f"{path}: MetaImage and NRRD need SimpleITK: pip install SimpleITK") from None
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # its warnings become errors below
-    return SimpleITK
+from xray2ct.imaging.optional import import_sitk
 
 
 def read_image(path):
@@ -55,4 +47,5 @@ def from_sitk(path, sitk, image):
 
 
 def lps_to_ras(affine):
+    """A 4 x 4 map to LPS mm (ITK, DICOM) as one to RAS mm (NIfTI), and the other way round."""
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine

@@ -1,6 +1,6 @@
 """Reading and writing X-ray pictures: any common format to float32 in [0, 1], attenuation bright (bone white).
 
-from xray_io import check_views, read_xray, write_png16
+from xray2ct.imaging.read_xray import read_xray
 pa = read_xray("ID_pa_drr.png", size=512).pixels
 """
 
@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from xray2ct.conventions import PICTURES
+from xray2ct.conventions import DICOM_SUFFIXES, PICTURES
 from xray2ct.files import InputError, atomic_path
 from xray2ct.geometry.projector import Geometry
-from xray2ct.imaging.dicom_xray import MAX_VALUE, Exposure, StoredXray, decode_dicom, is_dicom
+from xray2ct.imaging.dicom_files import is_dicom
+from xray2ct.imaging.dicom_xray import MAX_VALUE, Exposure, StoredXray, decode_dicom
 from xray2ct.imaging.xray_picture import decode_array, decode_picture
 
 NORMALIZATIONS = ("manifest", "percentile", "histogram")
@@ -126,7 +127,7 @@ def _decode(path: Path, view: int) -> StoredXray:
         return decode_picture(path, lambda shape: _check_edges(path, shape))
     if suffix == ".npy":
         return decode_array(path)
-    if suffix in (".dcm", ".dicom") or is_dicom(path):
+    if suffix in DICOM_SUFFIXES or is_dicom(path):
         return decode_dicom(path, view, lambda shape: _check_edges(path, shape))
     raise InputError(f"{path}: unknown X-ray format; expected {', '.join(PICTURES)}, .npy or DICOM")
 

@@ -1,6 +1,6 @@
 """Writing reconstructed volumes: NIfTI, NRRD, MetaImage, or a DICOM series marked as synthetic.
 
-from volume_output import write_volume
+from xray2ct.imaging.write_volume import write_volume
 write_volume("ct.nii.gz", hu, affine)     # nibabel
 write_volume("ct.nrrd", hu, affine)       # pip install SimpleITK; also .mha
 write_volume("ct_dicom", hu, affine)      # a new folder: one DICOM file per slice; pip install pydicom
@@ -17,15 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
+from xray2ct.conventions import AIR_HU
 from xray2ct.files import InputError, atomic_path, check_writable, naming
 from xray2ct.imaging.cube_files import write_cube
+from xray2ct.imaging.optional import import_pydicom, import_sitk
+from xray2ct.imaging.read_itk import lps_to_ras
 
 NIFTI = (".nii.gz", ".nii")
 SITK = (".nrrd", ".mha")
 FORMATS = {"nifti": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom": ""}  # and what names of that format end in
 EXPECTED = "expected a name ending in .nii.gz, .nii, .nrrd or .mha, or a folder's (no suffix) for a DICOM series"
 CT_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
-AIR_HU = -1024
 
 
 def format_of(path: str | os.PathLike) -> str:
@@ -72,9 +74,9 @@ def _check_output(path: Path, kind: str, series: bool) -> None:
     if kind == "dicom" and not series:
         raise InputError(f"{path}: expected a name ending in .nii.gz, .nii, .nrrd or .mha")
     if kind == "dicom":
-        _import_pydicom(path)
+        import_pydicom(path, "writing DICOM")
     elif kind != "nifti":
-        _import_sitk(path)
+        import_sitk(path, "writing NRRD and MetaImage")
     check_writable(path)
     if kind == "dicom" and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: is there already; a DICOM series needs a new or empty folder")
@@ -104,22 +106,14 @@ def _feet_to_head(hu, affine) -> tuple[np.ndarray, np.ndarray]:
 
     The project's own order, head to feet, is left-handed; viewers differ in how they take that.
     """
-    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    lps = lps_to_ras(affine)  # its own inverse
     lps[:, 3] += (hu.shape[0] - 1) * lps[:, 2]
     lps[:3, 2] *= -1
     return np.ascontiguousarray(hu[::-1]), lps
 
 
-def _import_sitk(path):
-    try:
-        import SimpleITK
-    except ImportError:
-        raise InputError(f"{path}: writing NRRD and MetaImage needs SimpleITK; run: pip install SimpleITK") from None
-    return SimpleITK
-
-
 def _write_sitk(path, hu, affine) -> None:
-    sitk = _import_sitk(path)
+    sitk = import_sitk(path, "writing NRRD and MetaImage")
     volume, lps = _feet_to_head(hu, affine)
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     image = sitk.GetImageFromArray(volume)  # array (z, y, x) -> image (x, y, z)
@@ -136,19 +130,6 @@ def _write_sitk(path, hu, affine) -> None:
 
 # ------------------------------------------------------------------------------------------------
 # DICOM
-
-
-def _import_pydicom(path):
-    try:
-        import pydicom
-        from pydicom.uid import generate_uid
-    except ImportError:
-        raise InputError(f"{path}: writing DICOM needs pydicom; run: pip install 'pydicom>=3'") from None
-    if int(pydicom.__version__.partition(".")[0]) < 3:
-        raise InputError(
-            f"{path}: writing DICOM needs pydicom 3, found {pydicom.__version__}; run: pip install -U pydicom"
-        )
-    return pydicom, generate_uid
 
 
 def _write_series(folder: Path, hu, affine) -> None:
@@ -179,7 +160,8 @@ def _series_header(folder, volume, lps):
 
     CT Image Storage (DICOM PS3.3, A.3); derived images are marked in Image Type and Derivation Description (C.7.6.1).
     """
-    pydicom, generate_uid = _import_pydicom(folder)
+    pydicom = import_pydicom(folder, "writing DICOM")
+    generate_uid = pydicom.uid.generate_uid
     data, now, spacing = pydicom.Dataset(), datetime.now(), np.linalg.norm(lps[:3, :3], axis=0)
     data.SOPClassUID, data.Modality = CT_IMAGE_STORAGE, "CT"
     data.ImageType = ["DERIVED", "SECONDARY", "AXIAL", "SYNTHETIC"]
@@ -210,9 +192,9 @@ def _series_header(folder, volume, lps):
 
 def _slice(common, volume, lps, index: int):
     """A data set of one slice, ready to be saved."""
-    pydicom, generate_uid = _import_pydicom("")
+    pydicom = import_pydicom("", "writing DICOM")
     data = pydicom.Dataset(common)
-    data.SOPInstanceUID, data.InstanceNumber = generate_uid(), index + 1
+    data.SOPInstanceUID, data.InstanceNumber = pydicom.uid.generate_uid(), index + 1
     position = lps @ [0, 0, index, 1]
     data.ImagePositionPatient = [f"{value:.10g}" for value in position[:3]]
     stored = volume[index].astype(np.int32) - int(common.RescaleIntercept)
