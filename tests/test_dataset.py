@@ -359,12 +359,13 @@ def edit(root, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format_version": 99}, "format_version 99"),
+        ({"format_version": 99}, "format_version: 99; this version reads 1"),
         ({"geometry": {"kind": "fan"}}, "fan"),
         ({"geometry": {"sid": 5}}, "sid"),
         ({"geometry": None}, "geometry"),
-        ({"mu_water": 0.03}, "mu_water 0.03"),
-        ({"hu_window": "wide"}, "dataset.json"),
+        ({"mu_water": 0.03}, "mu_water: 0.03"),
+        ({"hu_window": "wide"}, "hu_window: 'wide'; expected two HU, the lower first"),
+        ({"cube_size": 32.5}, "cube_size: 32.5; expected a whole number from 1 to 1024"),
         ({"split": {"train": ["p0", "p1"], "val": ["p1"], "test": []}}, "listed more than once: p1"),
     ],
 )

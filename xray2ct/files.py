@@ -241,6 +241,11 @@ def is_plain_name(name) -> bool:
     return fits and not RESERVED_NAMES.fullmatch(name)
 
 
+def is_file_name(name: str) -> bool:
+    """True for the name of a file or folder within its folder: no path, on any system."""
+    return name not in ("", ".", "..") and set(name).isdisjoint("/\\:\0")
+
+
 def check_patient_id(patient, origin) -> str:
     """Return ``patient``, or raise :class:`InputError` naming ``origin`` when it cannot be a folder's name.
 
@@ -264,6 +269,15 @@ def safe_name(text: str, default: str = "ct") -> str:
         digest = hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
         name = f"{name[: MAX_NAME - 17]}_{digest}"
     return name
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def stays_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:

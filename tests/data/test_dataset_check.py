@@ -17,9 +17,9 @@ from xray2ct.data.checks.anatomy import orientation
 from xray2ct.data.checks.dataset_check import check_dataset
 from xray2ct.data.checks.findings import FAILED, OK, UNKNOWN
 from xray2ct.data.phantoms import make_phantom
-from xray2ct.data.prepare import patient_files, sha256
+from xray2ct.data.prepare import patient_files
 from xray2ct.data.splits import split_hash
-from xray2ct.files import InputError, read_json, write_json
+from xray2ct.files import InputError, read_json, sha256, write_json
 from xray2ct.geometry.projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 from xray2ct.imaging.body import locate_cube
 from xray2ct.imaging.cube import cube_affine, resample_cube
@@ -387,7 +387,7 @@ def leaking(good, tmp_path_factory):
 @pytest.mark.parametrize(
     ("check", "patient", "words"),
     [
-        ("manifest", None, r"mu_water is 0\.03"),
+        ("manifest", None, r"mu_water: 0\.03; this version renders with 0\.02"),
         ("manifest", None, r"'\.\./outside' leaves its folder"),
         ("split", None, "p1 is in train and val"),
         ("split", None, r"ghost \(train\) is not a patient"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from xray2ct.conventions import CUBE_SIZE, MANIFEST, MANIFEST_VERSION, VIEW_NAMES, VOLUME_SUFFIXES
 from xray2ct.data.patient_files import PatientFolder, loose_files, some, visible
 from xray2ct.data.splits import check_split, split_by_hash
-from xray2ct.files import InputError, check_patient_id, read_json, shown, stays_inside
+from xray2ct.files import InputError, check_patient_id, is_file_name, read_json, shown, stays_inside
 from xray2ct.geometry.projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry
 
 MAX_CUBE_SIZE = 1024  # 4 GiB as float32
@@ -75,77 +76,130 @@ class Manifest:
     def __init__(self, root: Path, patients: dict[str, PatientFolder]):
         path = root / MANIFEST
         self.present = path.exists()
+        data = _read_object(path) if self.present else {}
+        values, problems = read_values(data) if self.present else (DEFAULTS, [])
+        if problems:
+            raise InputError(f"{path}: {problems[0]}")
+        self.geometry: Geometry = values["geometry"]
+        self.hu_window: tuple[float, float] = values["hu_window"]
+        self.xray_scale: float = values["xray_scale"]
+        self.cube_size: int = values["cube_size"]
         if self.present:
-            self._read(path, patients)
+            listed = _listed(path, data)
+            _match_folders(path, listed, patients)
+            self.split = check_split(data.get("split"), listed, f"{path} (split)")
         else:
-            self.geometry, self.hu_window, self.xray_scale, self.cube_size = (
-                Geometry(),
-                HU_WINDOW,
-                XRAY_SCALE,
-                CUBE_SIZE,
-            )
             self.split = split_by_hash(patients)
 
-    def _read(self, path, patients):
-        data = read_json(path)
-        if not isinstance(data, dict):
-            raise InputError(f"{path}: expected a JSON object, as prepare_data.py writes it")
-        version = data.get("format_version")
-        if version != MANIFEST_VERSION:
-            raise InputError(f"{path}: format_version {shown(version)}; this version reads {MANIFEST_VERSION}")
+
+def _read_object(path: Path) -> dict:
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a JSON object, as prepare_data.py writes it")
+    return data
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings of a manifest
+
+
+def _same(expected, what: str):
+    def read(value):
+        if value != expected:
+            raise ValueError(f"{shown(value)}; this version {what} {expected}")
+        return value
+
+    return read
+
+
+def _window(value) -> tuple[float, float]:
+    if not (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]):
+        raise ValueError(f"{shown(value)}; expected two HU, the lower first")
+    return float(value[0]), float(value[1])
+
+
+def _scale(value) -> float:
+    if not (_is_number(value) and value > 0):
+        raise ValueError(f"{shown(value)}; expected a number above 0")
+    return float(value)
+
+
+def edge_up_to(limit: int):
+    """A reader of voxels or pixels per edge for :func:`read_values`."""
+
+    def read(value) -> int:
+        if not (type(value) is int and 1 <= value <= limit):
+            raise ValueError(f"{shown(value)}; expected a whole number from 1 to {limit}")
+        return value
+
+    return read
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+DEFAULTS = {"geometry": Geometry(), "hu_window": HU_WINDOW, "xray_scale": XRAY_SCALE, "cube_size": CUBE_SIZE}
+READERS = {
+    "format_version": _same(MANIFEST_VERSION, "reads"),
+    "geometry": Geometry.from_dict,
+    "hu_window": _window,
+    "xray_scale": _scale,
+    "cube_size": edge_up_to(MAX_CUBE_SIZE),
+    "mu_water": _same(MU_WATER, "renders with"),
+}
+
+
+def read_values(data: dict, more: dict[str, Callable] | None = None) -> tuple[dict, list[str]]:
+    """``(values, problems)``: the settings of a manifest that are usable, and a sentence for each that is not.
+
+    more: further keys that the caller needs, with a reader each, which raises ``ValueError`` for what it does not take.
+    """
+    values, problems = {}, []
+    for key, read in (READERS | (more or {})).items():
         try:
-            self.geometry = Geometry.from_dict(data["geometry"])
-            self.hu_window = _numbers(data["hu_window"])
-            (self.xray_scale,) = _numbers([data["xray_scale"]])
-            self.cube_size = data["cube_size"]
-            mu_water, listed, split = data["mu_water"], _listed(data["patients"]), data["split"]
-        except KeyError as error:
-            raise InputError(f"{path}: key {error} is missing; prepare the data again") from None
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"{path}: {error}") from None
-        if len(self.hu_window) != 2 or not self.hu_window[0] < self.hu_window[1]:
-            raise InputError(f"{path}: hu_window is {shown(data['hu_window'])}; expected two HU, the lower first")
-        if not self.xray_scale > 0:
-            raise InputError(f"{path}: xray_scale is {self.xray_scale}; expected a number above 0")
-        if type(self.cube_size) is not int or not 1 <= self.cube_size <= MAX_CUBE_SIZE:
-            raise InputError(
-                f"{path}: cube_size is {shown(data['cube_size'])}; expected a whole number up to {MAX_CUBE_SIZE}"
-            )
-        if mu_water != MU_WATER:
-            raise InputError(f"{path}: mu_water {shown(mu_water)}; this version renders with {MU_WATER}")
-        missing = sorted(p for p in listed if p not in patients or not patients[p].names(patients[p].volume))
-        if missing:
-            raise InputError(f"{path}: no volume for patient {missing[0]}")
-        for patient in sorted(listed):
-            _check_links(path.parent, patients[patient])
-            for view, xray in zip(VIEW_NAMES, patients[patient].xrays):
-                if not patients[patient].names(xray):
-                    raise InputError(f"{path.parent / patient / (patient + view[0] + '.png')}: this view is missing")
-        for extra in set(patients) - listed:
-            warnings.warn(f"{path.parent / extra} is not in {MANIFEST}: left out", stacklevel=3)
-            del patients[extra]
-        self.split = check_split(split, listed, f"{path} (split)")
+            values[key] = read(data[key])
+        except KeyError:
+            problems.append(f"key '{key}' is missing; prepare the data again")
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
+            problems.append(f"{key}: {error}")
+    return values, problems
 
 
-def _numbers(values) -> tuple[float, ...]:
-    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        raise ValueError(f"{shown(values)}; expected numbers")
-    return tuple(float(value) for value in values)
+# ------------------------------------------------------------------------------------------------
+# Patients of a manifest
 
 
-def _listed(entries) -> set[str]:
-    """Ids of the manifest's patients; ``ValueError`` for an id or a file name that leaves its folder."""
+def _listed(path: Path, data: dict) -> set[str]:
+    """Ids of the manifest's patients; :class:`InputError` for an id or a file name that leaves its folder."""
+    entries = data.get("patients")
     if not isinstance(entries, dict):
-        raise ValueError(f"patients is {shown(entries)}; expected an object of patients")
+        raise InputError(f"{path}: patients is {shown(entries)}; expected an object of patients")
     for patient, entry in entries.items():
-        check_patient_id(patient, "patients")
+        check_patient_id(patient, f"{path}: patients")
         files = entry.get("files", {}) if isinstance(entry, dict) else None
         if not isinstance(files, dict):
-            raise ValueError(f"the entry of patient {patient} is {shown(entry)}; expected an object with its files")
+            expected = "expected an object with its files"
+            raise InputError(f"{path}: the entry of patient {patient} is {shown(entry)}; {expected}")
         for name in files:
-            if not set(name).isdisjoint("/\\:\0") or name in ("", ".", ".."):
-                raise ValueError(f"patients: {patient} names the file {shown(name)}, which leaves its folder")
+            if not is_file_name(name):
+                raise InputError(f"{path}: patients: {patient} names the file {shown(name)}, which leaves its folder")
     return set(entries)
+
+
+def _match_folders(path: Path, listed: set[str], patients: dict[str, PatientFolder]) -> None:
+    """Check that listed patients have their files; remove the others from ``patients``, with a warning."""
+    missing = sorted(p for p in listed if p not in patients or not patients[p].names(patients[p].volume))
+    if missing:
+        raise InputError(f"{path}: no volume for patient {missing[0]}")
+    for patient in sorted(listed):
+        _check_links(path.parent, patients[patient])
+        for view, xray in zip(VIEW_NAMES, patients[patient].xrays):
+            if not patients[patient].names(xray):
+                raise InputError(f"{path.parent / patient / (patient + view[0] + '.png')}: this view is missing")
+    for extra in set(patients) - listed:
+        warnings.warn(f"{path.parent / extra} is not in {MANIFEST}: left out", stacklevel=4)
+        del patients[extra]
 
 
 def _check_links(root: Path, patient: PatientFolder) -> None:

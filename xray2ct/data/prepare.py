@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from xray2ct.conventions import RECORD
+from xray2ct.conventions import MANIFEST, MANIFEST_VERSION, RECORD, VIEW_LABELS
 from xray2ct.data.splits import SPLITS, split_hash
-from xray2ct.files import InputError, check_patient_id, read_json, shown, write_json
+from xray2ct.files import InputError, check_patient_id, read_json, sha256, shown, write_json
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 from xray2ct.imaging.body import locate_cube, remove_couch
 from xray2ct.imaging.cube import cube_affine, resample_cube
@@ -30,10 +30,6 @@ from xray2ct.imaging.cube_files import write_cube
 from xray2ct.imaging.find_cts import CtSource, source_files
 from xray2ct.imaging.read_ct import read_ct
 from xray2ct.imaging.read_xray import write_png16
-
-FORMAT_VERSION = 1
-MANIFEST = "dataset.json"
-
 
 # ------------------------------------------------------------------------------------------------
 # One patient
@@ -101,7 +97,7 @@ def _render(hu, geometry, settings, notes):
     size = settings["xray_size"]
     with torch.inference_mode():
         xrays = render_xrays(volume, geometry, (size, size), settings["hu_window"], settings["xray_scale"])[0].numpy()
-    for view, image in zip(("PA", "lateral"), xrays):
+    for view, image in zip(VIEW_LABELS, xrays):
         if image.max() > 1:
             notes.append(
                 f"{view} X-ray: {np.mean(image > 1):.2%} of the pixels above 1 clipped (maximum {image.max():.2f})"
@@ -112,15 +108,6 @@ def _render(hu, geometry, settings, notes):
 def patient_files(patient: str) -> tuple[str, str, str, str]:
     """Names of the four files of a patient: cube, scan mask, frontal and lateral X-ray."""
     return f"{patient}.nii.gz", f"{patient}_mask.nii.gz", f"{patient}_pa_drr.png", f"{patient}_lat_drr.png"
-
-
-def sha256(path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def signature_of(source: CtSource) -> dict[str, str]:
@@ -159,8 +146,10 @@ def check_output(output: Path, sources, settings, overwrite: bool) -> None:
     manifest = output / MANIFEST
     if manifest.exists():
         found = read_json(manifest)
-        if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
-            raise InputError(f"{manifest}: not a manifest of format version {FORMAT_VERSION}; choose another --output")
+        if not isinstance(found, dict) or found.get("format_version") != MANIFEST_VERSION:
+            raise InputError(
+                f"{manifest}: not a manifest of format version {MANIFEST_VERSION}; choose another --output"
+            )
         if not overwrite:
             _check_settings(manifest, {k: found.get(k) for k in settings}, settings)
     for source in sources:
@@ -307,7 +296,7 @@ def write_manifest(output: Path, settings: dict, split: dict, method: str, entri
         gone = sorted(set(before) - set(entries))
         if gone:
             print(f"note: no longer in the data set (their folders stay): {', '.join(gone)}")
-    manifest = {"format_version": FORMAT_VERSION, **settings, "split": split, "split_method": method}
+    manifest = {"format_version": MANIFEST_VERSION, **settings, "split": split, "split_method": method}
     manifest["split_hash"] = split_hash(split)
     manifest["patients"] = {patient: entries[patient] for patient in sorted(entries)}
     write_json(path, manifest)

@@ -1,4 +1,4 @@
-"""The geometry doctor: is a data set what its manifest says, the right way round, and free of duplicates?
+"""Check of a data set: is it what its manifest says, the right way round, and free of near-duplicates?
 
     python dataset.py --check data
     python dataset.py --check data --json report.json
@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.checks.anatomy import orientation
-from xray2ct.data.checks.findings import FAILED, SIDES, UNKNOWN, Finding, print_report, report_dict
+from xray2ct.data.checks.findings import FAILED, SIDES, UNKNOWN, Finding, one_per_problem, print_report, report_dict
 from xray2ct.data.checks.near_duplicates import VIEW_CHECKS, check_duplicates, name_other_patients
 from xray2ct.data.checks.patient_files import (
-    Prints,
+    Fingerprints,
     Volume,
     check_checksums,
     file_problems,
@@ -33,7 +33,7 @@ from xray2ct.data.checks.patient_files import (
     read_raw,
     value_problem,
 )
-from xray2ct.data.checks.settings import answers, check_folders, check_split_lists, read_settings
+from xray2ct.data.checks.settings import check_folders, check_split_lists, read_settings
 from xray2ct.data.checks.xray_comparison import compare_xray, name_geometry, other_geometries, render, resize
 from xray2ct.data.patient_files import PatientFolder, visible
 from xray2ct.files import InputError, check_writable, write_json
@@ -46,7 +46,7 @@ from xray2ct.imaging.read_xray import XrayImage, read_xray
 
 RENDER_SIZE = 128  # voxels and pixels per edge at which X-rays are compared, at most
 ANATOMY_MM = 5.0  # organs are measured on voxels of at least this edge
-PRINT_SIZE = 64  # pixels per edge of what is kept of each X-ray to be compared between patients
+FINGERPRINT_SIZE = 64  # pixels per edge of what is kept of each X-ray to be compared between patients
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,21 +71,21 @@ def check_dataset(root, progress=None) -> list[Finding]:
     if not patients:
         raise InputError(f"{root}: no patient {f'in {MANIFEST}' if settings.present else 'folder found'}")
     findings += check_folders(root, folders, patients, settings)
-    prints = Prints()
+    fingerprints = Fingerprints()
     for patient in progress(patients) if progress else patients:
-        findings += _check_patient(root, patient, settings, prints)
-    findings = name_other_patients(findings, prints, settings)
-    return findings + check_duplicates(patients, prints, settings)
+        findings += _check_patient(root, patient, settings, fingerprints)
+    findings = name_other_patients(findings, fingerprints, settings)
+    return findings + check_duplicates(patients, fingerprints, settings)
 
 
 # ------------------------------------------------------------------------------------------------
 # One patient: files, grid, values
 
 
-def _check_patient(root, patient, settings, prints) -> list[Finding]:
+def _check_patient(root, patient, settings, fingerprints) -> list[Finding]:
     folder = PatientFolder(root / patient)
-    findings = answers(patient, "files", file_problems(folder, settings))
-    findings += check_checksums(folder, settings, prints)
+    findings = one_per_problem(patient, "files", file_problems(folder, settings))
+    findings += check_checksums(folder, settings, fingerprints)
     if folder.volume is None:
         return findings + _not_checked(patient, ("grid", "values", *SIDES, *VIEW_CHECKS), "there is no volume")
     try:
@@ -98,7 +98,7 @@ def _check_patient(root, patient, settings, prints) -> list[Finding]:
         ]
     if settings.present:
         problems += grid_problems(folder, data, affine, settings)
-    findings += answers(patient, "grid", problems)
+    findings += one_per_problem(patient, "grid", problems)
     problem = value_problem(data, prepared=settings.present)
     try:
         volume = None if problem else _working_volume(folder.volume, data, bool(problems), settings)
@@ -109,12 +109,12 @@ def _check_patient(root, patient, settings, prints) -> list[Finding]:
         hu, spacing_mm = _coarse_hu(volume, settings)
         body = body_mask(hu, spacing_mm)
         problem = level_problem(hu, body)
-    findings += answers(patient, "values", [problem] if problem else [])
+    findings += one_per_problem(patient, "values", [problem] if problem else [])
     if volume is None:
         return findings + _not_checked(patient, (*SIDES, *VIEW_CHECKS), "the volume is unusable")
     findings += [Finding(patient, side, *answer) for side, answer in orientation(hu, spacing_mm, body).items()]
-    prints.volumes[patient] = resize(hu, 16)
-    return findings + _check_xrays(folder, volume, settings, prints)
+    fingerprints.volumes[patient] = resize(hu, 16)
+    return findings + _check_xrays(folder, volume, settings, fingerprints)
 
 
 def _not_checked(patient, checks, why) -> list[Finding]:
@@ -148,12 +148,12 @@ def _coarse_hu(volume: Volume, settings) -> tuple[np.ndarray, float]:
 # X-rays against the ones rendered from the stored volume
 
 
-def _check_xrays(folder, volume, settings, prints) -> list[Finding]:
+def _check_xrays(folder, volume, settings, fingerprints) -> list[Finding]:
     if settings.geometry is None:
         return _not_checked(folder.id, VIEW_CHECKS, "the manifest's geometry is unusable")
     size = volume.unit.shape[0]
     rendered = render(volume.unit, settings.geometry, settings)
-    prints.renders[folder.id] = np.stack([resize(image, min(size, PRINT_SIZE)) for image in rendered])
+    fingerprints.renders[folder.id] = np.stack([resize(image, min(size, FINGERPRINT_SIZE)) for image in rendered])
     findings, others, read = [], [], {}
     for view, path in enumerate(folder.xrays):
         status, text = UNKNOWN, "not checked: there is no X-ray"
@@ -167,7 +167,7 @@ def _check_xrays(folder, volume, settings, prints) -> list[Finding]:
                     others = others or list(other_geometries(volume.unit, settings))
                     sure, text = name_geometry(stored, rendered, others, view)
                     if not sure:  # another patient's, perhaps: seen when all are known
-                        prints.unexplained[folder.id, view] = resize(stored, min(size, PRINT_SIZE))
+                        fingerprints.unexplained[folder.id, view] = resize(stored, min(size, FINGERPRINT_SIZE))
                 if notes:
                     status, text = FAILED, "; ".join([*notes, *([text] if text else [])])
         except InputError as error:

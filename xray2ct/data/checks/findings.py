@@ -1,4 +1,4 @@
-"""What the geometry doctor finds in a data set, and how it is reported."""
+"""Findings of the data set check, and how they are reported."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ class Finding:
     check: str
     status: str
     message: str = ""
+
+
+def one_per_problem(patient: str | None, check: str, problems: list[str]) -> list[Finding]:
+    """A failed finding for each problem, or a single one that says all is well."""
+    return [Finding(patient, check, FAILED, text) for text in problems] or [Finding(patient, check, OK)]
 
 
 def summarise(findings: list[Finding]) -> dict[str, dict[str, int]]:

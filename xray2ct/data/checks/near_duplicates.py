@@ -10,22 +10,21 @@ from itertools import combinations
 import numpy as np
 
 from xray2ct.conventions import VIEW_LABELS
-from xray2ct.data.checks.findings import Finding
-from xray2ct.data.checks.settings import answers
-from xray2ct.data.checks.xray_comparison import SAME_XRAY_COARSE, miss_of
+from xray2ct.data.checks.findings import Finding, one_per_problem
+from xray2ct.data.checks.xray_comparison import SAME_XRAY_COARSE, ncc_distance
 
 VIEW_CHECKS = ("PA X-ray", "lateral X-ray")
 # Mean difference in HU at 22 mm: seen 0 for a copy, 60 at least between patients.
 COPY_HU, NEAR_COPY_HU = 2.0, 15.0
 
 
-def name_other_patients(findings, prints, settings) -> list[Finding]:
-    """Name the patient whose picture it is, where an X-ray does not show its own folder's volume."""
+def name_other_patients(findings, fingerprints, settings) -> list[Finding]:
+    """Where an X-ray does not show the volume of its own folder, name the patient it does show, if there is one."""
     named = []
     for finding in findings:
         view = VIEW_CHECKS.index(finding.check) if finding.check in VIEW_CHECKS else None
-        stored = prints.unexplained.get((finding.patient, view))
-        owner = None if stored is None else _owner(stored, finding.patient, prints)
+        stored = fingerprints.unexplained.get((finding.patient, view))
+        owner = None if stored is None else _owner(stored, finding.patient, fingerprints)
         if owner:
             patient, other = owner
             what = f"shows another patient: it is {patient}'s {VIEW_LABELS[other]} view ({settings.split_of(patient)})"
@@ -34,19 +33,19 @@ def name_other_patients(findings, prints, settings) -> list[Finding]:
     return named
 
 
-def _owner(stored, patient, prints) -> tuple[str, int] | None:
+def _owner(stored, patient, fingerprints) -> tuple[str, int] | None:
     candidates = [
-        (miss_of(stored, image), other, view)
-        for other, images in prints.renders.items()
+        (ncc_distance(stored, image), other, view)
+        for other, images in fingerprints.renders.items()
         if other != patient
         for view, image in enumerate(images)
         if image.shape == stored.shape
     ]
-    miss, other, view = min(candidates, default=(1.0, "", 0))
-    return (other, view) if miss <= SAME_XRAY_COARSE else None
+    distance, other, view = min(candidates, default=(1.0, "", 0))
+    return (other, view) if distance <= SAME_XRAY_COARSE else None
 
 
-def check_duplicates(patients, prints, settings) -> list[Finding]:
+def check_duplicates(patients, fingerprints, settings) -> list[Finding]:
     problems = defaultdict(list)
 
     def pair(one, other, words):
@@ -55,9 +54,9 @@ def check_duplicates(patients, prints, settings) -> list[Finding]:
         problems[one].append(f"{words} {other}, {sides[0]} and {sides[1]}{leak}")
         problems[other].append(f"{words} {one}, {sides[1]} and {sides[0]}{leak}")
 
-    for one, other, words in _volume_pairs(prints.volumes):
+    for one, other, words in _volume_pairs(fingerprints.volumes):
         pair(one, other, words)
-    for owners in prints.pictures.values():
+    for owners in fingerprints.pictures.values():
         for (one, view), (other, view_other) in combinations(owners, 2):
             if one == other:
                 problems[one].append("the PA and the lateral X-ray are the same file")
@@ -70,7 +69,7 @@ def check_duplicates(patients, prints, settings) -> list[Finding]:
     for source, owners in sources.items():
         for one, other in combinations(owners, 2):
             pair(one, other, f"made from the same source {source!r} as")
-    return [found for patient in patients for found in answers(patient, "duplicates", problems[patient])]
+    return [found for patient in patients for found in one_per_problem(patient, "duplicates", problems[patient])]
 
 
 def _volume_pairs(volumes) -> Iterable[tuple[str, str, str]]:

@@ -11,10 +11,8 @@ import numpy as np
 from PIL import Image
 
 from xray2ct.conventions import AIR_HU, MAX_HU, PICTURES, RECORD, VIEW_LABELS, VIEW_NAMES, suffix_of
-from xray2ct.data.checks.findings import UNKNOWN, Finding
-from xray2ct.data.checks.settings import answers, is_inside_name
-from xray2ct.data.prepare import sha256
-from xray2ct.files import InputError, read_json
+from xray2ct.data.checks.findings import UNKNOWN, Finding, one_per_problem
+from xray2ct.files import InputError, is_file_name, read_json, sha256
 from xray2ct.imaging.cube import cube_affine
 from xray2ct.imaging.read_ct import read_ct
 
@@ -28,7 +26,7 @@ class Volume:
 
 
 @dataclass
-class Prints:
+class Fingerprints:
     """What is kept of each patient to compare it with the others."""
 
     volumes: dict[str, np.ndarray] = field(default_factory=dict)  # (16, 16, 16) HU
@@ -43,7 +41,7 @@ def file_problems(folder, settings) -> list[str]:
     problems = []
     listed = settings.entries.get(folder.id, {}).get("files", {})
     for name in listed:
-        if not is_inside_name(name):
+        if not is_file_name(name):
             problems.append(f"file {name!r} of the manifest leaves the patient's folder: not read")
         elif not (folder.folder / name).is_file():
             problems.append(f"{name} is missing")
@@ -73,22 +71,22 @@ def _record_problems(folder, settings) -> list[str]:
     return [f"prepared with other settings than the manifest's: {', '.join(sorted(different))}"] if different else []
 
 
-def check_checksums(folder, settings, prints) -> list[Finding]:
+def check_checksums(folder, settings, fingerprints) -> list[Finding]:
     listed = settings.entries.get(folder.id, {}).get("files", {})
     views = {path.name: view for view, path in enumerate(folder.xrays) if path is not None}
     problems, digests = [], {}
     for name in {**listed, **views}:
         path = folder.folder / name
-        if is_inside_name(name) and path.is_file():
+        if is_file_name(name) and path.is_file():
             digests[name] = sha256(path)
     for name, view in views.items():
-        prints.pictures[digests[name]].append((folder.id, view))
+        fingerprints.pictures[digests[name]].append((folder.id, view))
     for name, digest in digests.items():
         if name in listed and listed[name] != digest:
             problems.append(f"{name} was changed after the preparation (SHA-256 differs)")
     if not listed:
         return [Finding(folder.id, "checksums", UNKNOWN, "none recorded")]
-    return answers(folder.id, "checksums", problems)
+    return one_per_problem(folder.id, "checksums", problems)
 
 
 def read_raw(path):
@@ -136,7 +134,7 @@ def _affine_problems(affine, fov_mm, size, centre) -> list[str]:
     expected = cube_affine(centre if _is_point(centre) else (0, 0, 0), fov_mm, size)
     spacing, step = np.linalg.norm(affine[:3, :3], axis=0), fov_mm / size
     if not np.allclose(spacing, step, rtol=1e-3):
-        return [f"spacing is {_numbers(spacing)} mm; the manifest says {step:.4g} mm"]
+        return [f"spacing is {_times(spacing)} mm; the manifest says {step:.4g} mm"]
     if not np.allclose(affine[:3, :3], expected[:3, :3], atol=1e-3 * step):
         there, here = ("".join(nib.aff2axcodes(a)) for a in (affine, expected))
         turned = f"point to {there}, not {here}" if there != here else "are oblique"
@@ -151,7 +149,7 @@ def _is_point(value) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
 
 
-def _numbers(values) -> str:
+def _times(values) -> str:
     return " x ".join(f"{value:.4g}" for value in values)
 
 

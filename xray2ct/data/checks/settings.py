@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
-from xray2ct.conventions import CUBE_SIZE, MANIFEST, MANIFEST_VERSION
-from xray2ct.data.checks.findings import FAILED, OK, UNKNOWN, Finding
+from xray2ct.conventions import MANIFEST
+from xray2ct.data.checks.findings import FAILED, UNKNOWN, Finding, one_per_problem
+from xray2ct.data.manifest import DEFAULTS, edge_up_to, read_values
 from xray2ct.data.patient_files import loose_files
 from xray2ct.data.splits import SPLITS, split_hash
-from xray2ct.files import InputError, read_json
-from xray2ct.geometry.projector import HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry
+from xray2ct.files import InputError, is_file_name, read_json
+from xray2ct.geometry.projector import Geometry
+from xray2ct.imaging.read_xray import MAX_EDGE
 
 
 @dataclass
@@ -34,66 +36,28 @@ class Settings:
 
 def read_settings(root) -> tuple[Settings, list[Finding]]:
     path = root / MANIFEST
-    default = Settings(False, Geometry(), HU_WINDOW, XRAY_SCALE, CUBE_SIZE, None, {}, {}, {})
+    default = Settings(present=False, **DEFAULTS, xray_size=None, split={}, entries={}, raw={})
     if not path.exists():
         text = f"no {MANIFEST}: defaults assumed; checksums, grid and brightness cannot be checked"
         return default, [Finding(None, "manifest", UNKNOWN, text)]
     data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("patients"), dict):
         raise InputError(f"{path}: expected an object with the patients' entries under 'patients'")
-    settings, problems = replace(default, present=True, raw=data), []
-    version = data.get("format_version")
-    if version != MANIFEST_VERSION:
-        problems.append(f"format_version {version}; this version reads {MANIFEST_VERSION}")
-    if data.get("mu_water") != MU_WATER:
-        problems.append(f"mu_water is {data.get('mu_water')}; this version renders with {MU_WATER}")
-    readers = {
-        "geometry": lambda value: Geometry.from_dict(value),
-        "hu_window": _read_window,
-        "xray_scale": _positive(float),
-        "cube_size": _positive(int),
-        "xray_size": _positive(int),
-    }
-    for key, reader in readers.items():
-        try:
-            setattr(settings, key, reader(data[key]))
-        except KeyError:
-            problems.append(f"key '{key}' is missing")
-        except (TypeError, ValueError, AttributeError) as error:
-            problems.append(f"{key}: {error}")
-        else:
-            continue
-        settings.geometry = None  # without all of these no X-ray can be rendered
+    values, problems = read_values(data, {"xray_size": edge_up_to(MAX_EDGE)})
+    used = {key: values[key] for key in (*DEFAULTS, "xray_size") if key in values}
+    if len(used) <= len(DEFAULTS):
+        used["geometry"] = None  # without all of these no X-ray can be rendered
+    settings = replace(default, present=True, raw=data, entries={}, **used)
     settings.split = _usable_split(data.get("split"))
     for patient, entry in data["patients"].items():
-        if not is_inside_name(patient):
+        if not is_file_name(patient):
             problems.append(f"patient id {patient!r} leaves its folder: not read")
         elif not isinstance(entry, dict) or not isinstance(entry.get("files"), dict):
             problems.append(f"the entry of {patient} lists no files")
             settings.entries[patient] = {"files": {}}
         else:
             settings.entries[patient] = entry
-    return settings, answers(None, "manifest", problems)
-
-
-def _read_window(value):
-    low, high = (float(v) for v in value)
-    if not low < high:
-        raise ValueError(f"{value}; expected two HU, the lower first")
-    return low, high
-
-
-def _positive(kind):
-    def read(value):
-        if isinstance(value, bool) or not kind(value) > 0:
-            raise ValueError(f"{value!r}; expected a number above 0")
-        return kind(value)
-
-    return read
-
-
-def is_inside_name(name: str) -> bool:
-    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    return settings, one_per_problem(None, "manifest", problems)
 
 
 def _usable_split(split) -> dict[str, list[str]]:
@@ -120,7 +84,7 @@ def check_split_lists(settings) -> list[Finding]:
     problems += [f"{patient} is in no split" for patient in sorted(set(settings.entries) - set(listed))]
     if not problems and settings.raw.get("split_hash", split_hash(split)) != split_hash(split):
         problems.append("split_hash is not that of the lists: they were changed after the preparation")
-    return answers(None, "split", problems)
+    return one_per_problem(None, "split", problems)
 
 
 def check_folders(root, folders, patients, settings) -> list[Finding]:
@@ -136,9 +100,4 @@ def check_folders(root, folders, patients, settings) -> list[Finding]:
     for names in spellings.values():
         if len(names) > 1:
             problems.append(f"{' and '.join(sorted(names))} differ only in upper and lower case")
-    return answers(None, "folders", problems)
-
-
-def answers(patient, check, problems, fine="") -> list[Finding]:
-    """One failed finding per problem, or one that says all is well."""
-    return [Finding(patient, check, FAILED, text) for text in problems] or [Finding(patient, check, OK, fine)]
+    return one_per_problem(None, "folders", problems)

@@ -30,27 +30,27 @@ def compare_xray(stored: np.ndarray, rendered: np.ndarray, view: int, linear: bo
     """
     if stored.std() < 1e-6:
         return FAILED, "the picture is constant"
-    own, same = miss_of(stored, rendered[view]), SAME_XRAY if linear else FOREIGN_XRAY
-    candidates = [(miss_of(stored, image), name, image) for name, image in _transforms(rendered, view)]
-    miss, transform, image = min(candidates, key=lambda candidate: candidate[0])
-    if own <= same and not miss < 0.25 * own:
+    own, same = ncc_distance(stored, rendered[view]), SAME_XRAY if linear else FOREIGN_XRAY
+    candidates = [(ncc_distance(stored, image), name, image) for name, image in _transforms(rendered, view)]
+    distance, transform, image = min(candidates, key=lambda candidate: candidate[0])
+    if own <= same and not distance < 0.25 * own:
         text = _name_brightness(stored, rendered[view]) if linear else ""
         return (FAILED, text) if text else (OK, "")
-    if miss <= same and miss < 0.25 * own:
+    if distance <= same and distance < 0.25 * own:
         text = _name_brightness(stored, image) if linear else ""
         return FAILED, "; ".join([transform, text] if text else [transform])
     if not linear:
         return UNKNOWN, f"correlation with the picture rendered from the volume is only {1 - own:.2f}"
-    if miss_of(_ranks(stored), _ranks(rendered[view])) <= SAME_XRAY_COARSE:
+    if ncc_distance(_ranks(stored), _ranks(rendered[view])) <= SAME_XRAY_COARSE:
         return FAILED, "brightness changed non-linearly (gamma, or the logarithm not taken)"
     open_pixels = (stored > 0.004) & (stored < 0.996)
-    if open_pixels.mean() > 0.1 and miss_of(stored[open_pixels], rendered[view][open_pixels]) <= SAME_XRAY_COARSE:
+    if open_pixels.mean() > 0.1 and ncc_distance(stored[open_pixels], rendered[view][open_pixels]) <= SAME_XRAY_COARSE:
         return FAILED, "brightness rescaled and clipped (a stretched window)"
     return FAILED, ""
 
 
-def miss_of(one, other) -> float:
-    """1 - absolute correlation: blind to gain, offset and inversion."""
+def ncc_distance(one, other) -> float:
+    """1 - |NCC| of two arrays of one size, 0 to 1: blind to gain, offset and inversion."""
     one, other = (np.asarray(array, dtype=np.float64).ravel() for array in (one, other))
     one, other = one - one.mean(), other - other.mean()
     norm = np.sqrt((one @ one) * (other @ other))
@@ -104,11 +104,11 @@ def name_geometry(stored, rendered, others, view) -> tuple[bool, str]:
     """Another acquisition geometry that explains the picture, if one does: ``(sure, what is wrong)``."""
     size = others[0][1].shape[-1]
     picture, exact = resize(stored, size), size == stored.shape[0]
-    own = miss_of(picture, resize(rendered[view], size))
-    miss, name = min((miss_of(picture, images[view]), name) for name, images in others)
-    if miss <= (SAME_XRAY if exact else SAME_XRAY_COARSE) and miss < 0.25 * own:
+    own = ncc_distance(picture, resize(rendered[view], size))
+    distance, name = min((ncc_distance(picture, images[view]), name) for name, images in others)
+    if distance <= (SAME_XRAY if exact else SAME_XRAY_COARSE) and distance < 0.25 * own:
         return True, f"another geometry than the manifest's: fits {name}"
-    if miss < 0.005 and miss < 0.25 * own:
+    if distance < 0.005 and distance < 0.25 * own:
         return False, f"another geometry than the manifest's, near {name}"
     if own > 0.03:
         return False, f"does not show this volume (correlation {1 - own:.2f}): another patient's, or edited"
