@@ -26,13 +26,15 @@ from xray2ct.data.manifest import Manifest, check_patients, find_patients
 from xray2ct.data.patient_files import HEADERS, PatientFolder, some, visible
 from xray2ct.data.splits import SPLITS, split_hash
 from xray2ct.files import InputError, run_cli
+from xray2ct.geometry.lifting import averaged_to
 from xray2ct.geometry.projector import HU_WINDOW, hu_to_unit, render_xrays
 from xray2ct.imaging.cube import cube_affine
 from xray2ct.imaging.cube_files import read_array_cube, read_cube
 from xray2ct.imaging.film import check_spacings, check_views
 from xray2ct.imaging.read_xray import read_xray
 
-CACHE_VERSION = 2  # raised when the cached arrays' meaning changes
+CACHE_VERSION = 3  # raised when the cached arrays' meaning or values change
+RENDER_SIZE = 512  # pixels per edge of a missing X-ray before it is averaged to the size in use
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,9 +228,10 @@ class PatientDataset(Dataset):
                 if rendered is None:
                     hu = self._read_cube(patient)[0]
                     volume = torch.from_numpy(hu_to_unit(hu, self.hu_window))[None, None]
-                    rendered = render_xrays(volume, self.geometry, (512, 512), self.hu_window, self.xray_scale)[0]
-                image = torch.nn.functional.interpolate(rendered[None, view : view + 1], self.xray_size, mode="area")
-                images.append(image[0, 0].clip(0, 1).numpy())
+                    size = (max(RENDER_SIZE, self.xray_size),) * 2
+                    rendered = render_xrays(volume, self.geometry, size, self.hu_window, self.xray_scale)
+                    rendered = averaged_to(rendered, (self.xray_size, self.xray_size))[0].clip(0, 1).numpy()
+                images.append(rendered[view])
             else:
                 xray = read_xray(path, self._normalization, self.xray_size, view, geometry=self.geometry)
                 read[path] = xray

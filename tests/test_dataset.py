@@ -21,7 +21,7 @@ from xray2ct.data.checks.findings import FAILED
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 from xray2ct.imaging.cube import cube_affine
-from xray2ct.imaging.cube_files import write_cube
+from xray2ct.imaging.cube_files import read_cube, write_cube
 from xray2ct.imaging.read_xray import read_xray, write_png16
 from xray2ct.imaging.write_volume import write_volume
 
@@ -155,6 +155,21 @@ def test_a_folder_without_manifest_works_with_stated_defaults(tmp_path):
     expected = torch.nn.functional.interpolate(own, size=64, mode="area")[0].clip(0, 1)
     assert torch.allclose(items["c"]["xrays"], expected, atol=0.02)  # missing: rendered
     assert np.corrcoef(items["a"]["xrays"][0].ravel(), render_64(0)[0].ravel())[0, 1] > 0.99  # 8 bit: as given
+
+
+@pytest.mark.parametrize("size", [64, 96, 600])
+def test_rendered_xrays_of_any_size_are_area_averages(tmp_path, size):
+    by_hand(tmp_path, xrays=False)
+    xrays = quiet(tmp_path, "all", 16, size)[0]["xrays"].numpy()
+    volume = torch.from_numpy(hu_to_unit(read_cube(tmp_path / "a" / "a.nii.gz")[0]))[None, None]
+    fine = max(512, size)
+    image = render_xrays(volume, Geometry(), (fine, fine))[0].numpy()
+    for axis in (1, 2):  # integrate the piecewise constant picture and difference it at the pixels' borders
+        total = np.concatenate([np.zeros_like(image.take([0], axis)), image.cumsum(axis, dtype=np.float64)], axis)
+        at = np.linspace(0, fine, size + 1)
+        whole = np.apply_along_axis(lambda row, at=at: np.interp(at, np.arange(fine + 1), row), axis, total)
+        image = np.diff(whole, axis=axis) * size / fine
+    assert xrays == pytest.approx(image.clip(0, 1), abs=1e-4)
 
 
 def test_xrays_with_a_pixel_spacing_are_read_as_a_reconstruction_reads_them(tmp_path):

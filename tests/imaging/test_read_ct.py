@@ -257,10 +257,28 @@ def test_any_other_ct_is_placed_and_resampled(tmp_path):
     assert affine == pytest.approx(cube_affine(centre, 240, 24))
 
 
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PIL"])
+def test_the_scan_mask_of_any_other_ct_is_placed_with_it(tmp_path, axes):
+    ct = thorax(centre=(20, 10))
+    inside = CtImage((world(ct.data.shape, ct.affine)[2] < 30).astype(np.int16), ct.affine, "mask")
+    save_nifti(tmp_path / "ct.nii.gz", reoriented(ct, axes))
+    bare, scan, _ = read_cube(tmp_path / "ct.nii.gz", 240, 24)
+    save_nifti(tmp_path / "ct_mask.nii.gz", reoriented(inside, axes))
+    found, masked, affine = read_cube(tmp_path / "ct.nii.gz", 240, 24)
+    assert np.array_equal(found, bare)
+    z = affine[2, 2] * np.arange(24) + affine[2, 3]
+    assert np.array_equal(masked[z < 20], scan[z < 20])
+    assert not masked[z > 40].any()
+    assert scan[z > 40].any()
+
+
 def test_a_mask_of_another_grid_is_refused(tmp_path):
     write_prepared(tmp_path, mask=np.ones((16, 16, 16), np.uint8))
     with pytest.raises(InputError, match=r"p_mask\.nii\.gz.*grid"):
         read_cube(tmp_path / "p.nii.gz", 320, 32)
+    save_nifti(tmp_path / "p.nii.gz", thorax())
+    with pytest.raises(InputError, match=r"p_mask\.nii\.gz: the scan mask does not lie on the grid of .*p\.nii\.gz"):
+        read_cube(tmp_path / "p.nii.gz", 240, 24)
 
 
 def test_same_cube_same_bytes(tmp_path):

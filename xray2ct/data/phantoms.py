@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import io
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
@@ -30,6 +29,7 @@ from xray2ct.data.phantom_anatomy import (
     smooth_step,
     sternum_point,
 )
+from xray2ct.imaging.cube_files import nifti_image
 
 AIR, FAT, MUSCLE, BLOOD, LIVER = -1000.0, -100.0, 50.0, 45.0, 60.0
 SPONGY_BONE, COMPACT_BONE, CARTILAGE, DISC = 280.0, 950.0, 110.0, 80.0  # HU, all without contrast agent
@@ -307,11 +307,7 @@ def make_phantom(seed: int, index: int, spacing_mm: float | None = None) -> tupl
 
 def encode(hu: np.ndarray, affine: np.ndarray) -> bytes:
     """The bytes of a ``.nii.gz``; the same input gives the same bytes (no time, no file name inside)."""
-    image = nib.Nifti1Image(hu, affine)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    image.header.set_xyzt_units("mm")
     stream = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=stream, compresslevel=6, mtime=0) as packed:
-        packed.write(image.to_bytes())
+        packed.write(nifti_image(hu, affine).to_bytes())
     return stream.getvalue()

@@ -17,18 +17,24 @@ from xray2ct.imaging.read_ct import CtImage, read_ct
 from xray2ct.imaging.read_nifti import read_nifti
 
 
-def write_cube(path, volume: np.ndarray, affine: np.ndarray) -> None:
-    """Write ``(D, H, W)`` as NIfTI with axes (W, H, D); ``affine`` from :func:`cube_affine`. Atomic."""
-    image = nib.Nifti1Image(np.ascontiguousarray(volume.transpose(2, 1, 0)), affine)
+def nifti_image(data: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """A NIfTI-1 image whose sform and qform both state ``affine`` (RAS mm), so that every program sees the same."""
+    image = nib.Nifti1Image(data, affine)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     image.header.set_xyzt_units("mm")
+    return image
+
+
+def write_cube(path, volume: np.ndarray, affine: np.ndarray) -> None:
+    """Write ``(D, H, W)`` as NIfTI with axes (W, H, D); ``affine`` from :func:`cube_affine`. Atomic."""
+    image = nifti_image(np.ascontiguousarray(volume.transpose(2, 1, 0)), affine)
     with atomic_path(path) as temporary:
         nib.save(image, temporary)
 
 
 def mask_path(path) -> Path:
-    """``ID.nii.gz`` -> ``ID_mask.nii.gz`` beside it."""
+    """``ID.nii.gz`` -> ``ID_mask.nii.gz`` in the same folder."""
     path = Path(path)
     return path.with_name(path.name[: len(path.name) - len(suffix_of(path))] + "_mask.nii.gz")
 
@@ -37,25 +43,26 @@ def read_cube(path, fov_mm: float = FOV_MM, size: int = 256, assume_ras: bool = 
     """Read a CT as a patient cube: ``(hu float32 (D, H, W), mask uint8 (D, H, W), affine)``, edge ``size``.
 
     A file that already is a cube of this field of view keeps its place (area-averaged when its edge is a
-    multiple of ``size``, else resampled) and its ``ID_mask.nii.gz``, if there is one; any other CT is
-    located and resampled. ``affine`` is that of the returned cube on disk. Raises InputError as :func:`read_ct`.
+    multiple of ``size``, else resampled); any other CT is located and resampled. Its ``ID_mask.nii.gz``, if there is
+    one, goes the same way and leaves of the mask what both show. ``affine`` is that of the returned cube on disk.
+    Raises InputError as :func:`read_ct`, and for a scan mask that does not lie on the grid of the file.
     """
     ct = read_ct(path, assume_ras=assume_ras)
+    scan = _read_mask(mask_path(path), ct) if Path(path).is_file() else None
     edge = ct.data.shape[0]
     centre = ct.affine[:3, 3] - fov_mm / edge * (edge - 1) / 2
     is_cube = ct.data.shape == (edge,) * 3 and np.allclose(ct.affine, cube_affine(centre, fov_mm, edge), atol=1e-2)
     if not is_cube:
         centre = locate_cube(ct, fov_mm)
+    if is_cube and edge % size == 0:
+        hu = area_average(np.clip(ct.data, AIR_HU, MAX_HU).transpose(2, 1, 0), edge // size)
+        inside = np.ones_like(ct.data, np.uint8) if scan is None else scan.data
+        mask = area_average(inside.transpose(2, 1, 0), edge // size) >= 0.5
+    else:
         hu, mask = resample_cube(ct, centre, fov_mm, size)
-        return hu.astype(np.float32), mask, cube_affine(centre, fov_mm, size)
-    scan = _read_mask(mask_path(path), ct)
-    if edge % size:
-        hu, mask = resample_cube(ct, centre, fov_mm, size)
-        scan = resample_cube(CtImage(scan.data, ct.affine, scan.name), centre, fov_mm, size)[0]
-        return hu.astype(np.float32), (mask & (scan > 0)).astype(np.uint8), cube_affine(centre, fov_mm, size)
-    hu = area_average(np.clip(ct.data, AIR_HU, MAX_HU).transpose(2, 1, 0), edge // size)
-    mask = area_average(scan.data.transpose(2, 1, 0), edge // size) >= 0.5
-    return hu, mask.astype(np.uint8), cube_affine(centre, fov_mm, size)
+        if scan is not None:
+            mask &= resample_cube(scan, centre, fov_mm, size)[0] > 0
+    return hu.astype(np.float32), mask.astype(np.uint8), cube_affine(centre, fov_mm, size)
 
 
 def read_array_cube(path, fov_mm: float = FOV_MM, size: int = 256):
@@ -75,9 +82,9 @@ def read_array_cube(path, fov_mm: float = FOV_MM, size: int = 256):
     return hu.astype(np.float32), mask, cube_affine(centre, fov_mm, size)
 
 
-def _read_mask(path, ct):
+def _read_mask(path: Path, ct: CtImage) -> CtImage | None:
     if not path.exists():
-        return CtImage(np.ones(ct.data.shape, np.uint8), ct.affine, str(path))
+        return None
     data, affine = read_nifti(path, assume_ras=False)
     data = check_data(path, data)
     if data.shape != ct.data.shape or not np.allclose(affine, ct.affine, atol=1e-2):
