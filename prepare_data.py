@@ -18,11 +18,11 @@ import argparse
 import os
 from pathlib import Path
 
-from xray2ct.data.prepare import MANIFEST, check_output, prepare_all, write_manifest
-from xray2ct.data.splits import SPLITS, check_split, split_by_hash
-from xray2ct.files import InputError, read_json, run_cli
+from xray2ct.conventions import MANIFEST
+from xray2ct.data.prepare_folder import Splitter, prepare_folder
+from xray2ct.data.splits import SPLITS
+from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.projector import FOV_MM, HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry
-from xray2ct.imaging.find_cts import search_cts
 from xray2ct.imaging.read_xray import MAX_EDGE
 
 
@@ -69,12 +69,6 @@ def _check_args(args):
         raise InputError(f"--output {args.output} is a file; expected a folder")
 
 
-def _check_apart(args, sources):
-    for source in sources:  # a link may lead there
-        if source.path.resolve().is_relative_to(args.output.resolve()):
-            raise InputError(f"{source.path}: lies in --output {args.output}; its cubes would be taken for CTs")
-
-
 def settings_of(args) -> dict:
     """The settings that decide what is written, as they appear in the manifest."""
     try:
@@ -96,39 +90,21 @@ def settings_of(args) -> dict:
 def main(argv=None) -> int:
     args = parse_args(argv)
     _check_args(args)
-    settings = settings_of(args)
-    sources, left_out = search_cts(args.input)
-    for text in left_out:  # before hours of work, and again at the end
-        print(f"left out: {text}")
-    _check_apart(args, sources)
-    ids = [source.patient_id for source in sources]
-    given = check_split(read_json(args.split), ids, args.split) if args.split else None  # before hours of work
-    check_output(args.output, sources, settings, args.overwrite)
-    args.output.mkdir(parents=True, exist_ok=True)
-    if args.overwrite:
-        (args.output / MANIFEST).unlink(missing_ok=True)  # if this run is killed, it would describe a mixture
-
-    entries, failures = prepare_all(sources, args.output, settings, args.workers, args.overwrite)
-    for source in sources:
-        if source.patient_id in entries:
-            entries[source.patient_id]["source"] = source.path.relative_to(args.input).as_posix()
-    if entries:
-        if given:
-            split = {name: [patient for patient in given[name] if patient in entries] for name in SPLITS}
-        else:
-            split = split_by_hash(entries, args.val_fraction, args.test_fraction, args.seed)
-        write_manifest(args.output, settings, split, "file" if given else "hash", entries)
-        counts = ", ".join(f"{len(split[name])} {name}" for name in SPLITS)
-        print(f"{len(entries)} patients ({counts}) in {args.output}; settings and split in {args.output / MANIFEST}")
-    if failures:
-        print(f"{len(failures)} of {len(sources)} CTs could not be prepared:")
-        for patient in sorted(failures):
-            print(f"  {patient}: {failures[patient]}")
-    if left_out:
-        print(f"{len(left_out)} files or folders were left out:")
-        for text in left_out:
+    splitter = Splitter(args.split, args.val_fraction, args.test_fraction, args.seed)
+    done = prepare_folder(args.input, args.output, settings_of(args), splitter, args.workers, args.overwrite)
+    if done.entries:
+        counts = ", ".join(f"{len(done.split[name])} {name}" for name in SPLITS)
+        place = f"{args.output}; settings and split in {args.output / MANIFEST}"
+        print(f"{len(done.entries)} patients ({counts}) in {place}")
+    if done.failures:
+        print(f"{len(done.failures)} of {done.found} CTs could not be prepared:")
+        for patient in sorted(done.failures):
+            print(f"  {patient}: {done.failures[patient]}")
+    if done.left_out:
+        print(f"{len(done.left_out)} files or folders were left out:")
+        for text in done.left_out:
             print(f"  {text}")
-    return 1 if failures or left_out else 0
+    return 1 if done.failures or done.left_out else 0
 
 
 if __name__ == "__main__":

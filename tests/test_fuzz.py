@@ -41,7 +41,8 @@ from hybrid_vit_cascade.settings import CascadeConfig, load_cascade_config
 from model_enhanced import EnhancedDirectModel, RefinementNetwork
 from xray2ct.conventions import RECORD
 from xray2ct.data.manifest import Manifest, find_patients
-from xray2ct.data.prepare import check_output, finished_entry, patient_files
+from xray2ct.data.prepare import finished_entry, patient_files
+from xray2ct.data.prepare_folder import check_output
 from xray2ct.data.splits import SPLITS, check_split
 from xray2ct.files import InputError, is_plain_name, read_json, safe_name
 from xray2ct.geometry.projector import Geometry

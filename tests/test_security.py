@@ -24,11 +24,10 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import make_dataset, make_hu
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.conventions import RECORD
-from xray2ct.data import prepare
 from xray2ct.data.manifest import Manifest, find_patients
-from xray2ct.data.prepare import finished_entry, patient_files
+from xray2ct.data.prepare import finished_entry, patient_files, signature_of
 from xray2ct.data.splits import check_split
-from xray2ct.files import InputError, atomic_path, check_patient_id, is_plain_name, safe_name, write_json
+from xray2ct.files import InputError, atomic_path, check_patient_id, is_plain_name, safe_name, sha256, write_json
 from xray2ct.imaging.cube_files import read_array_cube
 from xray2ct.imaging.find_cts import find_cts
 from xray2ct.imaging.read_ct import read_ct
@@ -275,8 +274,8 @@ def test_preparation_never_writes_through_a_link_and_reads_no_foreign_file(tmp_p
     assert list((tmp_path / "elsewhere").iterdir()) == []
     secret = tmp_path / "secret"
     secret.write_text("x")
-    entry = {"files": {"../../secret": prepare.sha256(secret)}}
-    record = {"complete": True, "signature": prepare.signature_of(source), "patient": entry}
+    entry = {"files": {"../../secret": sha256(secret)}}
+    record = {"complete": True, "signature": signature_of(source), "patient": entry}
     write_json(tmp_path / "b" / RECORD, record)
     assert finished_entry(source, tmp_path / "b") is None
 

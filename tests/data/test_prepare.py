@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from prepare_data import main
+from prepare_data import main, parse_args, settings_of
 from tests.helpers.ct_cases import dying_worker, grid_affine, save_nifti, thorax
-from xray2ct.data import prepare
+from xray2ct.data import prepare, prepare_folder
+from xray2ct.data.prepare import prepare_patient
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
+from xray2ct.imaging.find_cts import find_cts
 
 FILES = ("{}.nii.gz", "{}_mask.nii.gz", "{}_pa_drr.png", "{}_lat_drr.png", "prepared.json")
 
@@ -103,22 +105,30 @@ def test_threads_do_not_change_the_bytes_and_are_as_before_afterwards(cts):
     assert checksums[0] == checksums[1] == checksums[2]
 
 
-def test_each_patient_is_prepared_on_one_thread(cts, monkeypatch):
-    seen, render = [], prepare.render_xrays
-    monkeypatch.setattr(prepare, "render_xrays", lambda *a: seen.append(torch.get_num_threads()) or render(*a))
+def test_each_patient_is_prepared_on_one_thread(cts):
+    seen = []
+
+    class Settings(dict):
+        def __getitem__(self, key):
+            seen.append((key, torch.get_num_threads()))
+            return super().__getitem__(key)
+
+    settings = Settings(settings_of(parse_args(["--input", str(cts), "--output", "out", "--size", "32"])))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        run(cts)
+        prepare_patient(find_cts(cts)[0], cts.parent / "out" / "a", settings)
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    assert seen == [1, 1, 1]
+    assert ("xray_scale", 1) in seen  # as the X-rays are rendered
+    assert {threads for _, threads in seen} == {1}
 
 
 def test_several_workers_write_the_same_bytes_and_survive_one_that_dies(cts, monkeypatch, capsys):
     _, alone = run(cts, output="alone")
     save_nifti(cts / "killer.nii.gz", thorax())
-    monkeypatch.setattr(prepare, "_try_patient", dying_worker)
+    monkeypatch.setattr(prepare_folder, "try_patient", dying_worker)
     status, together = run(cts, output="together", workers=2)
     assert status == 1
     assert "killer: " in capsys.readouterr().out.split("could not be prepared:")[1]
@@ -256,7 +266,7 @@ def test_a_killed_run_goes_on_where_it_stopped(cts, monkeypatch):
     assert (output / "b" / "b.nii.gz").exists()
     assert not (output / "b" / "b_lat_drr.png").exists()
     before = state(output, "a")
-    monkeypatch.setattr(prepare, "write_png16", write)
+    monkeypatch.undo()
     assert run(cts)[0] == 0
     assert state(output, "a") == before
     assert sorted(path.name for path in (output / "b").iterdir()) == sorted(f.format("b") for f in FILES)

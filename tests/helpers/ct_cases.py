@@ -11,7 +11,7 @@ import os
 import nibabel as nib
 import numpy as np
 
-from xray2ct.data import prepare
+from xray2ct.data.prepare_folder import try_patient
 from xray2ct.imaging.read_ct import CtImage
 
 AIR, TISSUE, LUNG = -1000.0, 40.0, -800.0
@@ -93,4 +93,4 @@ def dying_worker(source, folder, settings):
     """Stands in for one CT's preparation; the worker process that gets patient ``killer`` dies."""
     if source.patient_id == "killer":
         os._exit(9)
-    return prepare._try_patient(source, folder, settings)
+    return try_patient(source, folder, settings)

@@ -1,4 +1,4 @@
-"""Prepare CTs: one patient cube, scan mask and two X-rays each, and a manifest with the split.
+"""Prepare one CT: the patient cube, its scan mask, two X-rays, and a record of how they were made.
 
 Restartable: a patient is done when ``prepared.json`` says so and every checksum holds.
 """
@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import multiprocessing
-import os
-import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from xray2ct.conventions import MANIFEST, MANIFEST_VERSION, RECORD, VIEW_LABELS
-from xray2ct.data.splits import SPLITS, split_hash
-from xray2ct.files import InputError, check_patient_id, read_json, sha256, shown, write_json
+from xray2ct.conventions import RECORD, VIEW_LABELS
+from xray2ct.files import InputError, check_patient_id, read_json, sha256, write_json
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 from xray2ct.imaging.body import locate_cube, remove_couch
 from xray2ct.imaging.cube import cube_affine, resample_cube
@@ -30,9 +21,6 @@ from xray2ct.imaging.cube_files import write_cube
 from xray2ct.imaging.find_cts import CtSource, source_files
 from xray2ct.imaging.read_ct import read_ct
 from xray2ct.imaging.read_xray import write_png16
-
-# ------------------------------------------------------------------------------------------------
-# One patient
 
 
 def prepare_patient(source: CtSource, folder, settings: dict) -> tuple[dict, list[str]]:
@@ -137,57 +125,18 @@ def _unchanged(source, signature) -> bool:
     return signature.get("state") == _state(source) or signature.get("content") == signature_of(source)["content"]
 
 
-# ------------------------------------------------------------------------------------------------
-# All patients
-
-
-def check_output(output: Path, sources, settings, overwrite: bool) -> None:
-    """Refuse an output that other settings or someone else wrote; names what differs."""
-    manifest = output / MANIFEST
-    if manifest.exists():
-        found = read_json(manifest)
-        if not isinstance(found, dict) or found.get("format_version") != MANIFEST_VERSION:
-            raise InputError(
-                f"{manifest}: not a manifest of format version {MANIFEST_VERSION}; choose another --output"
-            )
-        if not overwrite:
-            _check_settings(manifest, {k: found.get(k) for k in settings}, settings)
-    for source in sources:
-        folder = output / source.patient_id
-        if folder.is_symlink():
-            raise InputError(f"{folder}: is a link; expected a folder, or files would be written where it leads")
-        if (folder / RECORD).exists():
-            if not overwrite:
-                _check_settings(folder / RECORD, _read_record(folder).get("settings"), settings)
-        elif any((folder / name).exists() for name in patient_files(source.patient_id)):
-            raise InputError(
-                f"{folder}: holds files that this command did not write (no {RECORD}); choose another --output"
-            )
-
-
-def _read_record(folder) -> dict:
+def read_record(folder) -> dict:
     record = read_json(folder / RECORD)
     if not isinstance(record, dict):
         raise InputError(f"{folder / RECORD}: not a record of prepare_data.py; remove it, or choose another --output")
     return record
 
 
-def _check_settings(path, found, settings):
-    found = found if isinstance(found, dict) else {}
-    wanted = json.loads(json.dumps(settings))
-    different = [f"{k} ({shown(found.get(k))} there, {wanted[k]} now)" for k in wanted if found.get(k) != wanted[k]]
-    if different:
-        raise InputError(
-            f"{path}: prepared with other settings: {'; '.join(different)}."
-            " Use the same ones, another --output, or --overwrite to do everything again"
-        )
-
-
 def finished_entry(source: CtSource, folder: Path) -> dict | None:
     """The manifest entry of a patient that is done: source unchanged, all files there with their checksums."""
     if not (folder / RECORD).exists():
         return None
-    record = _read_record(folder)
+    record = read_record(folder)
     try:
         if not record.get("complete") or not _unchanged(source, record.get("signature")):
             return None
@@ -201,109 +150,3 @@ def finished_entry(source: CtSource, folder: Path) -> dict | None:
         if not (folder / name).exists() or sha256(folder / name) != checksum:
             return None
     return entry
-
-
-def prepare_all(sources, output: Path, settings: dict, workers: int, overwrite: bool = False):
-    """Prepare all patients. Returns ``(entries, failures)``: ``{id: manifest entry}``, ``{id: message}``."""
-    entries, failures, todo = {}, {}, []
-    for source in tqdm(sources, desc="checking", unit="CT", leave=False):
-        entry = None if overwrite else finished_entry(source, output / source.patient_id)
-        if entry is None:
-            todo.append(source)
-        else:
-            entries[source.patient_id] = entry
-    if entries:
-        print(f"{len(entries)} of {len(sources)} CTs are done already")
-
-    with tqdm(total=len(todo), desc="preparing", unit="CT") as bar:
-        for source, entry, problem, notes in _run(todo, output, settings, workers):
-            for note in notes:
-                bar.write(f"note: {source.patient_id}: {note}")
-            if problem:
-                failures[source.patient_id] = problem
-                bar.write(f"failed: {problem}")
-            else:
-                entries[source.patient_id] = entry
-            bar.update()
-    return entries, failures
-
-
-def _run(todo, output, settings, workers):
-    """Yield ``(source, entry, problem, notes)`` as CTs finish; survives worker processes that die."""
-    if workers == 1:
-        for source in todo:
-            yield source, *_try_patient(source, output / source.patient_id, settings)
-        return
-    workers = min(workers, len(todo))
-    while todo:
-        finished = []
-        for source, result in _pool(todo, output, settings, workers):
-            finished.append(source)
-            yield source, *result
-        todo = [source for source in todo if source not in finished]
-        if todo and workers == 1:  # one process takes the CTs in their order, so the first one left killed it
-            yield todo[0], None, f"{todo[0].path}: its worker process died (out of memory?)", []
-            todo = todo[1:]
-        workers = 1
-
-
-def _pool(todo, output, settings, workers):
-    """Yield ``(source, result)`` of the CTs that are done; all, unless a worker process dies."""
-    # spawn: forking a process in which torch has started threads can deadlock
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {}
-        with contextlib.suppress(BrokenProcessPool):
-            for source in todo:
-                futures[pool.submit(_try_patient, source, output / source.patient_id, settings)] = source
-        try:
-            for future in as_completed(futures):
-                with contextlib.suppress(BrokenProcessPool):
-                    yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the command stops handing out CTs, this one is finished
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()  # killed: without this the worker would wait for work for ever
-    os._exit(1)
-
-
-def _try_patient(source, folder, settings):
-    """``(entry, problem, notes)``: what is wrong with one CT must not stop the others."""
-    try:
-        entry, notes = prepare_patient(source, folder, settings)
-    except (InputError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch out of memory
-        message = str(error) or type(error).__name__
-        return None, message if str(source.path) in message else f"{source.path}: {message}", []
-    return entry, None, notes
-
-
-def write_manifest(output: Path, settings: dict, split: dict, method: str, entries: dict) -> None:
-    """Write ``dataset.json``; says which patients changed sides or are gone against an existing one."""
-    path = output / MANIFEST
-    if path.exists():
-        before = _split_of(read_json(path))
-        for name in SPLITS:
-            moved = [p for p in split[name] if before.get(p, name) != name]
-            if moved:
-                print(f"note: now in {name}, before elsewhere (old checkpoints know them): {', '.join(moved)}")
-        gone = sorted(set(before) - set(entries))
-        if gone:
-            print(f"note: no longer in the data set (their folders stay): {', '.join(gone)}")
-    manifest = {"format_version": MANIFEST_VERSION, **settings, "split": split, "split_method": method}
-    manifest["split_hash"] = split_hash(split)
-    manifest["patients"] = {patient: entries[patient] for patient in sorted(entries)}
-    write_json(path, manifest)
-
-
-def _split_of(manifest) -> dict[str, str]:
-    """``{id: split}`` of an earlier manifest; empty when it is something else."""
-    split = manifest.get("split") if isinstance(manifest, dict) else None
-    lists = {name: split.get(name) for name in SPLITS} if isinstance(split, dict) else {}
-    return {p: name for name, ids in lists.items() if isinstance(ids, list) for p in ids if isinstance(p, str)}
