@@ -145,7 +145,7 @@ class PatientDataset(Dataset):
     # -- cached arrays ---------------------------------------------------------------------------
 
     def _cached(self, patient: PatientFolder, name: str, shape, dtype, sources, make):
-        """Memory-map an array of the cache; make it when it is absent, stale or damaged (which is said).
+        """Memory-map an array of the cache; make it when it is absent, stale or damaged (with a warning).
 
         The key covers the source files' size and time, so that a changed source is read anew. Two
         ranks that build the same entry write the same bytes, each under its own temporary name.
@@ -246,7 +246,7 @@ class PatientDataset(Dataset):
 
 
 def _files_of(sources) -> list[Path]:
-    """The files themselves: those of a DICOM folder, and with a header (``.mhd``) all that lie beside it."""
+    """The files themselves: those of a DICOM folder, and with a header (``.mhd``) all files next to it."""
     files = []
     for path in sources:
         folder = path if path.is_dir() else path.parent if path.suffix.lower() in HEADERS else None

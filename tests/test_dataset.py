@@ -272,11 +272,11 @@ def test_nothing_of_a_folder_made_by_hand_is_left_out_without_a_word(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = PatientDataset(tmp_path, "all", 16, None)
-    said = "\n".join(str(w.message) for w in caught)
+    warned = "\n".join(str(w.message) for w in caught)
     assert data.ids == ["a", "b"]
     named = ("no volume in empty", "flat.nii.gz: outside", "not used: a/lesions.nii.gz", "missing ones rendered (b)")
     for words in named:
-        assert words in said
+        assert words in warned
     (tmp_path / "a" / "a_PA.png").touch()
     with pytest.raises(InputError, match="more than one PA X-ray"):
         quiet(tmp_path, "all", 16, None)
@@ -391,7 +391,7 @@ def test_a_bad_manifest_is_named(root, changes, words):
     assert "dataset.json" in str(error.value)
 
 
-def test_unlisted_folders_are_left_out_and_said(root):
+def test_unlisted_folders_are_left_out_and_reported(root):
     by_hand(root, "stranger", xrays=False)
     shutil.copy(root / "stranger" / "stranger.nii.gz", root / "stranger" / "stranger.nii")  # two: no matter there
     (root / "nothing").mkdir()

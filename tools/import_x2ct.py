@@ -43,7 +43,7 @@ PROJECT_AXES = "IPL"  # where the axes (D, H, W) of this project point: inferior
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS"))
 LETTERS = {"head-feet": "SI", "front-back": "AP", "left-right": "RL"}
 EDGE_RANGE = (16, 512)  # voxels
-EARLY = 5  # CTs by which the axes are judged before anything is written
+EARLY = 5  # CTs whose anatomy tests the axes before anything is written
 
 
 # ------------------------------------------------------------------------------------------------
@@ -111,8 +111,8 @@ def _check_edge(path, file, edge_mm):
         raise InputError(f"{path}: ori_size x spacing is {text} mm; expected {edge_mm:g} mm (or --edge-mm)")
 
 
-def judge_axes(hu: np.ndarray, edge_mm: float) -> dict[str, str]:
-    """Which way the chest lies, by :func:`anatomy.orientation` at about 5 mm: ``{"head-feet": "ok", ...}``."""
+def axes_by_anatomy(hu: np.ndarray, edge_mm: float) -> dict[str, str]:
+    """Does each axis fit the anatomy, by :func:`anatomy.orientation` at about 5 mm? ``{"head-feet": "ok", ...}``."""
     size = hu.shape[0]
     factor = max(f for f in range(1, size + 1) if size % f == 0 and (f == 1 or f * edge_mm / size <= 5.01))
     answers = orientation(area_average(hu, factor), factor * edge_mm / size)
@@ -209,7 +209,7 @@ def _some(names):
 
 
 def try_axes(paths, axes: str, offset: float, edge_mm: float) -> None:
-    """Judge the first few files before anything is written; see :func:`check_axes`. Unusable files are passed over."""
+    """Test the axes on the first few files before anything is written (:func:`check_axes`); skip unusable ones."""
     tally = {side: Counter() for side in SIDES}
     for path in list(paths)[:EARLY]:
         with contextlib.suppress(InputError):
@@ -218,7 +218,7 @@ def try_axes(paths, axes: str, offset: float, edge_mm: float) -> None:
 
 
 def _count(tally, hu, edge_mm):
-    for side, status in judge_axes(hu, edge_mm).items():
+    for side, status in axes_by_anatomy(hu, edge_mm).items():
         tally[side][status] += 1
 
 

@@ -164,7 +164,7 @@ def load_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict:
 
 
 def find_state(folder: str | os.PathLike, kind: str | None = None) -> tuple[Path, dict, list[str]] | None:
-    """The checkpoint a run in ``folder`` goes on from, its path, and notes on files that were passed over.
+    """The checkpoint a run in ``folder`` goes on from, its path, and notes on files that were skipped.
 
     That is ``last.pt``; where it is damaged or missing ``last_previous.pt``, then the newest ``epoch_N.pt`` that can
     be read. None for a folder with neither of the first two: nothing was trained there. Changes nothing on disk.

@@ -7,7 +7,7 @@ from pathlib import Path
 AIR_HU = -1024  # also everything outside the scan
 MAX_HU = 3071  # end of the 12-bit scale; metal above it carries no information
 SUFFIXES = {".nii.gz": "nifti", ".nii": "nifti", ".mhd": "image", ".mha": "image", ".nrrd": "image", ".nhdr": "image"}
-# Files that may well hold a CT, in formats that are not read: named, never passed over.
+# Files that may well hold a CT, in formats that are not read: reported by name.
 _OTHER_VOLUMES = (
     ".hdr .img .hdr.gz .img.gz .raw .zraw .raw.gz .mha.gz .nrrd.gz .dcm.gz .gipl .gipl.gz .mnc .mgh .mgz .mif .mih "
     ".vtk .vti .par .rec .ima .dcm .dicom .dic .h5 .hdf5 .npy .npz .mat .vol .mrc .zip .tar .tgz .tar.gz .7z .rar "

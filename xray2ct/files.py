@@ -51,7 +51,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it replaces ``path`` only when the block succeeds.
+    """Yield a temporary path in the folder of ``path``; it replaces ``path`` only when the block succeeds.
 
     The temporary name keeps the suffixes (``.nii.gz``), in lower case, because writers choose the format by them.
     A crash, a full disk or an exception leaves an existing ``path`` untouched; an ``OSError`` names ``path``.
@@ -78,7 +78,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def replaced_together(folder: str | os.PathLike, earlier: Callable[[], Iterable[Path]]) -> Iterator[Path]:
     """Yield a new folder whose files go into ``folder`` together when the block succeeds; else nothing changes.
 
-    earlier: called then, gives the files of an earlier run in ``folder`` that have to go: none stays beside new ones.
+    earlier: called then, gives the files of an earlier run in ``folder`` that have to go: none stays.
     """
     folder = Path(folder)
     with naming(folder):

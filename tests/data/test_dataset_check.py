@@ -1,4 +1,4 @@
-"""The geometry doctor: a good data set passes; broken in many ways, each way is named."""
+"""Check of a data set: a good one passes; of one that is broken in many ways, each way is named."""
 
 import re
 import shutil

@@ -147,7 +147,7 @@ def test_the_couch_goes_on_request_only(cts):
     assert below[1].max() < -900
 
 
-def test_xrays_that_leave_their_range_are_clipped_and_said(cts, capsys):
+def test_xrays_that_leave_their_range_are_clipped_and_reported(cts, capsys):
     save_nifti(cts / "a.nii.gz", thorax(extra=lambda x, y, z: np.where(np.abs(y) < 80, 1400.0, np.nan)))
     _, output = run(cts, "--fov-mm", "240")
     assert "note: a: lateral X-ray" in capsys.readouterr().out
@@ -201,8 +201,10 @@ def test_every_file_of_a_ct_decides_whether_it_is_done(cts, capsys):
     def redone():
         capsys.readouterr()
         assert run(cts)[0] == 0
-        said = capsys.readouterr().out
-        return 3 - int(said.split(" of 3 CTs are done already")[0].rsplit("\n", 1)[-1]) if "already" in said else 3
+        printed = capsys.readouterr().out
+        return (
+            3 - int(printed.split(" of 3 CTs are done already")[0].rsplit("\n", 1)[-1]) if "already" in printed else 3
+        )
 
     assert redone() == 3
     assert redone() == 0
@@ -232,9 +234,9 @@ def test_what_is_left_out_is_named_and_the_status_tells(cts, capsys):
     assert status == 1
     assert sorted(manifest_of(output)["patients"]) == ["a", "b", "c", "x"]
     assert manifest_of(output)["patients"]["x"]["source"] == "more/x.nii.gz"
-    said = capsys.readouterr().out
-    assert said.count("scan.mgz: may hold a CT") == 2  # at once, and at the end
-    assert "1 files or folders were left out" in said
+    printed = capsys.readouterr().out
+    assert printed.count("scan.mgz: may hold a CT") == 2  # at once, and at the end
+    assert "1 files or folders were left out" in printed
     with pytest.raises(InputError, match=r"link/a/a.*\.nii\.gz: lies in --output"):
         run(cts)
 
@@ -288,16 +290,16 @@ def test_other_settings_are_refused_unless_overwriting(cts):
     assert nib.load(output / "a" / "a.nii.gz").shape == (48, 48, 48)
 
 
-def test_patients_that_left_or_changed_sides_are_said(cts, capsys):
+def test_patients_that_left_or_changed_sides_are_reported(cts, capsys):
     split = {"train": ["a", "b"], "val": [], "test": ["c"]}
     (cts.parent / "split.json").write_text(json.dumps(split))
     _, output = run(cts, "--split", str(cts.parent / "split.json"))
     (cts / "c.nii.gz").unlink()
     (cts.parent / "split.json").write_text(json.dumps({"train": ["b"], "val": ["a"], "test": []}))
     assert run(cts, "--split", str(cts.parent / "split.json"))[0] == 0
-    said = capsys.readouterr().out
-    assert "now in val, before elsewhere (old checkpoints know them): a" in said
-    assert "no longer in the data set (their folders stay): c" in said
+    printed = capsys.readouterr().out
+    assert "now in val, before elsewhere (old checkpoints know them): a" in printed
+    assert "no longer in the data set (their folders stay): c" in printed
     assert sorted(manifest_of(output)["patients"]) == ["a", "b"]
     assert (output / "c" / "c.nii.gz").exists()
 

@@ -104,7 +104,7 @@ def test_a_table_of_8_bits_may_hold_two_entries_in_a_word(tmp_path):
     assert xray.pixels == pytest.approx(entries[STORED] / 255, abs=1e-6)
 
 
-def test_the_first_of_several_tables_is_taken_and_said(tmp_path):
+def test_the_first_of_several_tables_is_taken_and_noted(tmp_path):
     both = [lut(CURVE, depth=10), lut(CURVE[::-1], depth=10)]
     xray = read_xray(write_dicom(tmp_path / "x.dcm", STORED, VOILUTSequence=both))
     assert xray.pixels == pytest.approx(CURVE[STORED] / 1023.0, abs=1e-6)
@@ -182,13 +182,13 @@ def test_signed_values_are_inverted_about_their_own_range(tmp_path):
 
 
 def test_presentation_lut_shape_inverts_once(tmp_path):
-    for photometric, said in (("MONOCHROME1", "MONOCHROME1"), ("MONOCHROME2", "Presentation LUT Shape INVERSE")):
+    for photometric, reason in (("MONOCHROME1", "MONOCHROME1"), ("MONOCHROME2", "Presentation LUT Shape INVERSE")):
         xray = read_xray(write_dicom(tmp_path / "x.dcm", 4095 - STORED, photometric, PresentationLUTShape="INVERSE"))
         assert xray.pixels == pytest.approx(STORED / 4095, abs=1e-6)
-        assert xray.notes == [f"{said}: inverted, so that bone is bright"]
+        assert xray.notes == [f"{reason}: inverted, so that bone is bright"]
 
 
-def test_doubts_by_the_intensity_relationship_are_said(tmp_path):
+def test_doubts_by_the_intensity_relationship_are_noted(tmp_path):
     for photometric, sign, slope, doubted in (
         ("MONOCHROME2", 1, 1, True),
         ("MONOCHROME2", -1, 1, False),

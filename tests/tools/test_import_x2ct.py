@@ -16,7 +16,7 @@ from tests.helpers.ct_cases import grid_affine, save_nifti, thorax
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import make_hu
 from tools import import_x2ct
-from tools.import_x2ct import check_axes, judge_axes, make_split, read_ct_cube, read_list
+from tools.import_x2ct import axes_by_anatomy, check_axes, make_split, read_ct_cube, read_list
 from xray2ct.data.checks.dataset_check import check_dataset
 from xray2ct.data.checks.findings import FAILED, OK, SIDES
 from xray2ct.files import InputError, read_json
@@ -96,7 +96,7 @@ def test_other_axes_are_turned_and_wrong_ones_named(tmp_path, chests, axes):
     turn = nib.orientations.ornt_transform(*(nib.orientations.axcodes2ornt(c) for c in ("IPL", axes)))
     path = write_h5(tmp_path, SCANS[0], nib.orientations.apply_orientation(chests[0], turn))
     assert np.array_equal(read_ct_cube(path, axes), chests[0])
-    answers = judge_axes(read_ct_cube(path), EDGE)
+    answers = axes_by_anatomy(read_ct_cube(path), EDGE)
     assert FAILED in answers.values()
     with pytest.raises(InputError, match="is wrong by the anatomy of most CTs") as error:
         check_axes({side: Counter([answers[side]]) for side in SIDES}, "IPL")

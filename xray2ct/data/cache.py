@@ -18,7 +18,7 @@ _verified: set[tuple] = set()  # cached files whose checksum this process has co
 
 
 def open_cached(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray | None:
-    """Memory-map a cached array; None when it has to be made: absent, or its checksum is wrong (which is said).
+    """Memory-map a cached array; None when it has to be made: absent, or its checksum is wrong (with a warning).
 
     The file is a ``.npy`` followed by the CRC-32 of all before it, compared once per process: that does little more
     than bring the file into memory, where it is needed next.

@@ -4,7 +4,7 @@
     pairs, unused = find_pairs("XRAYS")       # {id: (PA, lateral)}
 
 The one place that knows suffixes and view names; upper and lower case are the same everywhere. Whatever lies in such a
-folder is used, or it is in ``problems`` or ``unused``: nothing is left out without a word.
+folder is used, or it is in ``problems`` or ``unused``: nothing is left out silently.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from xray2ct.files import InputError
 from xray2ct.imaging.cube_files import mask_path
 from xray2ct.imaging.dicom_files import is_dicom
 
-HEADERS = (".mhd", ".nhdr")  # their voxels lie in files beside them
-# What may lie beside X-rays and volumes and is neither.
-BESIDE = (".json", ".txt", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".pdf", ".html", ".log", ".md5", ".sha256")
-BESIDE += (".db", ".ini")  # Thumbs.db, desktop.ini
+HEADERS = (".mhd", ".nhdr")  # their voxels lie in other files of the folder
+# Files that are neither X-rays nor volumes, and may lie in the same folders.
+OTHER_FILES = (".json", ".txt", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".pdf", ".html", ".log", ".md5")
+OTHER_FILES += (".sha256", ".db", ".ini")  # Thumbs.db, desktop.ini
 SHOWN = 5  # names in a message
 _PA, _LATERAL = ("|".join(name[1:] for name in names) for names in VIEW_NAMES)
 _XRAY_NAME = re.compile(rf"(?:(.*)_)?(?:({_PA})|(?:{_LATERAL}))(\.nii\.gz|\.[^.]*)?", re.IGNORECASE | re.DOTALL)
@@ -114,7 +114,7 @@ class PatientFolder:
 
     @property
     def _all(self) -> list[Path]:
-        return [path for path in visible(self.folder) if suffix_of(path) not in BESIDE]
+        return [path for path in visible(self.folder) if suffix_of(path) not in OTHER_FILES]
 
     @property
     def holds_data(self) -> bool:
@@ -136,7 +136,7 @@ class PatientFolder:
                 self.unused.append(path)
         elif stem == self.id.lower() and suffix in VOLUME_SUFFIXES:
             self._volumes[0].append(path)
-        elif suffix in BESIDE or path.name.upper() == "DICOMDIR":
+        elif suffix in OTHER_FILES or path.name.upper() == "DICOMDIR":
             return False
         elif name is not None:
             self._sort_xray(path, name)
@@ -213,7 +213,7 @@ def find_pairs(folder, left_out: Iterable = ()) -> tuple[dict[str, tuple[Path | 
     unused = []
     for path in _files_below(folder, left_out):
         name, suffix = xray_name(path.name), suffix_of(path)
-        if suffix in BESIDE:
+        if suffix in OTHER_FILES:
             continue
         if name is None or not can_be_xray(path, name.suffix):
             if name is not None or _looks_like_xray(path, suffix):
@@ -234,7 +234,7 @@ def find_pairs(folder, left_out: Iterable = ()) -> tuple[dict[str, tuple[Path | 
 
 
 def _files_below(folder: Path, left_out) -> Iterable[Path]:
-    """Files in a folder and all below it, sorted; links are followed, once; hidden names are passed over."""
+    """Files in a folder and all below it, sorted; links are followed, once; hidden names are skipped."""
     seen = {Path(path).resolve() for path in left_out if path} - {folder.resolve()}
     for root, directories, names in os.walk(folder, onerror=_stop, followlinks=True):
         real = Path(root).resolve()

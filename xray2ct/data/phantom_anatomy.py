@@ -129,10 +129,10 @@ def lung_distance(a: Anatomy, x, y, z):
     _, half_depth, centre = a.cage
     forwards = smooth_step((y - centre) / half_depth, -0.3, -0.95)  # the lungs nearly meet behind the sternum
     width = a.mediastinum * (0.7 + 0.3 * np.exp(-(((z - a.carina - 15.0) / 35.0) ** 2)))  # widest at the hila
-    beside = width * (1.0 - 0.8 * forwards) - np.abs(x - 3.0 * forwards)
+    medial = width * (1.0 - 0.8 * forwards) - np.abs(x - 3.0 * forwards)
     gutter = 19.0 - np.hypot(x - spine_x, 0.7 * np.minimum(y - spine_y - 4.0, 0.0))  # next to the vertebrae
     outside = np.maximum(cage_distance(a, x, y, z) + 2.0, 0.7 * (z - diaphragm(a, x, y)))
-    return np.maximum.reduce([outside, beside, gutter, 5.0 - heart_distance(a, x, y, z)])
+    return np.maximum.reduce([outside, medial, gutter, 5.0 - heart_distance(a, x, y, z)])
 
 
 def ellipsoid(x, y, z, centre, axes):

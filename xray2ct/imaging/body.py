@@ -1,4 +1,4 @@
-"""Find the patient in a CT: body without couch, lungs, and the centre of the cube."""
+"""Segment the patient in a CT: body without couch, lungs, and the centre of the cube."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _trunk(body):
 
 
 def _middle(profiles):
-    """Median over the non-empty rows of the middle, in voxels, of the occupied range; ``(rows, n)`` bool."""
+    """Middle of the occupied range of each row of ``(rows, n)`` bool, in voxels: the median over rows that hold any."""
     profiles = profiles[profiles.any(axis=1)]
     first = profiles.argmax(axis=1)
     last = profiles.shape[1] - 1 - profiles[:, ::-1].argmax(axis=1)

@@ -36,8 +36,8 @@ def check_views(pa: np.ndarray, lateral: np.ndarray, names=("the PA view", "the 
 
     A chest is wider than it is deep, so the lateral shadow is the narrower one: the other way round the
     views are swapped and :class:`InputError` is raised, as it is for one picture given twice. Where both
-    shadows fill the picture nothing can be said. Returns doubts that are no errors: row profiles that do
-    not match (both views see the same height, so they should).
+    shadows fill the picture this cannot be told. Returns warnings: row profiles that do not
+    match (both views see the same height, so they should).
     """
     if pa.shape == lateral.shape and np.array_equal(pa, lateral):
         raise InputError(f"{names[0]} and {names[1]} are the same picture; expected a PA and a lateral view")

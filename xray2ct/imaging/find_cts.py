@@ -18,7 +18,7 @@ from xray2ct.imaging.read_dicom import (
     MIN_SERIES_SLICES,
     SeriesInfo,
     files_of_dicomdir,
-    may_lie_beside_slices,
+    may_lie_with_slices,
     series_of,
 )
 
@@ -51,9 +51,9 @@ def search_cts(folder) -> tuple[list[CtSource], list[str]]:
     """:func:`find_cts`, and a sentence for each file or folder that may hold a CT but is not read.
 
     Those are: volumes and archives of other formats, unreadable files and folders, dangling links, DICOM files that
-    are none, folders that share one DICOM series, short series beside a CT (but no localisers), and files that a
-    DICOMDIR lists but that are not there. Raises InputError when there is neither a CT nor anything left out, and as
-    :func:`find_cts`.
+    are none, folders that share one DICOM series, short series in the folder of a CT (but no localisers), and files
+    that a DICOMDIR lists but that are not there. Raises InputError when there is neither a CT nor anything left out,
+    and as :func:`find_cts`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -68,7 +68,7 @@ def search_cts(folder) -> tuple[list[CtSource], list[str]]:
         dicom, rest = _dicom_files(others, left_out)
         if dicom:
             slices[root] = dicom
-            rest = [path for path in rest if may_lie_beside_slices(path)]  # any other is named when the folder is read
+            rest = [path for path in rest if may_lie_with_slices(path)]  # any other is named when the folder is read
         left_out += _not_read(rest, [path for path, kind in kinds.items() if kind == "image"])
     left_out += _missing_of_dicomdir(folder, slices)
     series = _series(slices)
@@ -95,8 +95,8 @@ def _walk(folder, left_out):
     def unreadable(error):
         left_out.append(f"{error.filename}: cannot be read ({error.strerror})")
 
-    top, linked = folder.resolve(), set()
-    top, linked = folder.resolve(), []
+    top = folder.resolve()
+    linked: list[Path] = []
     for root, directories, names in os.walk(folder, onerror=unreadable, followlinks=True):
         directories[:] = sorted(name for name in directories if not name.startswith("."))
         for path in [Path(root, name) for name in directories if Path(root, name).is_symlink()]:
@@ -125,13 +125,13 @@ def _dicom_files(paths, left_out):
         try:
             (dicom if is_dicom(path) else rest).append(path)
         except OSError as error:
-            if not may_lie_beside_slices(path) or suffix_of(path) in OTHER_VOLUMES:
+            if not may_lie_with_slices(path) or suffix_of(path) in OTHER_VOLUMES:
                 left_out.append(f"{path}: cannot be read ({error.strerror})")
     return dicom, rest
 
 
 def _not_read(paths, headers) -> list[str]:
-    """A sentence for each of ``paths`` that may hold a CT; ``headers``: MetaImage and NRRD files beside them."""
+    """A sentence for each of ``paths`` that may hold a CT; ``headers``: MetaImage and NRRD files of the same folder."""
     suspects = [path for path in paths if suffix_of(path) in OTHER_VOLUMES or _named_like_a_slice(path)]
     used: set[Path] = set()
     for header in headers if suspects else []:
@@ -154,7 +154,7 @@ def _not_read(paths, headers) -> list[str]:
 def _named_like_a_slice(path) -> bool:
     """True for names as scanners and archives give them to DICOM files: IM0001, 00000012, 1.2.840.113619.2.55."""
     suffix = path.suffix[1:]
-    return not may_lie_beside_slices(path) and (not suffix or suffix.isdigit()) and bool(re.search(r"\d", path.name))
+    return not may_lie_with_slices(path) and (not suffix or suffix.isdigit()) and bool(re.search(r"\d", path.name))
 
 
 def _series(slices) -> dict[Path, dict[Path, SeriesInfo]]:
@@ -190,7 +190,7 @@ def _shared_series(series) -> dict[Path, str]:
 
 
 def _short_series(series) -> list[str]:
-    """A sentence for each short series of CT slices (no localiser) beside a long one, without which that is read."""
+    """A sentence for each short series of CT slices (no localiser) that is left out for a long one of its folder."""
     texts = []
     for files in series.values():
         counts = Counter()

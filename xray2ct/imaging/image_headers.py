@@ -27,7 +27,7 @@ NRRD_KINDS = {"domain", "space", "???", "none"}
 
 
 def data_files(path) -> list[Path]:
-    """The files beside a MetaImage or NRRD header that hold its data, sorted; empty where it holds them itself.
+    """The other files that hold the data of a MetaImage or NRRD header, sorted; empty where it holds them itself.
 
     Of numbered and listed series all files of the folder. Raises InputError when the data lie in another folder.
     """

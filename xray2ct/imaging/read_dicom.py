@@ -14,7 +14,7 @@ from xray2ct.imaging.dicom_files import is_dicom, reading
 from xray2ct.imaging.dicom_pixels import stored_frames
 from xray2ct.imaging.optional import import_pydicom
 
-MIN_SERIES_SLICES = 8  # beside another series, fewer are a localiser
+MIN_SERIES_SLICES = 8  # where a folder holds several series, a shorter one is a localiser
 MAX_DRIFT_MM = 0.5  # a slice's distance from its place on the regular grid; at most a quarter of a step, too
 PADDING_HU = -2000  # what pixels become that the header says are padding: far below air, hence outside the scan
 CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
@@ -38,7 +38,7 @@ SAME = {
     "NominalPercentageOfCardiacPhase": "CardiacSynchronizationSequence",
 }
 ONE_EACH = ("AcquisitionNumber", "FrameAcquisitionNumber")  # step and shoot: every slice may have its own
-# Files that may lie beside slices: notes, tables, pictures, viewers, and volumes that are found as CTs of their own.
+# Files that may lie in a folder of slices: notes, tables, pictures, viewers, and volumes, which are CTs of their own.
 _NO_SLICES = (
     ".txt .csv .tsv .json .xml .html .htm .css .js .pdf .md .rtf .doc .docx .xls .xlsx .ppt .pptx .log .yaml .yml "
     ".jpg .jpeg .png .gif .bmp .tif .tiff .svg .ico .mp4 .avi .db .ini .inf .url .lnk .exe .dll .jar .bat .cmd .sh "
@@ -67,7 +67,7 @@ class Frame:
         return self.path.name if self.of == 1 else f"frame {self.number + 1} of {self.path.name}"
 
 
-def may_lie_beside_slices(path) -> bool:
+def may_lie_with_slices(path) -> bool:
     """True for a file that is no slice by its name, so that it may lie in a folder of DICOM files."""
     name = Path(path).name
     return name.startswith(".") or name.upper() in NO_SLICE_NAMES or Path(name).suffix.lower() in NO_SLICES
@@ -128,10 +128,10 @@ def _headers(folder):
         try:
             if is_dicom(path):
                 headers[path] = read_header(path)
-            elif not may_lie_beside_slices(path):
+            elif not may_lie_with_slices(path):
                 strange.append(path.name)
         except OSError as error:
-            if not may_lie_beside_slices(path):
+            if not may_lie_with_slices(path):
                 raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not headers:
         raise InputError(f"{folder}: no DICOM files in it; expected a folder with one CT series")

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from xray2ct.conventions import DICOM_SUFFIXES, PICTURES
 from xray2ct.files import InputError, atomic_path
+from xray2ct.geometry.lifting import averaged_to
 from xray2ct.geometry.projector import Geometry
 from xray2ct.imaging.dicom_files import is_dicom
 from xray2ct.imaging.dicom_xray import MAX_VALUE, Exposure, StoredXray, decode_dicom
@@ -73,7 +75,7 @@ def read_xray(
     normalization: ``"manifest"`` takes the project's own linear scale (16 bit / 65535, 8 bit / 255,
         floats as they are, in [0, 1]); ``"percentile"`` assumes an unknown linear scale and maps the 1st
         and 99th percentile to :data:`REFERENCE_PERCENTILES` of ``view`` (0 PA, 1 lateral): right only for
-        a picture that is linear in attenuation (logarithm taken) and frames a chest with some air beside
+        a picture that is linear in attenuation (logarithm taken) and frames a chest with some air around
         it; ``"histogram"`` assumes an unknown increasing function of attenuation (logarithm not taken, gamma,
         a display curve) and gives the picture the mean distribution of the project's X-rays of ``view``: right only
         for a picture that frames the chest as they do. Local contrast enhancement and burnt-in text stay as they are.
@@ -197,7 +199,7 @@ def _match_histogram(path, raw, view) -> np.ndarray:
 
 
 def _check_polarity(path, pixels) -> None:
-    """Air beside the body is dark where bone is bright: a border far brighter than the middle is inverted.
+    """Air next to the body is dark where bone is bright: a border far brighter than the middle is inverted.
 
     ``pixels`` without rows and columns of padding, which would pass for air.
     """
@@ -266,16 +268,8 @@ def _fit(pixels, size, notes):
     if pixels.shape[0] != size:
         notes.append(f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {size} x {size}")
         if pixels.shape[0] > size:
-            shares = _area_shares(pixels.shape[0], size)
-            pixels = shares @ pixels @ shares.T
+            pixels = averaged_to(torch.from_numpy(np.array(pixels, np.float64))[None, None], (size, size))[0, 0].numpy()
         else:
             picture = Image.fromarray(pixels.astype(np.float32))
             pixels = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
     return pixels
-
-
-def _area_shares(edge: int, size: int) -> np.ndarray:
-    """``(size, edge)``: the share of each of ``edge`` pixels in each of ``size`` larger ones; rows sum to 1."""
-    old, new = np.arange(edge + 1.0), np.linspace(0.0, edge, size + 1)
-    overlap = np.minimum.outer(new[1:], old[1:]) - np.maximum.outer(new[:-1], old[:-1])
-    return overlap.clip(0.0) * (size / edge)

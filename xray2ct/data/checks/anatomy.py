@@ -1,4 +1,4 @@
-"""Which way a chest CT lies, told from its lungs, spine, heart and liver alone.
+"""Orientation of a chest CT, determined from its lungs, spine, heart and liver alone.
 
 Thresholds were set on 25 public chest CTs of eleven collections (supine, with couch, with and without contrast agent,
 masses and effusions) and on phantoms; the comments give the ranges seen there. Anatomy may be odd: where a measure is
@@ -34,7 +34,7 @@ class Organs:
 
 
 def orientation(hu: np.ndarray, spacing_mm: float, body: np.ndarray | None = None) -> dict[str, tuple[str, str]]:
-    """Which way a chest lies, from anatomy alone: ``{"head-feet": (status, message), "front-back": ..., ...}``.
+    """Orientation of a chest from its anatomy alone: ``{"head-feet": (status, message), "front-back": ..., ...}``.
 
     hu: (D, H, W) with cubic voxels of ``spacing_mm`` (about 5). body: :func:`body.body_mask` of it. Several
     measures vote per direction; where none is clear or they contradict each other the status is "cannot tell".
@@ -48,7 +48,7 @@ def orientation(hu: np.ndarray, spacing_mm: float, body: np.ndarray | None = Non
         return {"head-feet": (FAILED, text), **dict.fromkeys(SIDES[1:], (UNKNOWN, "turned by 90 degrees"))}
     answers = {"head-feet": _verdict(_apex_vote(organs), _liver_below_vote(organs))}
     if answers["head-feet"][0] == FAILED:
-        organs = _turned_upright(organs)  # so that the other two directions are judged by their own
+        organs = _turned_upright(organs)  # so that the other two are measured on upright organs
     spine = _spine(organs)
     answers["front-back"] = _verdict(_spine_vote(organs, spine))
     # A mass, a collapsed lung or an effusion can push the heart to the other side: alone it is no proof.
@@ -154,7 +154,7 @@ def _apex_vote(organs):
     """Lungs end in a dome above and in a hollow below (the diaphragm).
 
     The rim of the upper face lies below its middle (seen: 39 to 89 mm), that of the lower face hardly above it
-    (2 to 31 mm). Lungs cut off by the scan have flat faces: nothing can be said.
+    (2 to 31 mm). Lungs cut off by the scan have flat faces and decide nothing.
     """
     footprint = organs.lungs.any(axis=0)
     depth = ndimage.distance_transform_edt(footprint) * organs.mm
@@ -189,7 +189,7 @@ def _liver_side_vote(organs, spine):
     if spine is None:
         return 0, "no midline"
     start = organs.first + round(0.8 * (organs.last - organs.first + 1))
-    solid, gap = organs.depth_mm[start:] > 17, round(25 / organs.mm)  # muscles beside the spine do not count
+    solid, gap = organs.depth_mm[start:] > 17, round(25 / organs.mm)  # muscles next to the spine do not count
     right = solid[:, :, : max(0, spine[1] - gap)].sum() * organs.mm**3 / 1e3
     left = solid[:, :, spine[1] + gap + 1 :].sum() * organs.mm**3 / 1e3
     if right + left < 80:  # cm3

@@ -4,8 +4,8 @@
     python dataset.py --check data --json report.json
 
 Nothing is written below the data set. Each patient is looked at in four ways: files (there, checksums, grid,
-value range), anatomy (which way head, front and left point, from lungs, spine, heart and liver alone),
-X-rays (against the ones rendered from the stored volume) and likeness to other patients. Anatomy may be odd:
+value range), anatomy (orientation of the volume by its lungs, spine, heart and liver alone),
+X-rays (against the ones rendered from the stored volume) and near-duplicates among other patients. Anatomy may be odd:
 where a measure is not clear the answer is "cannot tell", which is no failure. Thresholds were set on 25 public
 chest CTs of eleven collections (supine, with couch, with and without contrast agent, masses and effusions) and
 on phantoms; the comments give the ranges seen there.

@@ -218,7 +218,7 @@ def level_problem(hu: np.ndarray, body: np.ndarray) -> str | None:
     if min(soft.size, air.size) < 500:
         return None
     levels = float(np.median(soft)), float(np.median(air))
-    # Seen: soft tissue -57 to 38 HU (the fat's share varies), air beside the body -1024 to -969.
+    # Seen: soft tissue -57 to 38 HU (the fat's share varies), air around the body -1024 to -969.
     if -130 < levels[0] < 120 and -1050 < levels[1] < -880:
         return None
     return (
