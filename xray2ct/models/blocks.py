@@ -1,4 +1,4 @@
-"""Blocks of the networks: residual, transformer, dense, X-ray encoder, back-projection layer, 3D PixelShuffle."""
+"""Blocks of the networks: residual, transformer, dense, X-ray encoder, back-projection of features, 3D PixelShuffle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xray2ct.files import InputError, whole_number
 from xray2ct.geometry.lifting import averaged_to, lift_pooled
+from xray2ct.geometry.projector import Geometry
 
 # ------------------------------------------------------------------------------------------------
 # Blocks
@@ -31,6 +32,18 @@ def checked_width(name: str, channels) -> int:
     return width
 
 
+def whole_groups(channels: int) -> int:
+    """The next lower number of channels that :func:`group_norm` can divide; at least 8."""
+    return max(8, channels // 8 * 8 if channels < 128 else channels // 16 * 16)
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """The same layer with weights and bias at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class ResidualBlock(nn.Module):
     """Pre-activation residual block (He et al., 2016), 2D or 3D; the second convolution starts at zero."""
 
@@ -40,9 +53,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = group_norm(channels)
         self.conv1 = conv(channels, channels, 3, padding=1)
         self.norm2 = group_norm(channels)
-        self.conv2 = conv(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        self.conv2 = zero_init(conv(channels, channels, 3, padding=1))
 
     def forward(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
@@ -64,8 +75,7 @@ class TransformerBlock(nn.Module):
             nn.Linear(channels, mlp_ratio * channels), nn.GELU(), nn.Linear(mlp_ratio * channels, channels)
         )
         for last in (self.out, self.mlp[-1]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            zero_init(last)
 
     def forward(self, x):  # (B, N, C)
         batch, tokens, channels = x.shape
@@ -75,8 +85,8 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Recomputing(nn.Module):
-    """Base of the networks that can recompute parts of themselves in the backward pass, for less memory."""
+class ActivationCheckpointing(nn.Module):
+    """Base of the networks that can recompute activations in the backward pass instead of keeping them."""
 
     activation_checkpointing = False
 
@@ -118,8 +128,20 @@ class XrayEncoder(nn.Module):
         return features  # 4 x (B V, C_s, H / stride_s, W / stride_s)
 
 
+def lift_views(reduce: nn.ModuleList, features, geometry: Geometry, volume_size, grid_mm=None) -> list[torch.Tensor]:
+    """Reduce each view's features by its own layer and back-project them: (B V, C, h, w) -> V x (B, c, D, H, W).
+
+    One layer per view, V = 2, or 1 (PA). volume_size, grid_mm: see :func:`lift_pooled`.
+    """
+    views = len(reduce)
+    x = features.unflatten(0, (-1, views))
+    x = torch.stack([layer(x[:, v]) for v, layer in enumerate(reduce)], dim=1)  # (B, V, c, h, w)
+    lifted = lift_pooled(x.expand(-1, 2, -1, -1, -1), geometry, volume_size, grid_mm)
+    return list(lifted.unbind(1))[:views]
+
+
 class Lifting(nn.Module):
-    """X-ray features -> one volume of features, by geometry; the views are kept apart until the end.
+    """Back-projection of X-ray features to one volume of features; the views are kept apart until the end.
 
     Each view's features go to every voxel that projects there. The sum of the two view-specific
     projections says what either view saw, their product where both agree; the fusion weighs them
@@ -133,9 +155,7 @@ class Lifting(nn.Module):
 
     def forward(self, features, geometry, volume_size, grid_mm=None):  # (2B, C, h, w)
         """``volume_size`` covers the whole cube; ``grid_mm`` (z, y, x in mm) picks the voxels of a part of it."""
-        x = features.unflatten(0, (-1, 2))
-        x = torch.stack([reduce(x[:, v]) for v, reduce in enumerate(self.reduce)], dim=1)
-        pa, lateral = lift_pooled(x, geometry, volume_size, grid_mm).unbind(1)  # (B, c, D, H, W) each
+        pa, lateral = lift_views(self.reduce, features, geometry, volume_size, grid_mm)  # (B, c, D, H, W) each
         return self.fuse(torch.cat([pa, lateral, pa * lateral], dim=1))
 
 
@@ -168,10 +188,6 @@ def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torc
     return xrays
 
 
-# ------------------------------------------------------------------------------------------------
-# Stage 1
-
-
 def check_stem_stride(stem_stride) -> None:
     if whole_number("model.stem_stride", stem_stride, 1) not in (1, 2, 4):
         raise InputError(f"model.stem_stride is {stem_stride}; expected 1, 2 or 4")
@@ -184,7 +200,7 @@ def check_xray_size(xray_size) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Stage 2
+# Super-resolution
 
 
 def pixel_shuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:

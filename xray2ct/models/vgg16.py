@@ -30,7 +30,7 @@ RANDOM_SEED = 2016
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
-def _import_torchvision():
+def import_torchvision():
     """Import torchvision, also a CUDA build beside a CPU-only torch.
 
     Such a pair lacks torchvision's compiled operators, and the import stops at the two that it gives
@@ -51,7 +51,7 @@ def imagenet_weights() -> dict:
     """VGG16's ImageNet weights from torchvision (528 MB, cached in ``torch.hub.get_dir()``)."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     try:
-        weights = _import_torchvision().models.VGG16_Weights.IMAGENET1K_V1
+        weights = import_torchvision().models.VGG16_Weights.IMAGENET1K_V1
         state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (ImportError, http.client.HTTPException, *LOAD_ERRORS) as error:
         raise InputError(
