@@ -269,6 +269,9 @@ class PerceptualLoss(nn.Module):
     The filters are buffers outside the state dict: nothing trains, averages or saves them.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, weights: str | os.PathLike = "imagenet", slices: int = 4, chunk_pixels: int = CHUNK_PIXELS):
         super().__init__()
         if slices < 1:
@@ -315,7 +318,7 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Volumes ``(B, 1, D, H, W)`` in [0, 1] -> 0-d float32 tensor."""
-        distance, count = 0.0, 0
+        distance, count = torch.zeros((), device=prediction.device), 0
         for axis in (2, 3, 4):
             positions = self._positions(prediction.shape[axis], prediction.device)
             pair = [v.float().index_select(axis, positions).movedim(axis, 1) for v in (prediction, target)]
@@ -379,10 +382,13 @@ class EnhancedLoss(nn.Module):
                 raise InputError(f"loss.{name}_weight is {weight!r}; expected a number of at least 0")
         if not any(self.weights.values()):
             raise InputError("loss: every weight is 0, nothing would be trained; set at least one above 0")
-        if projection_weight and acquisition is None:
-            raise InputError(f"loss.projection_weight is {projection_weight}, which needs the data's geometry")
-        self.perceptual = PerceptualLoss(perceptual_weights, perceptual_slices) if perceptual_weight else None
-        self.projection = ProjectionLoss(acquisition) if projection_weight else None
+        self.projection = self.perceptual = None
+        if projection_weight:
+            if acquisition is None:
+                raise InputError(f"loss.projection_weight is {projection_weight}, which needs the data's geometry")
+            self.projection = ProjectionLoss(acquisition)
+        if perceptual_weight:
+            self.perceptual = PerceptualLoss(perceptual_weights, perceptual_slices)
 
     def forward(
         self,

@@ -144,15 +144,15 @@ class EnhancedDirectModel(CoarseModel):
         x = tokens.transpose(1, 2).unflatten(2, self.bottleneck_size)  # (B, C, 8, 8, 8)
         x = self._run(self.bottleneck_block, x)
 
-        volume, aux = None, {}
+        volumes = []
         for stage, divisor, image in zip(self.decoder, (4, 2, 1), (features[3], features[2], features[1])):
             size = tuple(n // divisor for n in self.volume_size)
             x, detail = self._run(stage, x, image, self.geometry, size)  # (B, 128 | 64 | 32, *size)
-            if volume is not None:
-                detail = detail + F.interpolate(volume, size=size, mode="trilinear", align_corners=False)
-            volume = detail
-            if divisor > 1:
-                aux[f"volume_{size[0]}"] = volume
+            if volumes:
+                detail = detail + F.interpolate(volumes[-1], size=size, mode="trilinear", align_corners=False)
+            volumes.append(detail)
+        *coarser, volume = volumes
+        aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)}
         if not self.training:
             volume = volume.clamp(0.0, 1.0)
         return volume, aux
@@ -187,7 +187,7 @@ class RefinementNetwork(ActivationCheckpointing):
     # Coarse voxels beyond a tile's border that its head sees: one convolution at 1x, four at 2x, and
     # one voxel for the trilinear upsampling within them.
     halo = 3
-    # Of the added detail: features are of unit size, details a few hundredths; first steps do not overshoot.
+    # Factor on the added detail: features are of unit size, details a few hundredths; first steps do not overshoot.
     gain = 0.1
 
     def __init__(
@@ -293,7 +293,7 @@ class RefinementNetwork(ActivationCheckpointing):
         """The refined volume of a window from :meth:`deep`'s features around it: ``(windows, 1, 4D, 4H, 4W)``."""
         around = window.grown(self.halo)
         x = around.crop(deep, start=deep_window.origins)
-        # Wanted from here on: every sum of the residual in float32, whatever the convolutions run in.
+        # The residual is added in float32, whatever precision the convolutions run in.
         detail = self._run(self._details, x, features, around)
         return window.crop(upsample(around.crop(coarse)) + self.gain * detail.float(), self.scale, around.origins)
 

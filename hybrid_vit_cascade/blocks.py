@@ -117,8 +117,9 @@ class ViTBlock(nn.Module):
 class DepthPrior(nn.Module):
     """For each view, each pixel of a coarse detector grid and each band: a learned distribution over depth.
 
-    X-rays do not show where along its ray a feature belongs; anatomy tells (chest wall and heart in front, spine at
-    the back). Each band starts as a Gaussian around a sixth, a half or five sixths of the cube's depth, a sixth wide.
+    X-rays do not show where along its ray a feature belongs; anatomy often decides it (chest wall and heart in front,
+    spine at the back). Each band starts as a Gaussian around a sixth, a half or five sixths of the cube's depth, a
+    sixth wide.
     """
 
     def __init__(self, num_views: int):

@@ -221,7 +221,7 @@ class CascadeStage(ActivationCheckpointing):
         xrays: ``(B, num_views, H, W)`` (or with a channel axis of 1 after the views) in [0, 1].
         previous: ``(B, 1, d, d, d)`` in [-1, 1], the stage before, noise added; only when ``conditioned``.
         previous_noise_level: ``(B,)`` in [0, 1], how much noise was added to it (default none).
-        Raises ``ValueError`` on another shape, and when ``previous`` is missing or not wanted.
+        Raises ``ValueError`` on another shape, and when ``previous`` is missing or not expected.
         """
         xrays = prepare_xrays(xrays, self.xray_size, self.num_views)
         images = self._run(self.encoder, xrays)  # 4 x (B V, C_s, h_s, w_s)
@@ -276,8 +276,8 @@ class CascadeStage(ActivationCheckpointing):
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}; expected (B, 1, {', '.join(map(str, size))})")
         embedding = F.silu(self.time(sinusoidal_embedding(position)) + condition.embedding)  # (B, E)
         x = self.stem(self._folded(x_t))  # (B, C_0, g_0, g_0, g_0)
-        # Pure noise says nothing about the volume and only disturbs what the X-rays say: it fades with the noise level,
-        # about as alpha does. Learned from there on.
+        # Pure noise holds nothing of the volume and only disturbs the X-ray features: its share starts by falling with
+        # the noise level, about as alpha does, and is learned from there.
         share = 1.0 - position.float()[:, None] + self.stem_scale(embedding)
         x = torch.addcmul(condition.features[0], x, share.to(x.dtype)[:, :, None, None, None])
         skips = [x]

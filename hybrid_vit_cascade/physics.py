@@ -7,6 +7,7 @@ their mean. The loss therefore never pulls the posterior mean away from itself.
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from losses import ProjectionLoss
 from xray2ct.geometry.acquisition import Acquisition
@@ -14,15 +15,15 @@ from xray2ct.geometry.acquisition import Acquisition
 RENDERED_SIZE = 64  # longest edge that is rendered: an estimate of 256^3 then costs little more than one of 64^3
 
 
-class PhysicsLoss(ProjectionLoss):
+class PhysicsLoss(nn.Module):
     """:class:`losses.ProjectionLoss` of volumes in [-1, 1], weighted by how noisy each sample's step was.
 
     minimum_weight: what the noisiest samples count, in [0, 1]; see :meth:`weight`.
     """
 
     def __init__(self, acquisition: Acquisition, minimum_weight: float = 0.0):
-        super().__init__(acquisition, RENDERED_SIZE)
-        self.minimum_weight = minimum_weight
+        super().__init__()
+        self.projection, self.minimum_weight = ProjectionLoss(acquisition, RENDERED_SIZE), minimum_weight
 
     def weight(self, snr: torch.Tensor) -> torch.Tensor:
         """What a sample of signal-to-noise ratio ``snr`` (B,) counts: snr / (1 + snr), raised to the minimum.
@@ -40,4 +41,4 @@ class PhysicsLoss(ProjectionLoss):
 
         snr ``(B,)``: signal-to-noise ratio of the step each estimate was made at; None counts all fully.
         """
-        return super().forward(0.5 * (x0_hat.float() + 1.0), xrays, None if snr is None else self.weight(snr))
+        return self.projection(0.5 * (x0_hat.float() + 1.0), xrays, None if snr is None else self.weight(snr))

@@ -1,4 +1,4 @@
-"""Formulas of the scores; :mod:`xray2ct.evaluation.protocols` says which of them is whose.
+"""Formulas of the scores; :mod:`xray2ct.evaluation.protocols` lists who scores by which.
 
     from xray2ct.metrics import psnr, ssim_3d
     psnr(prediction, target), ssim_3d(prediction, target)   # volumes (D, H, W) in [0, 1]
@@ -104,7 +104,7 @@ def ssim_uniform(
     prediction, target = _pair(prediction, target)
     if min(target.shape) < UNIFORM_TAPS:
         raise ValueError(f"volume of {tuple(target.shape)} voxels; expected at least {UNIFORM_TAPS} per axis for SSIM")
-    totals: dict[str, list[float]] = {}
+    totals: dict[str, tuple[float, int]] = {}
     for start in range(0, len(target), _SLAB):
         stop = start + _SLAB + UNIFORM_TAPS - 1
         for name, sums in _window_sums(prediction[start:stop], target[start:stop], slices, volume):

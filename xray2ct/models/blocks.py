@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from xray2ct.files import InputError, whole_number
 from xray2ct.geometry.lifting import averaged_to, lift_pooled
 from xray2ct.geometry.projector import Geometry
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 # ------------------------------------------------------------------------------------------------
 # Blocks
@@ -37,10 +41,10 @@ def whole_groups(channels: int) -> int:
     return max(8, channels // 8 * 8 if channels < 128 else channels // 16 * 16)
 
 
-def zero_init(layer: nn.Module) -> nn.Module:
+def zero_init(layer: Layer) -> Layer:
     """The same layer with weights and bias at zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -111,7 +115,7 @@ class XrayEncoder(nn.Module):
         self.view_embedding = nn.Parameter(0.02 * torch.randn(views, widths[0]))
         self.stages = nn.ModuleList()
         for stage, (width, count) in enumerate(zip(widths, blocks)):
-            layers = [ResidualBlock(width, 2) for _ in range(count)]
+            layers: list[nn.Module] = [ResidualBlock(width, 2) for _ in range(count)]
             if stage > 0:
                 layers.insert(0, nn.Conv2d(widths[stage - 1], width, 2, stride=2))
             self.stages.append(nn.Sequential(*layers))
@@ -143,9 +147,8 @@ def lift_views(reduce: nn.ModuleList, features, geometry: Geometry, volume_size,
 class Lifting(nn.Module):
     """Back-projection of X-ray features to one volume of features; the views are kept apart until the end.
 
-    Each view's features go to every voxel that projects there. The sum of the two view-specific
-    projections says what either view saw, their product where both agree; the fusion weighs them
-    with a per-voxel depth prior coming from the coarser scale.
+    Each view's features go to every voxel that projects there. The fusion sees both views and their
+    product, which is large where both agree; the coarser scale, added by the caller, is the depth prior.
     """
 
     def __init__(self, in_channels: int, channels: int, out_channels: int):

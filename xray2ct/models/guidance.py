@@ -14,8 +14,8 @@ from xray2ct.models.window import Window
 class Guidance(nn.Module):
     """X-ray features at the resolutions of stage 2's volumes, lifted wherever a window asks for them.
 
-    With each X-ray the encoder sees its difference to the one that the coarse volume would give: this residual,
-    as in iterative reconstruction, shows where the volume is too thin or too dense.
+    With each X-ray the encoder sees its difference from the one rendered from the coarse volume: this residual, as in
+    iterative reconstruction, shows where the volume is too thin or too dense.
 
     The encoder's strides 1x, 2x, 4x of its stem serve 256^3, 128^3 and 64^3: with the default stem
     of 2 on 512^2 X-rays, a feature pixel is about one voxel of the volume it is lifted to.

@@ -24,14 +24,14 @@ VGG_LAYERS = (
     (12, 256, 256, False),
     (14, 256, 256, True),
 )
-VGG_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # all 13: tells VGG16 from its siblings
+VGG_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # all 13: VGG11, 13 and 19 have others
 RANDOM_SEED = 2016
 # What reading a weights file raises when it is missing, truncated, foreign or not to be trusted.
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
 def import_torchvision():
-    """Import torchvision, also a CUDA build beside a CPU-only torch.
+    """Import torchvision, also a CUDA build next to a CPU-only torch.
 
     Such a pair lacks torchvision's compiled operators, and the import stops at the two that it gives
     shapes to without looking. Nothing here calls them: declaring them is enough.
@@ -87,7 +87,9 @@ def _checked(state, path) -> dict:
     """``state`` if it is a VGG16's in torchvision's format; otherwise :class:`InputError` naming the file."""
     if not isinstance(state, dict):
         raise InputError(f"{path}: not VGG16 weights: holds a {type(state).__name__}, expected a state dict")
-    expected = {f"features.{index}.weight": (outputs, inputs, 3, 3) for index, inputs, outputs, _ in VGG_LAYERS}
+    expected: dict[str, tuple[int, ...]] = {
+        f"features.{index}.weight": (outputs, inputs, 3, 3) for index, inputs, outputs, _ in VGG_LAYERS
+    }
     expected |= {f"features.{index}.bias": (outputs,) for index, _, outputs, _ in VGG_LAYERS}
     for name, shape in expected.items():
         found = tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else "missing"
