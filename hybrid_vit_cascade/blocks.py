@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xray2ct.geometry.projector import Geometry, hat_weights
-from xray2ct.models.blocks import ResidualBlock, lift_views, zero_init
+from xray2ct.models.blocks import ResidualBlock, attend, lift_views, mlp, split_heads, zero_init
 
 BANDS = ("anterior", "mid", "posterior")  # of a view's depth axis; right, mid, left for the lateral view
 PRIOR_BINS = 16  # depth bins of a prior, and pixels along each edge of its detector grid
@@ -72,7 +72,7 @@ class ViTBlock(nn.Module):
     start, so that the block starts as the identity (Peebles and Xie, DiT, 2023, section 3.2).
     """
 
-    def __init__(self, channels: int, heads: int, context_channels: int, mlp_ratio: int = 4):
+    def __init__(self, channels: int, heads: int, context_channels: int):
         super().__init__()
         self.heads = heads
         self.modulation = zero_init(nn.Linear(channels, 9 * channels))
@@ -81,33 +81,27 @@ class ViTBlock(nn.Module):
         self.query = nn.Linear(channels, channels)
         self.context = nn.Linear(context_channels, 2 * channels)
         self.cross_out = nn.Linear(channels, channels)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, mlp_ratio * channels), nn.GELU(), nn.Linear(mlp_ratio * channels, channels)
-        )
+        self.mlp = mlp(channels)
 
     def keys_values(self, context):
         """X-ray tokens (B, M, C) -> keys and values (2, B, heads, M, C / heads): the same at every sampling step."""
-        return self._heads(self.context(context), 2)
+        return split_heads(self.context(context), 2, self.heads)
 
     def forward(self, x, embedding, keys_values):  # (B, N, C), (B, C), (2, B, heads, M, C / heads)
         modulation = self.modulation(embedding).unsqueeze(1).chunk(9, dim=-1)
-        x = self._branch(x, modulation[0:3], lambda y: self._attend(*self._heads(self.qkv(y), 3), self.attention_out))
-        x = self._branch(
-            x, modulation[3:6], lambda y: self._attend(self._heads(self.query(y), 1)[0], *keys_values, self.cross_out)
-        )
+        x = self._branch(x, modulation[0:3], self._self_attention)
+        x = self._branch(x, modulation[3:6], lambda y: self._cross_attention(y, keys_values))
         return self._branch(x, modulation[6:9], self.mlp)
 
     def _branch(self, x, modulation, function):
         scale, shift, gate = modulation
         return x + gate * function(F.layer_norm(x, x.shape[-1:]) * (1.0 + scale) + shift)
 
-    def _heads(self, x, parts):
-        """(B, N, parts * C) -> (parts, B, heads, N, C / heads)."""
-        return x.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def _self_attention(self, x):
+        return self.attention_out(attend(*split_heads(self.qkv(x), 3, self.heads)))
 
-    def _attend(self, query, key, value, out):
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return out(attended.transpose(1, 2).flatten(2))
+    def _cross_attention(self, x, keys_values):
+        return self.cross_out(attend(*split_heads(self.query(x), 1, self.heads), *keys_values))
 
 
 # ------------------------------------------------------------------------------------------------

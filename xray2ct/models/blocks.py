@@ -65,27 +65,37 @@ class ResidualBlock(nn.Module):
         return x + y
 
 
+def mlp(channels: int, ratio: int = 4) -> nn.Sequential:
+    """The two-layer perceptron of a transformer block."""
+    return nn.Sequential(nn.Linear(channels, ratio * channels), nn.GELU(), nn.Linear(ratio * channels, channels))
+
+
+def split_heads(x: torch.Tensor, parts: int, heads: int) -> torch.Tensor:
+    """Queries, keys, values in one: (B, N, parts * C) -> (parts, B, heads, N, C / heads)."""
+    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Multi-head attention of (B, heads, N, C / heads) to (B, heads, M, C / heads) -> (B, N, C)."""
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention and MLP over the coarsest volume's cells: the global 3D context."""
 
-    def __init__(self, channels: int, heads: int, mlp_ratio: int = 4):
+    def __init__(self, channels: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, mlp_ratio * channels), nn.GELU(), nn.Linear(mlp_ratio * channels, channels)
-        )
+        self.mlp = mlp(channels)
         for last in (self.out, self.mlp[-1]):
             zero_init(last)
 
     def forward(self, x):  # (B, N, C)
-        batch, tokens, channels = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, N, C / heads)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, channels))
+        x = x + self.out(attend(*split_heads(self.qkv(self.norm1(x)), 3, self.heads)))
         return x + self.mlp(self.norm2(x))
 
 

@@ -33,8 +33,8 @@ LOAD_ERRORS = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingErr
 def import_torchvision():
     """Import torchvision, also a CUDA build next to a CPU-only torch.
 
-    Such a pair lacks torchvision's compiled operators, and the import stops at the two that it gives
-    shapes to without looking. Nothing here calls them: declaring them is enough.
+    Such a pair lacks torchvision's compiled operators, and the import fails where it registers shapes for two of
+    them. Nothing here calls them: declaring them is enough.
     """
     try:
         import torchvision
