@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from hybrid_vit_cascade.physics import PhysicsLoss
+from hybrid_vit_cascade.settings import load_cascade_config
 from losses import ProjectionLoss
+from tests.helpers.paths import ROOT
+from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import Geometry, render_xrays
 
@@ -52,6 +55,13 @@ def test_noisy_steps_count_by_their_share_of_signal(snr, expected):
     raised = PhysicsLoss(Acquisition(), minimum_weight=0.2)
     wanted = (0.2 + 0.8 * expected) * full
     assert raised(x0_hat, xrays, torch.tensor([snr])).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_minimum_weight_above_one_is_named():
+    with pytest.raises(InputError, match=r"physics_minimum_weight is 2"):
+        load_cascade_config(
+            ROOT / "hybrid_vit_cascade" / "config" / "demo_cpu.json", ["stages.0.physics_minimum_weight=2"]
+        )
 
 
 def test_each_sample_has_its_own_weight():
