@@ -26,6 +26,7 @@ from xray2ct.data.manifest import Manifest, check_patients, find_patients
 from xray2ct.data.patient_files import HEADERS, PatientFolder, some, visible
 from xray2ct.data.splits import SPLITS, split_hash
 from xray2ct.files import InputError, run_cli
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.geometry.projector import HU_WINDOW, hu_to_unit, render_xrays
 from xray2ct.imaging.cube import cube_affine
@@ -105,9 +106,9 @@ class PatientDataset(Dataset):
         return len(self.ids)
 
     @property
-    def acquisition(self) -> dict:
-        """``geometry``, ``hu_window`` and ``xray_scale``: what X-rays of these volumes are rendered with."""
-        return {"geometry": self.geometry, "hu_window": self.hu_window, "xray_scale": self.xray_scale}
+    def acquisition(self) -> Acquisition:
+        """What X-rays of these volumes are rendered with."""
+        return Acquisition(self.geometry, self.hu_window, self.xray_scale)
 
     def split_of(self, patient: str) -> str:
         """Name of the split a patient belongs to."""

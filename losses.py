@@ -21,8 +21,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from xray2ct.files import InputError
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
-from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry, render_xrays
+from xray2ct.geometry.projector import line_integrals, unit_to_mu
 from xray2ct.models.vgg16 import VGG_LAYERS, file_weights, imagenet_weights, random_weights
 
 SSIM_SIGMA = 1.5
@@ -91,12 +92,22 @@ def gaussian_window(sigma: float = SSIM_SIGMA, taps: int = SSIM_TAPS) -> tuple[f
 # SSIM
 
 
+def ssim_of_moments(mean_x, mean_y, variances, covariance, data_range: float = 1.0) -> torch.Tensor:
+    """SSIM = (2 mx my + C1)(2 sxy + C2) / ((mx^2 + my^2 + C1)(sx^2 + sy^2 + C2)), element by element; in [-1, 1].
+
+    variances: their sum sx^2 + sy^2. C1 = (0.01 data_range)^2, C2 = (0.03 data_range)^2.
+    Wang et al., IEEE Trans. Image Process. 13, 600 (2004), eq. 13.
+    """
+    c1, c2 = SSIM_C1 * data_range**2, SSIM_C2 * data_range**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
+    return luminance * (2 * covariance + c2) / (variances + c2)
+
+
 def ssim_map(x, y, window=None, axes=(-3, -2, -1), covariance_scale=1.0) -> torch.Tensor:
     """Structural similarity of two float tensors with data range 1, at every position the window fits.
 
-    SSIM = (2 mx my + C1)(2 sxy + C2) / ((mx^2 + my^2 + C1)(sx^2 + sy^2 + C2)), C1 = 0.01^2, C2 = 0.03^2,
-    with window-weighted means m, variances s^2 and covariance sxy over ``axes`` (three axes: true 3D
-    statistics). In [-1, 1]. Wang et al., IEEE Trans. Image Process. 13, 600 (2004), eq. 13.
+    :func:`ssim_of_moments` of window-weighted means, variances and covariance over ``axes`` (three axes:
+    true 3D statistics). In [-1, 1].
 
     x, y: same shape. window: 1D weights that sum to 1 (default: Gaussian, sigma 1.5, 11 taps).
     covariance_scale: factor on variances and covariance (N / (N - 1) makes sample statistics).
@@ -110,8 +121,7 @@ def ssim_map(x, y, window=None, axes=(-3, -2, -1), covariance_scale=1.0) -> torc
     var_x = covariance_scale * (mean_xx - mean_x * mean_x)
     var_y = covariance_scale * (mean_yy - mean_y * mean_y)
     covariance = covariance_scale * (mean_xy - mean_x * mean_y)
-    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x * mean_x + mean_y * mean_y + SSIM_C1)
-    return luminance * (2 * covariance + SSIM_C2) / (var_x + var_y + SSIM_C2)
+    return ssim_of_moments(mean_x, mean_y, var_x + var_y, covariance)
 
 
 def ssim_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -183,27 +193,55 @@ def multiscale_loss(aux: Mapping[str, torch.Tensor], target: torch.Tensor, mask:
 
 
 class ProjectionLoss(nn.Module):
-    """DRR loss: mean |rendered X-rays of the prediction - X-rays|, in X-ray units ([0, 1]).
+    """DRR loss: mean |rendered X-rays of a volume - X-rays|, in X-ray units ([0, 1]); 0 at agreement.
 
-    The prediction is rendered at twice its own resolution (rays are samples) and both sides are
-    averaged down to it, so that detail the volume cannot hold does not count. It looks at the whole
-    cube: an X-ray knows no mask.
+    The volume is rendered at twice its own resolution (rays are samples) and both sides are averaged
+    down to it, so that detail the volume cannot hold does not count. It looks at the whole cube: an
+    X-ray knows no mask.
+
+    size: longest edge in voxels that is rendered, and of the images compared. The attenuation of a larger
+    volume is averaged by twos first, which keeps line integrals: 256^3 then costs little more than 64^3.
     """
 
-    def __init__(self, geometry: Geometry, hu_window=HU_WINDOW, xray_scale: float = XRAY_SCALE):
+    def __init__(self, acquisition: Acquisition, size: int | None = None):
         super().__init__()
-        self.geometry, self.hu_window, self.xray_scale = geometry, tuple(hu_window), xray_scale
+        self.acquisition, self.size = acquisition, size
 
-    def forward(self, prediction: torch.Tensor, xrays: torch.Tensor) -> torch.Tensor:
-        """Volume ``(B, 1, D, H, W)`` and X-rays ``(B, 2, H, W)`` or ``(B, 2, 1, H, W)`` -> 0-d tensor."""
-        if xrays.ndim == 5:
+    def forward(self, volume: torch.Tensor, xrays: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean of :meth:`per_sample`, each sample multiplied by its weight (``(B,)``); 0-d float32 tensor."""
+        values = self.per_sample(volume, xrays)
+        return (values if weights is None else weights * values).mean()
+
+    def per_sample(self, volume: torch.Tensor, xrays: torch.Tensor) -> torch.Tensor:
+        """Loss of each sample, ``(B,)``, float32 even under autocast.
+
+        volume: ``(B, 1, D, H, W)`` in [0, 1]. xrays: ``(B, V, H, W)`` or ``(B, V, 1, H, W)``, V = 2, or 1 (PA alone).
+        Raises ``ValueError`` on another shape of ``xrays``.
+        """
+        if xrays.ndim == 5 and xrays.shape[2] == 1:
             xrays = xrays[:, :, 0]
-        if xrays.ndim != 4 or xrays.shape[:2] != (prediction.shape[0], 2):
-            raise ValueError(f"xrays have shape {tuple(xrays.shape)}; expected ({prediction.shape[0]}, 2, H, W)")
-        size = min(max(prediction.shape[-3:]), *xrays.shape[-2:])
-        rendered = render_xrays(prediction, self.geometry, (2 * size, 2 * size), self.hu_window, self.xray_scale)
-        rendered = F.avg_pool2d(rendered, 2)
-        return (rendered - averaged_to(xrays.float(), (size, size))).abs().mean()
+        batch, views = volume.shape[0], xrays.shape[1] if xrays.ndim == 4 else 0
+        if xrays.ndim != 4 or xrays.shape[0] != batch or views not in (1, 2):
+            raise ValueError(
+                f"xrays have shape {tuple(xrays.shape)}; expected ({batch}, 2, H, W), or ({batch}, 1, H, W): PA alone"
+            )
+        with torch.autocast(volume.device.type, enabled=False):
+            rendered = self._render(volume, min(xrays.shape[-2:]))[:, :views]
+            size = (min(rendered.shape[-1], *xrays.shape[-2:]),) * 2
+            difference = averaged_to(rendered, size) - averaged_to(xrays.float(), size)
+        return difference.abs().flatten(1).mean(dim=1)
+
+    def _render(self, volume, finest: int):
+        """Both X-rays of the volume as they are compared with ``finest``^2 ones, ``(B, 2, n, n)``."""
+        mu = unit_to_mu(volume.float(), self.acquisition.hu_window)
+        if self.size is None:
+            size = min(max(mu.shape[-3:]), finest)
+        else:
+            while max(mu.shape[-3:]) > self.size and all(n % 2 == 0 for n in mu.shape[-3:]):
+                mu = F.avg_pool3d(mu, 2)
+            size = max(mu.shape[-3:])
+        integrals = line_integrals(mu, self.acquisition.geometry, (2 * size, 2 * size))
+        return F.avg_pool2d(integrals / self.acquisition.xray_scale, 2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,13 +261,16 @@ class PerceptualLoss(nn.Module):
     arXiv:1603.08155), with L1 instead of squared distances. At least 0; weights decide its scale.
 
     weights: ``"imagenet"`` (torchvision's download or cache), ``"random"`` (fixed seed) or the path of
-        torchvision's ``vgg16-397923af.pth``. What cannot be had raises :class:`InputError`.
+        torchvision's ``vgg16-397923af.pth``. What cannot be loaded raises :class:`InputError`.
     slices: per orientation and call, the same for the whole batch: in training drawn without
         replacement from torch's global CPU generator (so a restored RNG state repeats them), in eval
         mode equally spaced.
 
     The filters are buffers outside the state dict: nothing trains, averages or saves them.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, weights: str | os.PathLike = "imagenet", slices: int = 4, chunk_pixels: int = CHUNK_PIXELS):
         super().__init__()
@@ -277,7 +318,7 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Volumes ``(B, 1, D, H, W)`` in [0, 1] -> 0-d float32 tensor."""
-        distance, count = 0.0, 0
+        distance, count = torch.zeros((), device=prediction.device), 0
         for axis in (2, 3, 4):
             positions = self._positions(prediction.shape[axis], prediction.device)
             pair = [v.float().index_select(axis, positions).movedim(axis, 1) for v in (prediction, target)]
@@ -304,14 +345,13 @@ class EnhancedLoss(nn.Module):
     """Weighted sum of the losses above; a term of weight 0 is neither built nor computed.
 
     Terms: ``l1`` mean |p - t|; ``mse`` mean (p - t)^2; ``ssim`` :func:`ssim_loss`; ``perceptual``
-    :class:`PerceptualLoss`; ``edge`` :func:`edge_loss`; ``multiscale`` :func:`multiscale_loss` (left out
-    when no ``aux`` is given); ``projection`` :class:`ProjectionLoss` (needs ``geometry``; left out when
-    no ``xrays`` are given).
+    :class:`PerceptualLoss`; ``edge`` :func:`edge_loss`; ``multiscale`` :func:`multiscale_loss` (needs ``aux``);
+    ``projection`` :class:`ProjectionLoss` (needs ``acquisition`` and ``xrays``).
 
     perceptual_weights, perceptual_slices: see :class:`PerceptualLoss`.
-    geometry, hu_window, xray_scale: of the data, for the projection term.
+    acquisition: of the data, for the projection term.
     Raises :class:`InputError` naming the option for a negative or non-finite weight, all weights 0,
-    perceptual weights that cannot be had, or a projection weight without geometry.
+    perceptual weights that cannot be loaded, or a projection weight without acquisition.
     """
 
     def __init__(
@@ -324,10 +364,8 @@ class EnhancedLoss(nn.Module):
         mse_weight: float = 0.0,
         projection_weight: float = 0.0,
         perceptual_weights: str | os.PathLike = "imagenet",
-        geometry: Geometry | None = None,
+        acquisition: Acquisition | None = None,
         perceptual_slices: int = 4,
-        hu_window=HU_WINDOW,
-        xray_scale: float = XRAY_SCALE,
     ):
         super().__init__()
         self.weights = {
@@ -344,10 +382,13 @@ class EnhancedLoss(nn.Module):
                 raise InputError(f"loss.{name}_weight is {weight!r}; expected a number of at least 0")
         if not any(self.weights.values()):
             raise InputError("loss: every weight is 0, nothing would be trained; set at least one above 0")
-        if projection_weight and geometry is None:
-            raise InputError(f"loss.projection_weight is {projection_weight}, which needs the data's geometry")
-        self.perceptual = PerceptualLoss(perceptual_weights, perceptual_slices) if perceptual_weight else None
-        self.projection = ProjectionLoss(geometry, hu_window, xray_scale) if projection_weight else None
+        self.projection = self.perceptual = None
+        if projection_weight:
+            if acquisition is None:
+                raise InputError(f"loss.projection_weight is {projection_weight}, which needs the data's geometry")
+            self.projection = ProjectionLoss(acquisition)
+        if perceptual_weight:
+            self.perceptual = PerceptualLoss(perceptual_weights, perceptual_slices)
 
     def forward(
         self,
@@ -359,12 +400,16 @@ class EnhancedLoss(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compare volumes ``(B, 1, D, H, W)`` in [0, 1], any float dtype.
 
-        aux: lower-resolution predictions ``{name: (B, 1, d, h, w)}``.
+        aux: lower-resolution predictions ``{name: (B, 1, d, h, w)}``; the multi-scale term needs them.
         mask: ``(B, 1, D, H, W)`` in {0, 1}; what the prediction holds where it is 0 has no influence
             on any term but the projection. Terms are means over each sample's mask, then over the samples.
-        xrays: ``(B, 2, H, W)`` in [0, 1].
-        Returns ``(total, {term: unweighted 0-d float32 tensor})``. Shapes that differ raise ``ValueError``.
+        xrays: ``(B, 2, H, W)`` in [0, 1]; the projection term needs them.
+        Returns ``(total, {term: unweighted 0-d float32 tensor})``. Shapes that differ raise ``ValueError``, and so
+        does a term with a weight but without its input.
         """
+        for term, name, given in (("multiscale", "aux", aux), ("projection", "xrays", xrays)):
+            if self.weights[term] and (given is None or not len(given)):
+                raise ValueError(f"loss.{term}_weight is {self.weights[term]:g}, which needs {name}: none given")
         for name, volume in (("target", target), ("mask", mask)):
             if volume is not None and volume.shape != prediction.shape:
                 raise ValueError(
@@ -374,7 +419,7 @@ class EnhancedLoss(nn.Module):
         parts = {}
         with torch.autocast(device_type=prediction.device.type, enabled=False):
             prediction, target = _full_precision(prediction), _full_precision(target)
-            if self.projection is not None and xrays is not None:
+            if self.projection is not None:
                 parts["projection"] = self.projection(prediction, xrays)
             if mask is not None:
                 mask = mask.to(prediction.dtype)
@@ -397,6 +442,6 @@ class EnhancedLoss(nn.Module):
             parts["ssim"] = ssim_loss(prediction, target, mask)
         if weights["edge"]:
             parts["edge"] = edge_loss(prediction, target, mask)
-        if weights["multiscale"] and aux:
+        if weights["multiscale"]:
             parts["multiscale"] = multiscale_loss(aux, target, mask)
         return parts

@@ -16,11 +16,12 @@ from torch import nn
 
 from losses import EnhancedLoss
 from xray2ct.files import whole_number, whole_numbers
-from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry, render_xrays
+from xray2ct.geometry.acquisition import Acquisition
+from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry
 from xray2ct.models.blocks import (
     RRDB,
+    ActivationCheckpointing,
     Lifting,
-    Recomputing,
     ResidualBlock,
     TransformerBlock,
     XrayEncoder,
@@ -34,6 +35,7 @@ from xray2ct.models.blocks import (
     prepare_xrays,
     shuffle_conv,
     upsample,
+    zero_init,
 )
 from xray2ct.models.coarse import CoarseModel, check_shape
 from xray2ct.models.guidance import Guidance
@@ -57,9 +59,7 @@ class DecoderStage(nn.Module):
         self.reduce = nn.Conv3d(coarse_channels, channels, 1)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, 3) for _ in range(blocks)])
         self.norm = group_norm(channels)
-        self.head = nn.Conv3d(channels, 1, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zero_init(nn.Conv3d(channels, 1, 1))
 
     def forward(self, coarse, features, geometry, size):
         x = F.interpolate(self.reduce(coarse), size=size, mode="trilinear", align_corners=False)
@@ -144,15 +144,15 @@ class EnhancedDirectModel(CoarseModel):
         x = tokens.transpose(1, 2).unflatten(2, self.bottleneck_size)  # (B, C, 8, 8, 8)
         x = self._run(self.bottleneck_block, x)
 
-        volume, aux = None, {}
+        volumes = []
         for stage, divisor, image in zip(self.decoder, (4, 2, 1), (features[3], features[2], features[1])):
             size = tuple(n // divisor for n in self.volume_size)
             x, detail = self._run(stage, x, image, self.geometry, size)  # (B, 128 | 64 | 32, *size)
-            if volume is not None:
-                detail = detail + F.interpolate(volume, size=size, mode="trilinear", align_corners=False)
-            volume = detail
-            if divisor > 1:
-                aux[f"volume_{size[0]}"] = volume
+            if volumes:
+                detail = detail + F.interpolate(volumes[-1], size=size, mode="trilinear", align_corners=False)
+            volumes.append(detail)
+        *coarser, volume = volumes
+        aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)}
         if not self.training:
             volume = volume.clamp(0.0, 1.0)
         return volume, aux
@@ -163,7 +163,7 @@ class EnhancedDirectModel(CoarseModel):
 
 
 @register(REFINEMENT_KIND)
-class RefinementNetwork(Recomputing):
+class RefinementNetwork(ActivationCheckpointing):
     """Four times finer: a coarse volume ``(B, 1, 64, 64, 64)`` -> ``(B, 1, 256, 256, 256)``, in [0, 1].
 
     The coarse volume is folded to half its resolution (space-to-depth), where RRDBs work on wide
@@ -187,7 +187,7 @@ class RefinementNetwork(Recomputing):
     # Coarse voxels beyond a tile's border that its head sees: one convolution at 1x, four at 2x, and
     # one voxel for the trilinear upsampling within them.
     halo = 3
-    # Of the added detail: features are of unit size, details a few hundredths; first steps do not overshoot.
+    # Factor on the added detail: features are of unit size, details a few hundredths; first steps do not overshoot.
     gain = 0.1
 
     def __init__(
@@ -207,10 +207,9 @@ class RefinementNetwork(Recomputing):
         xray_scale: float = XRAY_SCALE,
     ):
         super().__init__()
-        self.hu_window, self.xray_scale = tuple(hu_window), xray_scale
         self.activation_checkpointing = activation_checkpointing
         check_xray_size(xray_size)
-        self.geometry, self.xray_size = geometry or Geometry(), xray_size
+        self.acquisition, self.xray_size = Acquisition(geometry or Geometry(), hu_window, xray_scale), xray_size
         self._build(
             {
                 "guided": guided,
@@ -239,24 +238,23 @@ class RefinementNetwork(Recomputing):
         self.up2 = shuffle_conv(c1, c2)
         self.guide2 = nn.Conv3d(g2, c2, 1, bias=False) if g2 else None  # no X-rays: nothing is added
         self.conv2a = nn.Conv3d(c2, c2, 3, padding=1)
-        self.conv2b = nn.Conv3d(c2, c2, 3, padding=1)
-        # 4x lives folded at 2x: eight sub-voxels of c4 features each, so that no convolution runs at 256^3.
+        self.conv2b = zero_init(nn.Conv3d(c2, c2, 3, padding=1))
+        # The features at 4x stay folded into channels at 2x, eight sub-voxels of c4 each: no convolution runs at 256^3.
         self.up4 = nn.Conv3d(c2 + cells * g4, cells * c4, 3, padding=1)
-        self.out = nn.Conv3d(cells * c4, cells, 3, padding=1)
+        self.out = zero_init(nn.Conv3d(cells * c4, cells, 3, padding=1))
         for conv in (self.inlet, self.trunk, self.conv2a, self.up4):
             nn.init.kaiming_normal_(conv.weight, a=0.2)  # without normalisation, initial scales last
             nn.init.zeros_(conv.bias)
-        for conv in (self.conv2b, self.out):
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.acquisition.geometry
 
     def get_extra_state(self) -> dict:
-        state = {"geometry": self.geometry.to_dict(), "hu_window": list(self.hu_window), "xray_scale": self.xray_scale}
-        return {**state, "xray_size": self.xray_size, "settings": self.settings}
+        return {**self.acquisition.to_dict(), "xray_size": self.xray_size, "settings": self.settings}
 
     def set_extra_state(self, state: dict) -> None:
-        self.geometry = Geometry.from_dict(state["geometry"])
-        self.hu_window, self.xray_scale = tuple(state["hu_window"]), state["xray_scale"]
+        self.acquisition = Acquisition(Geometry.from_dict(state["geometry"]), state["hu_window"], state["xray_scale"])
         self.xray_size = state["xray_size"]
         if state["settings"] != self.settings:
             # Called before the children's weights are read: they find the network they belong to.
@@ -272,7 +270,7 @@ class RefinementNetwork(Recomputing):
             return None
         xrays = prepare_xrays(xrays, self.xray_size)
         size = [min(n, 4 * max(coarse.shape[2:])) for n in xrays.shape[-2:]]  # finer shows nothing more
-        rendered = render_xrays(coarse, self.geometry, size, self.hu_window, self.xray_scale)
+        rendered = self.acquisition.render(coarse, size)
         rendered = F.interpolate(rendered, size=xrays.shape[-2:], mode="bilinear", align_corners=False)
         return self._run(self.guidance.encode, xrays, rendered.to(xrays.dtype))
 
@@ -295,7 +293,7 @@ class RefinementNetwork(Recomputing):
         """The refined volume of a window from :meth:`deep`'s features around it: ``(windows, 1, 4D, 4H, 4W)``."""
         around = window.grown(self.halo)
         x = around.crop(deep, start=deep_window.origins)
-        # Wanted from here on: every sum of the residual in float32, whatever the convolutions run in.
+        # The residual is added in float32, whatever precision the convolutions run in.
         detail = self._run(self._details, x, features, around)
         return window.crop(upsample(around.crop(coarse)) + self.gain * detail.float(), self.scale, around.origins)
 

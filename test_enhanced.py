@@ -28,6 +28,7 @@ from model_enhanced import EnhancedDirectModel, RefinementNetwork
 from xray2ct.data.augment import PairMaker
 from xray2ct.data.splits import SPLITS
 from xray2ct.files import InputError, run_cli
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import MU_WATER, Geometry, hu_to_unit, line_integrals, render_xrays
 from xray2ct.models.blocks import upsample
 from xray2ct.models.memory import choose_tile
@@ -87,7 +88,7 @@ class Bench:
         settings = {k: v for k, v in config_dict(self.config)["loss"].items() if k != "use_scan_mask"}
         if settings["perceptual_weights"] == "imagenet" and not imagenet_weights().exists():
             settings["perceptual_weights"] = "random"
-        return EnhancedLoss(**settings, geometry=self.geometry).to(self.device)
+        return EnhancedLoss(**settings, acquisition=Acquisition(self.geometry)).to(self.device)
 
     def pair(self, size=None, xray_size=None) -> tuple[torch.Tensor, torch.Tensor]:
         """X-rays ``(1, 2, n, n)`` and volume ``(1, 1, D, H, W)`` of a thorax of three ellipsoids."""
@@ -176,7 +177,7 @@ def check_losses(bench: Bench) -> str:
     """Every loss, also those of weight 0: 0 for a perfect prediction, above 0 otherwise, with a gradient."""
     weights = "imagenet" if imagenet_weights().exists() else "random"
     criterion = EnhancedLoss(
-        mse_weight=1.0, projection_weight=1.0, perceptual_weights=weights, geometry=bench.geometry
+        mse_weight=1.0, projection_weight=1.0, perceptual_weights=weights, acquisition=Acquisition(bench.geometry)
     ).to(bench.device)
     criterion.eval()  # the same slices each time
     _, target = bench.pair((32, 32, 32), 32)
@@ -355,14 +356,13 @@ def check_split(bench: Bench, split: str) -> str:
         data = PatientDataset(bench.data, split, size, xray_size, **common)
         fine = min(max(size, 128), data.cube_size)
         sources = PatientDataset(bench.data, split, fine, None, **common)
-        units = data.hu_window, data.xray_scale
         worst = 0.0
         for index in range(len(data)):
             item, source = data[index], sources[index]["ct_volume"][None]
             _check_item(item, size, xray_size)
-            rendered = render_xrays(source, data.geometry, (xray_size, xray_size), *units)[0]
+            rendered = data.acquisition.render(source, (xray_size, xray_size))[0]
             worst = max(worst, _difference(item["xrays"], rendered))
-        pairs = PairMaker(data.geometry, (size,) * 3, xray_size, config.augment, *units)
+        pairs = PairMaker(data.acquisition, (size,) * 3, xray_size, config.augment)
         batch = pairs(source.to(bench.device), torch.ones_like(source, device=bench.device), [0])
     require(all(torch.isfinite(v).all() for v in batch.values()), "an augmented pair has NaN or infinity")
     text = f"X-rays differ from rendered ones by {worst:.1%} at most"

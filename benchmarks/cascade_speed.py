@@ -24,6 +24,7 @@ from hybrid_vit_cascade.models import CascadeStage
 from hybrid_vit_cascade.settings import load_cascade_config, stage_run
 from hybrid_vit_cascade.training.train_progressive import StageLoss, stage_arguments
 from xray2ct.files import InputError, run_cli
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.training.ema import MovingAverage
 from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
 
@@ -49,7 +50,7 @@ def random_batch(run, batch: int, device) -> dict:
 def sampling(model, run, steps: int, precision, device, repetitions: int) -> None:
     """``steps`` sampling steps of one case, the condition included; measured on a few, as all take the same time."""
     made = random_batch(run, 1, device)
-    stage = Stage(run.stage.name, model.eval(), StageLoss(run, geometry=model.geometry).schedule, run.prediction)
+    stage = Stage(run.stage.name, model.eval(), StageLoss(run, Acquisition(model.geometry)).schedule, run.prediction)
 
     def encode():
         with torch.no_grad(), precision.autocast():
@@ -70,7 +71,7 @@ def sampling(model, run, steps: int, precision, device, repetitions: int) -> Non
 def training(model, run, batch: int, precision, device, repetitions: int) -> None:
     """Whole training steps."""
     model.train().requires_grad_(True)
-    criterion, average = StageLoss(run, geometry=model.geometry), MovingAverage(model, 0.999)
+    criterion, average = StageLoss(run, Acquisition(model.geometry)), MovingAverage(model, 0.999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
     made = random_batch(run, batch, device)
     if device.type == "cuda":

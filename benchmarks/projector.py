@@ -5,7 +5,7 @@
 
 Needs: pip install nanodrr. The relative error (mean absolute difference over mean, per view) compares
 the built-in renderer with nanodrr reading the same cube from a NIfTI file, with its own conversion of HU
-and its own cameras; the timings compare ``render_xrays`` with ``projector_nanodrr``.
+and its own cameras; the timings compare ``render_xrays`` with its nanodrr backend.
 """
 
 from __future__ import annotations

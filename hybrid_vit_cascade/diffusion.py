@@ -81,8 +81,8 @@ class Schedule:
     def for_prediction(cls, prediction: str, num_timesteps: int = 1000, shift: float = 1.0) -> Schedule:
         """The schedule that a kind of network output can be trained and sampled with.
 
-        "v" and "x0": zero terminal SNR. "noise": the last alpha is 0.02, because where alpha = 0 the noise says nothing
-        about x0.
+        "v" and "x0": zero terminal SNR. "noise": the last alpha is 0.02, because where alpha = 0 the noise holds
+        nothing of x0.
         """
         _check_prediction(prediction)
         terminal_alpha = TERMINAL_ALPHA_OF_NOISE_PREDICTION if prediction == "noise" else 0.0
@@ -204,10 +204,10 @@ def _check_prediction(prediction):
 def augment_previous(previous: torch.Tensor, level: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The previous stage's volume with Gaussian noise, which makes the next stage robust to its errors.
 
-    previous, noise: (B, 1, D, H, W) at the previous stage's resolution, before upsampling, where its errors live;
-    level: standard deviation (B,) in units of the [-1, 1] range, told to the network. previous + level noise: not
-    scaled down as by Ho et al. (2022), so that "previous + residual" stays a good first estimate. Level 0 changes
-    nothing.
+    previous, noise: (B, 1, D, H, W) at the previous stage's resolution, before upsampling, where its errors arise;
+    level: standard deviation (B,) in units of the [-1, 1] range, also an input of the network. previous + level noise:
+    not scaled down as by Ho et al. (2022), so that "previous + residual" stays a good first estimate. Level 0
+    changes nothing.
     """
     return previous + level.to(previous.dtype).view(-1, 1, 1, 1, 1) * noise
 
@@ -236,7 +236,7 @@ def timesteps(steps: int, schedule: Schedule) -> list[int]:
 def draw_noise(
     shape, generator: torch.Generator | Sequence[torch.Generator] | None = None, device="cpu"
 ) -> torch.Tensor:
-    """N(0, 1) in float32 on ``device``, drawn where the generator lives: a CPU generator gives a GPU the same noise.
+    """N(0, 1) in float32 on ``device``, drawn on the generator's device: a CPU generator gives a GPU the same noise.
 
     Of several generators each draws one sample ``(1, *shape[1:])``, whatever the others draw.
     """

@@ -13,255 +13,49 @@ Volumes are in [-1, 1] here, X-rays in [0, 1]. What the output means (v, noise o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hybrid_vit_cascade.blocks import (
+    TIME_FREQUENCIES,
+    DepthPrior,
+    DetailLifting,
+    DownScale,
+    ModulatedBlock,
+    PriorLifting,
+    UpScale,
+    ViTBlock,
+    embedding_mlp,
+    modulate,
+    normalise,
+    sinusoidal_embedding,
+)
 from xray2ct.files import InputError, whole_number
-from xray2ct.geometry.lifting import lift_pooled
 from xray2ct.geometry.projector import Geometry
 from xray2ct.models.blocks import (
-    Recomputing,
-    ResidualBlock,
+    ActivationCheckpointing,
     XrayEncoder,
     group_norm,
     in_full_precision,
     pixel_shuffle_3d,
     pixel_unshuffle_3d,
     prepare_xrays,
+    whole_groups,
+    zero_init,
 )
 
-BANDS = ("anterior", "mid", "posterior")  # of a view's depth axis; right, mid, left for the lateral view
-PRIOR_BINS = 16  # depth bins of a prior, and pixels along each edge of its detector grid
 CONTEXT_GRID = 16  # X-ray tokens along each edge of a view, at most
-TIME_FREQUENCIES = 128  # sines and as many cosines
 # The last layer starts at zero and has a range of 2 to reach, not 1 as in EnhancedDirectModel: as many steps with this.
 OUTPUT_SCALE = 2.0
 ENCODER_BLOCKS = (1, 1, 2, 3)  # of the four X-ray encoder stages, as in EnhancedDirectModel
 
 
-# ------------------------------------------------------------------------------------------------
-# Blocks
-
-
-def sinusoidal_embedding(position: torch.Tensor) -> torch.Tensor:
-    """Positions (B,) in [0, 1] -> sines and cosines (B, 2 * TIME_FREQUENCIES), wavelengths 2 pi / 1000 to 20 pi.
-
-    Vaswani et al. (2017), section 3.5, on ``1000 * position``: the scale of a thousand diffusion steps.
-    """
-    rates = torch.arange(TIME_FREQUENCIES, device=position.device, dtype=torch.float32) / TIME_FREQUENCIES
-    angles = 1000.0 * position.float()[:, None] * torch.exp(-math.log(1e4) * rates)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def embedding_mlp(inputs: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, channels), nn.SiLU(), nn.Linear(channels, channels))
-
-
-def zero_init(layer: nn.Module) -> nn.Module:
-    """The same layer with weights and bias at zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def whole_groups(channels: int) -> int:
-    """The next lower number of channels that :func:`group_norm` can divide; at least 8."""
-    return max(8, channels // 8 * 8 if channels < 128 else channels // 16 * 16)
-
-
-def normalise(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """Group normalisation in the dtype of ``x`` (statistics in float32 inside the kernel).
-
-    Autocast on a GPU would widen the result to float32 and keep it for the backward pass: twice the memory.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
-
-
-def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """x (B, C, D, H, W) * (1 + scale) + shift with scale and shift (B, C), in the dtype of ``x``."""
-    scale, shift = (v.to(x.dtype)[:, :, None, None, None] for v in (1.0 + scale, shift))
-    return torch.addcmul(shift, x, scale)
-
-
-class ModulatedBlock(ResidualBlock):
-    """3D residual block whose first normalisation is scaled and shifted by the embedding (AdaGN).
-
-    Dhariwal and Nichol (2021), section 3; modulation and second convolution start at zero: an identity.
-    """
-
-    def __init__(self, channels: int, embedding: int):
-        super().__init__(channels, dims=3)
-        self.modulation = zero_init(nn.Linear(embedding, 2 * channels))
-
-    def forward(self, x, embedding):  # (B, C, D, H, W), (B, E)
-        scale, shift = self.modulation(embedding).chunk(2, dim=1)
-        y = self.conv1(F.silu(modulate(normalise(x, self.norm1), scale, shift)))
-        return x + self.conv2(F.silu(normalise(y, self.norm2)))
-
-
-class ViTBlock(nn.Module):
-    """Self-attention, cross-attention to the X-ray tokens and an MLP, each under AdaLN-Zero.
-
-    x + gate * f(norm(x) * (1 + scale) + shift), with scale, shift and gate linear in the embedding and zero at the
-    start, so that the block starts as the identity (Peebles and Xie, DiT, 2023, section 3.2).
-    """
-
-    def __init__(self, channels: int, heads: int, context_channels: int, mlp_ratio: int = 4):
-        super().__init__()
-        self.heads = heads
-        self.modulation = zero_init(nn.Linear(channels, 9 * channels))
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.attention_out = nn.Linear(channels, channels)
-        self.query = nn.Linear(channels, channels)
-        self.context = nn.Linear(context_channels, 2 * channels)
-        self.cross_out = nn.Linear(channels, channels)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, mlp_ratio * channels), nn.GELU(), nn.Linear(mlp_ratio * channels, channels)
-        )
-
-    def keys_values(self, context):
-        """X-ray tokens (B, M, C) -> keys and values (2, B, heads, M, C / heads): the same at every sampling step."""
-        return self._heads(self.context(context), 2)
-
-    def forward(self, x, embedding, keys_values):  # (B, N, C), (B, C), (2, B, heads, M, C / heads)
-        modulation = self.modulation(embedding).unsqueeze(1).chunk(9, dim=-1)
-        x = self._branch(x, modulation[0:3], lambda y: self._attend(*self._heads(self.qkv(y), 3), self.attention_out))
-        x = self._branch(
-            x, modulation[3:6], lambda y: self._attend(self._heads(self.query(y), 1)[0], *keys_values, self.cross_out)
-        )
-        return self._branch(x, modulation[6:9], self.mlp)
-
-    def _branch(self, x, modulation, function):
-        scale, shift, gate = modulation
-        return x + gate * function(F.layer_norm(x, x.shape[-1:]) * (1.0 + scale) + shift)
-
-    def _heads(self, x, parts):
-        """(B, N, parts * C) -> (parts, B, heads, N, C / heads)."""
-        return x.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def _attend(self, query, key, value, out):
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return out(attended.transpose(1, 2).flatten(2))
-
-
-# ------------------------------------------------------------------------------------------------
-# X-rays: encoder, depth prior, lifting
-
-
-def stem_stride_of(xray_size: int) -> int:
-    """1 up to 256^2 X-rays, 2 up to 512^2, 4 above: the encoder's first features are then about 256^2."""
-    return 1 if xray_size <= 256 else 2 if xray_size <= 512 else 4
-
-
-def _interpolation(position: torch.Tensor, size: int) -> torch.Tensor:
-    """Linear weights (..., size) that read ``size`` equal cells across [0, 1]; constant beyond the outer centres."""
-    index = (position * size - 0.5).clamp(0, size - 1)
-    cells = torch.arange(size, device=position.device, dtype=position.dtype)
-    return (1.0 - (index.unsqueeze(-1) - cells).abs()).clamp_min(0.0)
-
-
-class DepthPrior(nn.Module):
-    """For each view, each pixel of a coarse detector grid and each band: a learned distribution over depth.
-
-    Where along its ray a feature belongs, X-rays do not say; anatomy does (chest wall and heart in front, spine at
-    the back). Each band starts as a Gaussian around a sixth, a half or five sixths of the cube's depth, a sixth wide.
-    """
-
-    def __init__(self, num_views: int):
-        super().__init__()
-        depth = (torch.arange(PRIOR_BINS) + 0.5) / PRIOR_BINS
-        centres = (torch.arange(len(BANDS)) + 0.5) / len(BANDS)
-        logits = -0.5 * ((depth - centres[:, None]) * 2 * len(BANDS)).square()  # (bands, bins)
-        grid = (PRIOR_BINS, PRIOR_BINS)
-        self.depth_prior = nn.Parameter(logits[None, :, :, None, None].repeat(num_views, 1, 1, *grid))
-
-    def distribution(self) -> torch.Tensor:
-        """Probabilities ``(views, bands, depth bins, rows, columns)``, summing to 1 over the depth bins."""
-        return self.depth_prior.float().softmax(dim=2)
-
-    def forward(self, geometry: Geometry, size: int) -> torch.Tensor:
-        """Density ``(views, bands, D, H, W)`` at each voxel of a ``size``^3 grid: 1 where depth does not matter.
-
-        The probability of the voxel's depth, relative to an even spread, on the ray through its centre.
-        """
-        with torch.autocast(self.depth_prior.device.type, enabled=False):
-            density = PRIOR_BINS * self.distribution()
-            return torch.stack([self._view(density[v], geometry, v, size) for v in range(len(density))])
-
-    def _view(self, density, geometry, view, size):
-        axis = geometry.voxel_centres_mm(size, device=density.device)
-        magnification = geometry.magnification(view, axis)[:, None]
-        pixels = _interpolation(magnification * axis / geometry.detector_mm + 0.5, PRIOR_BINS)  # (K, size, bins)
-        depths = _interpolation(axis / geometry.fov_mm + 0.5, PRIOR_BINS)  # (K, bins)
-        slices = torch.einsum("kd,bdrc->bkrc", depths, density)  # the prior at each depth of the grid
-        sampled = pixels @ slices @ pixels.transpose(1, 2)  # (bands, K, D, across)
-        # Depth is y (H) for the PA view and x (W) for the lateral one.
-        return sampled.permute(0, 2, 1, 3) if view == 0 else sampled.permute(0, 2, 3, 1)
-
-
-class PriorLifting(nn.Module):
-    """X-ray features -> features at every voxel of a grid, through the geometry and weighted by the depth prior.
-
-    A quarter of each view's channels belongs to each band of the prior; the last quarter is spread evenly over
-    depth, and so are all of them when there is no prior. The views stay apart until the fusion, which also sees
-    their product: where both agree.
-    """
-
-    def __init__(self, in_channels: int, channels: int, out_channels: int, num_views: int):
-        super().__init__()
-        self.reduce = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(num_views))
-        self.fuse = nn.Conv3d(channels * (3 if num_views == 2 else 1), out_channels, 1)
-
-    def forward(self, features, prior, geometry, size):  # (B V, C, h, w), DepthPrior or None
-        views = lift_views(self.reduce, features, geometry, size)  # V x (B, c, D, H, W)
-        if prior is not None:
-            views = [self._weigh(x, density) for x, density in zip(views, prior(geometry, size))]
-        if len(views) == 2:
-            views.append(views[0] * views[1])
-        return self.fuse(torch.cat(views, dim=1))
-
-    @staticmethod
-    def _weigh(x, density):  # (B, c, D, H, W), (bands, D, H, W)
-        weight = torch.cat([density, torch.ones_like(density[:1])]).to(x.dtype)
-        return (x.unflatten(1, (len(weight), -1)) * weight[:, None]).flatten(1, 2)
-
-
-class DetailLifting(nn.Module):
-    """X-ray features -> all voxels of a folded stage: lifted at full resolution, folded to the working grid.
-
-    Few channels: at 256^3 each costs 34 MB per sample in 16 bits. One strided convolution folds and fuses.
-    """
-
-    def __init__(self, in_channels: int, channels: int, out_channels: int, num_views: int, fold: int):
-        super().__init__()
-        self.reduce = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(num_views))
-        self.fuse = nn.Conv3d(num_views * channels, out_channels, fold, stride=fold)
-
-    def forward(self, features, geometry, size):  # (B V, C, h, w)
-        return self.fuse(torch.cat(lift_views(self.reduce, features, geometry, size), dim=1))
-
-
-def lift_views(reduce, features, geometry, size) -> list[torch.Tensor]:
-    """Reduce each view's features by its own layer and lift them: (B V, C, h, w) -> V x (B, c, size, size, size)."""
-    num_views = len(reduce)
-    x = features.unflatten(0, (-1, num_views))
-    x = torch.stack([layer(x[:, v]) for v, layer in enumerate(reduce)], dim=1)  # (B, V, c, h, w)
-    lifted = lift_pooled(x.expand(-1, 2, -1, -1, -1), geometry, (size, size, size))
-    return list(lifted.unbind(1))[:num_views]
-
-
-# ------------------------------------------------------------------------------------------------
-# Stage
-
-
 @dataclass
 class Condition:
-    """What the X-rays and the previous volume say, computed once by :meth:`CascadeStage.encode`.
+    """Features of the X-rays and of the previous volume, computed once by :meth:`CascadeStage.encode`.
 
     features: one tensor (B, C, d, h, w) per scale, finest first: lifted X-rays, at the finest also ``previous``.
     keys_values: one tensor (2, B, heads, M, C / heads) per ViT block, from the X-ray tokens.
@@ -275,6 +69,11 @@ class Condition:
     previous: torch.Tensor | None
 
 
+def stem_stride_of(xray_size: int) -> int:
+    """1 up to 256^2 X-rays, 2 up to 512^2, 4 above: the encoder's first features are then about 256^2."""
+    return 1 if xray_size <= 256 else 2 if xray_size <= 512 else 4
+
+
 def default_token_grid(volume_size: int) -> int:
     """Tokens along an edge: patches of an eighth of the volume's edge, of 8 voxels (up to 128^3), of 16 above."""
     patch = 8 if volume_size <= 128 else 16
@@ -285,7 +84,7 @@ def default_token_grid(volume_size: int) -> int:
     return volume_size // patch
 
 
-class CascadeStage(Recomputing):
+class CascadeStage(ActivationCheckpointing):
     """Denoiser of ``volume_size``^3 volumes, conditioned on X-rays and, when ``conditioned``, on a coarser volume.
 
     volume_size: edge in voxels, a power of two times ``token_grid``.
@@ -422,7 +221,7 @@ class CascadeStage(Recomputing):
         xrays: ``(B, num_views, H, W)`` (or with a channel axis of 1 after the views) in [0, 1].
         previous: ``(B, 1, d, d, d)`` in [-1, 1], the stage before, noise added; only when ``conditioned``.
         previous_noise_level: ``(B,)`` in [0, 1], how much noise was added to it (default none).
-        Raises ``ValueError`` on another shape, and when ``previous`` is missing or not wanted.
+        Raises ``ValueError`` on another shape, and when ``previous`` is missing or not expected.
         """
         xrays = prepare_xrays(xrays, self.xray_size, self.num_views)
         images = self._run(self.encoder, xrays)  # 4 x (B V, C_s, h_s, w_s)
@@ -477,8 +276,8 @@ class CascadeStage(Recomputing):
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}; expected (B, 1, {', '.join(map(str, size))})")
         embedding = F.silu(self.time(sinusoidal_embedding(position)) + condition.embedding)  # (B, E)
         x = self.stem(self._folded(x_t))  # (B, C_0, g_0, g_0, g_0)
-        # Pure noise says nothing about the volume and only disturbs what the X-rays say: it fades with the noise level,
-        # about as alpha does. Learned from there on.
+        # Pure noise holds nothing of the volume and only disturbs the X-ray features: its share starts by falling with
+        # the noise level, about as alpha does, and is learned from there.
         share = 1.0 - position.float()[:, None] + self.stem_scale(embedding)
         x = torch.addcmul(condition.features[0], x, share.to(x.dtype)[:, :, None, None, None])
         skips = [x]
@@ -510,36 +309,6 @@ class CascadeStage(Recomputing):
     def forward(self, x_t, position, xrays, previous=None, previous_noise_level=None):
         """``denoise(encode(...))``: one call for training and DistributedDataParallel."""
         return self.denoise(x_t, position, self.encode(xrays, previous, previous_noise_level))
-
-
-class DownScale(nn.Module):
-    """Half the resolution, the lifted features of that scale, blocks."""
-
-    def __init__(self, fine: int, coarse: int, embedding: int, blocks: int):
-        super().__init__()
-        self.reduce = nn.Conv3d(fine, coarse, 2, stride=2)
-        self.blocks = nn.ModuleList(ModulatedBlock(coarse, embedding) for _ in range(blocks))
-
-    def forward(self, x, lifted, embedding):
-        x = self.reduce(x) + lifted
-        for block in self.blocks:
-            x = block(x, embedding)
-        return x
-
-
-class UpScale(nn.Module):
-    """Twice the resolution, the way down's features of that scale (which hold the lifted ones), blocks."""
-
-    def __init__(self, coarse: int, fine: int, embedding: int, blocks: int):
-        super().__init__()
-        self.reduce = nn.Conv3d(coarse, fine, 1)
-        self.blocks = nn.ModuleList(ModulatedBlock(fine, embedding) for _ in range(blocks))
-
-    def forward(self, x, skip, embedding):
-        x = F.interpolate(self.reduce(x), scale_factor=2, mode="trilinear", align_corners=False) + skip
-        for block in self.blocks:
-            x = block(x, embedding)
-        return x
 
 
 def _grids(volume_size: int, finest: int, coarsest: int) -> list[int]:

@@ -14,6 +14,7 @@ from tests.helpers.runs import build
 from tests.helpers.tiny_data import TINY_REFINEMENT, largest_difference, make_dataset, make_model
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.data.augment import AugmentConfig, PairMaker
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import lift_features
 from xray2ct.geometry.projector import Geometry, render_xrays
 from xray2ct.models.memory import available_memory
@@ -66,15 +67,17 @@ def test_free_memory_of_the_gpu_is_known():
 def test_losses_equal_the_cpu():
     criterion = EnhancedLoss(perceptual_weights="random").eval()
     prediction, target = torch.rand(1, 1, 32, 32, 32), torch.rand(1, 1, 32, 32, 32)
-    _, expected = criterion(prediction, target)
-    _, found = criterion.cuda()(prediction.cuda(), target.cuda())
+    aux = {"volume_16": torch.rand(1, 1, 16, 16, 16)}
+    _, expected = criterion(prediction, target, aux)
+    _, found = criterion.cuda()(prediction.cuda(), target.cuda(), {k: v.cuda() for k, v in aux.items()})
+    assert "multiscale" in expected
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value.item(), rel=1e-2), name
 
 
 def test_pairs_equal_the_cpu():
     volume = torch.rand(1, 1, 32, 32, 32)
-    pairs = PairMaker(Geometry(), (16, 16, 16), 32, AugmentConfig(source_size=32))
+    pairs = PairMaker(Acquisition(), (16, 16, 16), 32, AugmentConfig(source_size=32))
     one, other = pairs(volume, torch.ones_like(volume), [3]), pairs(volume.cuda(), torch.ones_like(volume).cuda(), [3])
     assert torch.allclose(one["ct_volume"], other["ct_volume"].cpu(), atol=1e-3)
     assert torch.allclose(one["xrays"], other["xrays"].cpu(), atol=1e-3)

@@ -16,7 +16,8 @@ import losses
 from losses import EnhancedLoss, PerceptualLoss, ProjectionLoss, edge_loss, multiscale_loss, ssim_loss
 from tests.helpers.paths import ROOT
 from xray2ct.files import InputError
-from xray2ct.geometry.projector import Geometry, render_xrays
+from xray2ct.geometry.acquisition import Acquisition
+from xray2ct.geometry.projector import FOV_MM, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
 from xray2ct.models import vgg16
 
 TERMS = ("l1", "mse", "ssim", "perceptual", "edge", "multiscale", "projection")
@@ -35,7 +36,7 @@ def volumes(size=16, batch=2, noise=0.1, seed=0):
 def criterion(**weights):
     """Only the given terms."""
     off = {f"{term}_weight": 0.0 for term in TERMS}
-    options = {"perceptual_weights": "random", "geometry": Geometry()}
+    options = {"perceptual_weights": "random", "acquisition": Acquisition()}
     return EnhancedLoss(**{**options, **off, **weights})
 
 
@@ -178,7 +179,7 @@ def test_projection_is_zero_at_the_truth_and_falls_towards_it():
     geometry = Geometry()
     _, target = volumes(size=16, batch=1)
     start = torch.rand(target.shape, generator=torch.Generator().manual_seed(9))
-    loss = ProjectionLoss(geometry)
+    loss = ProjectionLoss(Acquisition(geometry))
     xrays = nn.functional.avg_pool2d(render_xrays(target, geometry, (32, 32)), 2)
     values = [loss(target + step * (start - target), xrays).item() for step in (1.0, 0.5, 0.25, 0.0)]
     assert values[0] > values[1] > values[2] > values[3]
@@ -192,17 +193,64 @@ def test_projection_is_zero_at_the_truth_and_falls_towards_it():
 def test_projection_is_in_the_units_of_the_data(units):
     _, target = volumes(size=16, batch=1)
     xrays = render_xrays(target, Geometry(), (32, 32), **units)
-    assert ProjectionLoss(Geometry(), **units)(target, xrays).item() < 0.01
-    assert ProjectionLoss(Geometry())(target, xrays).item() > 0.05
+    assert ProjectionLoss(Acquisition(**units))(target, xrays).item() < 0.01
+    assert ProjectionLoss(Acquisition())(target, xrays).item() > 0.05
 
 
 def test_projection_sees_which_view_is_wrong():
     _, target = volumes(size=16, batch=1)
     xrays = render_xrays(target, Geometry(), (16, 16))
-    loss = ProjectionLoss(Geometry())
+    loss = ProjectionLoss(Acquisition())
     assert loss(target, xrays.flip(1)).item() > 2 * loss(target, xrays).item()
-    with pytest.raises(ValueError, match="xrays have shape"):
-        loss(target, xrays[:, :1])
+    for other in (torch.cat([xrays, xrays], dim=1), xrays.repeat(2, 1, 1, 1), xrays[0]):
+        with pytest.raises(ValueError, match=r"xrays have shape .*; expected \(1, 2, H, W\)"):
+            loss(target, other)
+
+
+def test_projection_of_one_view_compares_the_pa_image_alone():
+    _, target = volumes(size=16, batch=1)
+    pa = torch.rand(1, 1, 16, 16)
+    lateral = nn.functional.avg_pool2d(render_xrays(target, Geometry(), (32, 32)), 2)[:, 1:]  # agrees: adds nothing
+    loss = ProjectionLoss(Acquisition())
+    both = loss(target, torch.cat([pa, lateral], dim=1))
+    assert loss(target, pa).item() == pytest.approx(2 * both.item(), rel=1e-5)
+
+
+def test_projection_weighs_samples():
+    prediction, target = volumes(size=16)
+    xrays, loss = render_xrays(target, Geometry(), (16, 16)), ProjectionLoss(Acquisition())
+    each = loss.per_sample(prediction, xrays)
+    assert each.shape == (2,)
+    assert each[0].item() == pytest.approx(loss(prediction[:1], xrays[:1]).item(), rel=1e-6)
+    assert loss(prediction, xrays, torch.tensor([0.0, 0.5])).item() == pytest.approx(each[1].item() / 4, rel=1e-6)
+
+
+def test_projection_of_a_cube_of_water_against_the_closed_form():
+    """Parallel rays: mu_water * 360 mm / scale everywhere, against black X-rays."""
+    water = torch.full((1, 1, 16, 16, 16), float(hu_to_unit(torch.tensor(0.0))))
+    # Of the 32 rays across, the outermost read a quarter of the zeros outside the cube.
+    inside = (30 + 2 * 0.75) / 32
+    expected = MU_WATER * FOV_MM / XRAY_SCALE * inside**2
+    for scale in (1, 2):
+        loss = ProjectionLoss(Acquisition(Geometry("parallel"), xray_scale=scale * XRAY_SCALE))
+        assert loss(water, torch.zeros(1, 2, 16, 16)).item() == pytest.approx(expected / scale, rel=1e-5)
+
+
+def test_projection_of_a_large_volume_is_made_small_and_agrees():
+    """Averaging attenuation keeps line integrals: a smooth 64^3 volume compared at 16^2."""
+    axis = torch.linspace(-1, 1, 64)
+    ball = (1 - axis.view(-1, 1, 1) ** 2 - 0.6 * axis.view(1, -1, 1) ** 2 - 0.8 * axis.view(1, 1, -1) ** 2).clamp_min(0)
+    volume = (0.1 + 0.4 * ball)[None, None].requires_grad_()  # above vacuum: attenuation is linear
+    xrays = render_xrays(volume.detach(), Geometry(), (128, 128))
+    loss = ProjectionLoss(Acquisition(), size=16)
+    exact = loss(volume, xrays)
+    assert exact.item() < 0.02 * xrays.mean().item()
+    wrong = loss(0.9 * volume, xrays)
+    assert wrong.item() > 3 * exact.item()
+    (gradient,) = torch.autograd.grad(wrong, volume)
+    blocks = nn.functional.avg_pool3d(gradient, 4)
+    assert blocks.any()
+    torch.testing.assert_close(blocks.repeat_interleave(4, 2).repeat_interleave(4, 3).repeat_interleave(4, 4), gradient)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -472,23 +520,28 @@ def test_the_filters_are_neither_trained_nor_saved():
 # Options and weights files
 
 
-def test_terms_of_weight_zero_are_neither_built_nor_computed(monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise AssertionError("computed although its weight is 0")
-
-    monkeypatch.setattr(vgg16, "_import_torchvision", refuse)
-    for name in ("random_weights", "ssim_loss", "edge_loss", "multiscale_loss", "render_xrays"):
-        monkeypatch.setattr(losses, name, refuse)
-    prediction, target = volumes(size=8)
-    aux, xrays = {"volume_4": prediction[..., ::2, ::2, ::2]}, torch.zeros(2, 2, 8, 8)
-    _, parts = criterion(mse_weight=2, perceptual_weights="imagenet")(prediction, target, aux=aux, xrays=xrays)
+def test_terms_of_weight_zero_are_neither_built_nor_computed(tmp_path):
+    """With input on which each of the others fails."""
+    prediction, target = torch.rand(2, 1, 2, 2, 2), torch.rand(2, 1, 2, 2, 2)
+    aux, xrays = {"volume_3": torch.rand(2, 1, 3, 3, 3)}, torch.zeros(3)
+    missing = str(tmp_path / "missing.pth")
+    for name in ("ssim", "edge", "multiscale", "projection"):
+        with pytest.raises(ValueError, match=r"shape|voxels"):
+            criterion(**{f"{name}_weight": 1})(prediction, target, aux=aux, xrays=xrays)
+    with pytest.raises(InputError, match="perceptual_weights"):
+        criterion(perceptual_weight=1, perceptual_weights=missing)
+    loss = criterion(mse_weight=2, perceptual_weights=missing, acquisition=None)
+    _, parts = loss(prediction, target, aux=aux, xrays=xrays)
     assert set(parts) == {"mse"}
 
 
-def test_terms_without_their_input_are_left_out():
+@pytest.mark.parametrize(("term", "missing"), [("multiscale", "aux"), ("projection", "xrays")])
+def test_a_weighted_term_without_its_input_is_an_error(term, missing):
     prediction, target = volumes()
-    _, parts = criterion(l1_weight=1, multiscale_weight=1, projection_weight=1)(prediction, target)
-    assert set(parts) == {"l1"}
+    loss = criterion(**{"l1_weight": 1, f"{term}_weight": 0.5})
+    for given in ({}, {"aux": {}}):
+        with pytest.raises(ValueError, match=rf"loss\.{term}_weight is 0\.5, which needs {missing}: none given"):
+            loss(prediction, target, **given)
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf, "0.5"])
@@ -501,7 +554,7 @@ def test_options_that_cannot_work_are_errors():
     with pytest.raises(InputError, match="every weight is 0"):
         criterion()
     with pytest.raises(InputError, match=r"loss\.projection_weight.*geometry"):
-        criterion(projection_weight=1, geometry=None)
+        criterion(projection_weight=1, acquisition=None)
     with pytest.raises(InputError, match=r"loss\.perceptual_slices is 0"):
         criterion(perceptual_weight=1, perceptual_slices=0)
 
@@ -590,8 +643,8 @@ def test_imagenet_weights_come_from_the_cache(hub, vgg_file, capsys):
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_torchvision_imports_and_names_the_layers_as_expected():
-    torchvision = vgg16._import_torchvision()
-    assert vgg16._import_torchvision() is torchvision
+    torchvision = vgg16.import_torchvision()
+    assert vgg16.import_torchvision() is torchvision
     with torch.device("meta"):
         features = torchvision.models.vgg16(weights=None).features
     shapes = {name: tuple(value.shape) for name, value in features.named_parameters()}
@@ -601,7 +654,7 @@ def test_torchvision_imports_and_names_the_layers_as_expected():
 
 
 def test_torchvision_without_its_compiled_operators_still_imports(tmp_path):
-    """A stand-in that, as a CUDA build beside a CPU-only torch, gives shapes to operators nobody defined."""
+    """A stand-in that, as a CUDA build next to a CPU-only torch, gives shapes to operators nobody defined."""
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text(
@@ -616,7 +669,7 @@ def test_torchvision_without_its_compiled_operators_still_imports(tmp_path):
         "assert 'torchvision' not in sys.modules\n"
         "try:\n    import torchvision\n"
         "except RuntimeError as error:\n    print(error)\n"
-        "print(vgg16._import_torchvision().complete, vgg16._import_torchvision().complete)\n"
+        "print(vgg16.import_torchvision().complete, vgg16.import_torchvision().complete)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, encoding="utf-8", errors="replace", timeout=120

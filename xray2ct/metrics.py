@@ -1,4 +1,4 @@
-"""Formulas of the scores; :mod:`xray2ct.evaluation.protocols` says which of them is whose.
+"""Formulas of the scores; :mod:`xray2ct.evaluation.protocols` lists who scores by which.
 
     from xray2ct.metrics import psnr, ssim_3d
     psnr(prediction, target), ssim_3d(prediction, target)   # volumes (D, H, W) in [0, 1]
@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from losses import SSIM_C1, SSIM_C2, SSIM_TAPS, ssim_map
+from losses import SSIM_TAPS, ssim_map, ssim_of_moments
 
 PSNR_CAP = 100.0  # dB; what identical volumes score (X2CT-GAN's convention), so that scores stay finite
 UNIFORM_TAPS = 7  # edge of scikit-image's default SSIM window
@@ -104,7 +104,7 @@ def ssim_uniform(
     prediction, target = _pair(prediction, target)
     if min(target.shape) < UNIFORM_TAPS:
         raise ValueError(f"volume of {tuple(target.shape)} voxels; expected at least {UNIFORM_TAPS} per axis for SSIM")
-    totals: dict[str, list[float]] = {}
+    totals: dict[str, tuple[float, int]] = {}
     for start in range(0, len(target), _SLAB):
         stop = start + _SLAB + UNIFORM_TAPS - 1
         for name, sums in _window_sums(prediction[start:stop], target[start:stop], slices, volume):
@@ -139,13 +139,12 @@ def _sliding_sum(x, axis):
 
 
 def _similarity(sums, dimensions, data_range):
-    """SSIM (formula: :func:`losses.ssim_map`) from window sums, with sample statistics."""
+    """SSIM from window sums, with sample statistics."""
     size = UNIFORM_TAPS**dimensions
     mean_x, mean_y, mean_squares, mean_xy = sums / size
-    c1, c2, scale = SSIM_C1 * data_range**2, SSIM_C2 * data_range**2, size / (size - 1)
-    product, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
-    luminance = (2 * product + c1) / (squares + c1)
-    return luminance * (2 * scale * (mean_xy - product) + c2) / (scale * (mean_squares - squares) + c2)
+    scale = size / (size - 1)
+    variances = scale * (mean_squares - (mean_x * mean_x + mean_y * mean_y))
+    return ssim_of_moments(mean_x, mean_y, variances, scale * (mean_xy - mean_x * mean_y), data_range)
 
 
 def error_statistics(error: torch.Tensor) -> dict[str, float | None]:

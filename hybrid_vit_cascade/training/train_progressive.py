@@ -42,6 +42,7 @@ from hybrid_vit_cascade.settings import (
 from xray2ct.checkpoints import check_compatible, find_state, load_checkpoint, save_checkpoint, weights_fingerprint
 from xray2ct.data.augment import PairMaker
 from xray2ct.files import InputError, atomic_path, is_plain_name, read_json, run_cli, write_json
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.metrics import psnr
 from xray2ct.training.cli import add_run_arguments, describe_processes, run_context
 from xray2ct.training.config import config_dict
@@ -70,11 +71,11 @@ class StageLoss:
     first previous and level. Returns the total and both parts as 0-d tensors; ``physics`` is None when switched off.
     """
 
-    def __init__(self, run: StageRun, **acquisition):
+    def __init__(self, run: StageRun, acquisition: Acquisition):
         self.run, self.schedule = run, Schedule.for_prediction(run.prediction, run.num_timesteps, run.shift)
         self.physics = None
         if run.stage.use_physics_loss:
-            self.physics = PhysicsLoss(**acquisition, minimum_weight=run.stage.physics_minimum_weight)
+            self.physics = PhysicsLoss(acquisition, run.stage.physics_minimum_weight)
 
     def __call__(self, model, batch):
         schedule, t = self.schedule, batch["t"]
@@ -115,7 +116,7 @@ class StageTask:
         # Noise prediction has no step from pure noise: its one-step volume is rough, and nothing is built on it.
         self.has_mean = run.prediction != "noise"
         self._open_data(root, processes)
-        self.criterion = StageLoss(run, **self.acquisition)
+        self.criterion = StageLoss(run, self.acquisition)
         self.schedule, self.physics = self.criterion.schedule, self.criterion.physics
         self.samples: list[dict] = []
 
@@ -133,7 +134,7 @@ class StageTask:
         self.train_data = PatientDataset(root, "train", max_patients=data.max_patients, **kind, **common)
         self.acquisition, self.data_header = self.train_data.acquisition, data_header(self.train_data)
         augment = dataclasses.replace(augment, source_size=source)
-        self.pairs = PairMaker(volume_size=(size,) * 3, xray_size=xray_size, config=augment, **self.acquisition)
+        self.pairs = PairMaker(self.acquisition, (size,) * 3, xray_size, augment)
         for dataset in (self.train_data, self.val_data):
             bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
             dataset.build_cache(processes.rank, processes.world_size, bar)
@@ -142,7 +143,7 @@ class StageTask:
     def build_model(self) -> CascadeStage:
         """The stage's network; its initial weights depend on the seed only."""
         torch.manual_seed(self.run.training.seed)
-        return CascadeStage(**stage_arguments(self.config, self.run.index), geometry=self.acquisition["geometry"])
+        return CascadeStage(**stage_arguments(self.config, self.run.index), geometry=self.acquisition.geometry)
 
     def header(self) -> dict:
         data, run = self.train_data, self.run

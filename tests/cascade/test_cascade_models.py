@@ -7,23 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hybrid_vit_cascade.models import (
+from hybrid_vit_cascade.blocks import (
     BANDS,
-    OUTPUT_SCALE,
     PRIOR_BINS,
-    CascadeStage,
     DepthPrior,
     ModulatedBlock,
     PriorLifting,
     ViTBlock,
-    default_token_grid,
-    lift_views,
     sinusoidal_embedding,
 )
+from hybrid_vit_cascade.models import OUTPUT_SCALE, CascadeStage, default_token_grid
 from xray2ct.files import InputError
 from xray2ct.geometry.lifting import lift_features
 from xray2ct.geometry.projector import Geometry, render_xrays
-from xray2ct.models.blocks import pixel_shuffle_3d
+from xray2ct.models.blocks import lift_views, pixel_shuffle_3d
 from xray2ct.training.precision import to_channels_last
 
 TINY = {"volume_size": 16, "voxel_dim": 32, "vit_depth": 2, "num_heads": 2, "xray_size": 32, "token_grid": 4}
@@ -282,9 +279,9 @@ def test_lifting_is_the_projector_s():
     reduce = nn.ModuleList(nn.Identity() for _ in range(2))
     features = torch.randn(2 * 2, 3, 8, 8)
     expected = lift_features(features.unflatten(0, (2, 2)), Geometry(), (8, 8, 8))
-    pa, lateral = lift_views(reduce, features, Geometry(), 8)
+    pa, lateral = lift_views(reduce, features, Geometry(), (8, 8, 8))
     assert torch.equal(torch.stack([pa, lateral], dim=1), expected)
-    (alone,) = lift_views(reduce[:1], features[0::2], Geometry(), 8)
+    (alone,) = lift_views(reduce[:1], features[0::2], Geometry(), (8, 8, 8))
     assert torch.allclose(alone, pa, atol=1e-6)
 
 

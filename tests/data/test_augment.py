@@ -7,6 +7,7 @@ from tests.helpers.tiny_data import make_hu
 from xray2ct.data import augment
 from xray2ct.data.augment import AugmentConfig, PairMaker, random_affine, random_displacement
 from xray2ct.files import InputError
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 
 OFF = {
@@ -27,7 +28,7 @@ def volume():
 
 
 def make(volume, seeds=(1,), masks=None, **changes):
-    maker = PairMaker(Geometry(), (32, 32, 32), 64, AugmentConfig(source_size=64, **{**OFF, **changes}))
+    maker = PairMaker(Acquisition(), (32, 32, 32), 64, AugmentConfig(source_size=64, **{**OFF, **changes}))
     volume = volume.expand(len(seeds), -1, -1, -1, -1)
     return maker(volume, torch.ones_like(volume) if masks is None else masks, list(seeds))
 
@@ -80,7 +81,7 @@ def test_mirroring_swaps_the_sides_in_the_frontal_view_only(volume):
     assert torch.allclose(mirrored["ct_volume"], plain["ct_volume"].flip(-1), atol=1e-4)
     assert torch.allclose(mirrored["xrays"][:, 0], plain["xrays"][:, 0].flip(-1), atol=1e-3)
     parallel = PairMaker(
-        Geometry("parallel"),
+        Acquisition(Geometry("parallel")),
         (32,) * 3,
         64,
         AugmentConfig(source_size=64, **{**OFF, "mirror_probability": 1.0}),
@@ -185,14 +186,14 @@ def test_displacements_act_along_their_axis_at_their_place(axis, monkeypatch):
 
 def test_sources_coarser_than_the_target_are_named(volume):
     with pytest.raises(InputError, match=r"augment\.source_size is 64.*\(64, 64, 64\).*at least the \(80, 80, 80\)"):
-        PairMaker(Geometry(), (80, 80, 80), 64, AugmentConfig(source_size=64))(volume, None, [1])
+        PairMaker(Acquisition(), (80, 80, 80), 64, AugmentConfig(source_size=64))(volume, None, [1])
 
 
 def test_any_target_size_shows_the_same_place(volume):
     """Sizes that do not divide the source's: no shift, no stretch."""
     expected = centroid_mm(volume)
     for size in (24, 40, 48):
-        maker = PairMaker(Geometry(), (size,) * 3, 64, AugmentConfig(enabled=False, source_size=64))
+        maker = PairMaker(Acquisition(), (size,) * 3, 64, AugmentConfig(enabled=False, source_size=64))
         assert centroid_mm(maker(volume, None, [1])["ct_volume"]) == pytest.approx(expected, abs=0.02)
 
 
@@ -208,7 +209,7 @@ def test_density_changes_leave_air_alone_and_stay_small(volume):
 def many_pairs(value, count=300, **changes):
     """Pairs of a small uniform volume from ``count`` seeds."""
     config = AugmentConfig(source_size=8, **{**OFF, **changes})
-    maker = PairMaker(Geometry("parallel"), (8, 8, 8), 16, config)
+    maker = PairMaker(Acquisition(Geometry("parallel")), (8, 8, 8), 16, config)
     return maker(torch.full((count, 1, 8, 8, 8), value), None, range(count))
 
 
@@ -250,7 +251,7 @@ def test_the_mask_moves_with_the_volume(volume):
 
 
 def test_disabled_augmentation_ignores_the_seed(volume):
-    maker = PairMaker(Geometry(), (32, 32, 32), 64, AugmentConfig(enabled=False, source_size=64))
+    maker = PairMaker(Acquisition(), (32, 32, 32), 64, AugmentConfig(enabled=False, source_size=64))
     one, two = (maker(volume, torch.ones_like(volume), [seed]) for seed in (1, 2))
     assert torch.equal(one["xrays"], two["xrays"])
     assert torch.equal(one["ct_volume"], two["ct_volume"])

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid_vit_cascade.models import PriorLifting, lift_views
+from hybrid_vit_cascade.blocks import PriorLifting
 from xray2ct.geometry.lifting import averaged_to, lift_features, lift_pooled
 from xray2ct.geometry.projector import Geometry
 from xray2ct.models.baselines import to_grid
-from xray2ct.models.blocks import Lifting
+from xray2ct.models.blocks import Lifting, lift_views
 
 ADMITTED = [24, 40, 48, 80, 64]  # volume sizes; the networks also work at a half, a quarter and an eighth of them
 MAPS = [32, 64, 128]  # of X-ray features
@@ -45,7 +45,7 @@ def pass_through(layer):
 
 def lift_cascade(maps, geometry, size):
     reduce = nn.ModuleList(nn.Identity() for _ in range(2))
-    return torch.stack(lift_views(reduce, maps.flatten(0, 1), geometry, size[0]), dim=1)
+    return torch.stack(lift_views(reduce, maps.flatten(0, 1), geometry, size), dim=1)
 
 
 def allowed_mm(geometry, pixels, cells):

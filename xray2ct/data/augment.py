@@ -1,7 +1,7 @@
 """3D augmentation on the device, with the X-rays of the augmented volume rendered in the same step.
 
 Pairs stay physically consistent: the volume is warped first, then both X-rays are rendered from it.
-With few patients this decides the quality. Every random number comes from a generator seeded by the
+With few patients most of what the network sees is augmented. Every random number comes from a generator seeded by the
 sample's place in the training run, so resuming and the number of processes do not change it.
 """
 
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from xray2ct.files import InputError
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
-from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry, render_xrays
 
 
 @dataclass
@@ -33,7 +33,7 @@ class AugmentConfig:
     elastic_points: int = 5  # control points per axis
     hu_shift: float = 20.0  # offset of everything but air, uniform in +- HU
     hu_scale: float = 0.03  # stretch of HU + 1000 (density), uniform in 1 +-
-    mirror_probability: float = 0.5  # left-right; gives a situs inversus, which the PA view shows
+    mirror_probability: float = 0.5  # left-right: turns the anatomy into situs inversus, which the PA view shows
     xray_noise: float = 0.003  # standard deviation added to X-ray pixels
     xray_gain: float = 0.0  # exposure-like gain of each X-ray, uniform in 1 +- (breaks the absolute scale)
 
@@ -77,17 +77,9 @@ class PairMaker:
     Volumes coarser than ``volume_size`` raise :class:`InputError`.
     """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        volume_size,
-        xray_size: int,
-        config: AugmentConfig,
-        hu_window=HU_WINDOW,
-        xray_scale: float = XRAY_SCALE,
-    ):
-        self.geometry, self.volume_size, self.xray_size = geometry, tuple(volume_size), xray_size
-        self.config, self.hu_window, self.xray_scale = config, tuple(hu_window), xray_scale
+    def __init__(self, acquisition: Acquisition, volume_size, xray_size: int, config: AugmentConfig):
+        self.acquisition, self.config = acquisition, config
+        self.volume_size, self.xray_size = tuple(volume_size), xray_size
 
     @torch.no_grad()
     def __call__(self, volumes, masks, seeds) -> dict[str, torch.Tensor]:
@@ -102,7 +94,7 @@ class PairMaker:
         if self.config.enabled:
             volumes, masks = self._warp(volumes, masks, generators)
             volumes = self._change_density(volumes, generators)
-        xrays = render_xrays(volumes, self.geometry, (self.render_size,) * 2, self.hu_window, self.xray_scale)
+        xrays = self.acquisition.render(volumes, (self.render_size,) * 2)
         if self.render_size != self.xray_size:
             xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode="bilinear")
         if self.config.enabled:
@@ -121,7 +113,7 @@ class PairMaker:
         return volumes if same else averaged_to(volumes, self.volume_size)
 
     def _warp(self, volumes, masks, generators):
-        size, fov = volumes.shape[-1], self.geometry.fov_mm
+        size, fov = volumes.shape[-1], self.acquisition.geometry.fov_mm
         theta = torch.stack([random_affine(self.config, fov, g) for g in generators]).to(volumes.device)
         grid = F.affine_grid(theta, volumes.shape, align_corners=False)
         if self.config.elastic_mm > 0:
@@ -137,7 +129,7 @@ class PairMaker:
     def _change_density(self, volumes, generators):
         """Scale and shift density (HU + 1000) of everything that is not air, as scanners and contrast do."""
         draws = torch.stack([2 * torch.rand(2, generator=g) - 1 for g in generators]).to(volumes.device)
-        low, high = self.hu_window
+        low, high = self.acquisition.hu_window
         air = (-1000.0 - low) / (high - low)
         gain = 1.0 + self.config.hu_scale * draws[:, 0].view(-1, 1, 1, 1, 1)
         shift = self.config.hu_shift / (high - low) * draws[:, 1].view(-1, 1, 1, 1, 1)

@@ -25,6 +25,7 @@ from scipy import ndimage
 
 from losses import SSIM_TAPS, ProjectionLoss
 from xray2ct.files import InputError, run_cli
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry, hu_to_unit, render_xrays, unit_to_hu
 from xray2ct.imaging.body import body_mask, locate_cube
 from xray2ct.imaging.cube import area_average, resample_cube
@@ -205,7 +206,7 @@ def projection(case: Case) -> dict[str, float | None]:
     """
     if case.xrays is None:
         return {"projection_mae": None, "projection_relative": None}
-    criterion = ProjectionLoss(case.geometry, case.hu_window, case.xray_scale)
+    criterion = ProjectionLoss(Acquisition(case.geometry, case.hu_window, case.xray_scale))
     with torch.no_grad():
         absolute = criterion(case.prediction[None, None].float(), case.xrays[None]).item()
     mean = case.xrays.double().mean().item()

@@ -1,6 +1,6 @@
-"""The X-ray renderer on top of nanodrr, an optional second backend (pip install nanodrr; MIT licence).
+"""The forward projector on top of nanodrr, an optional second backend (pip install nanodrr; MIT licence).
 
-    from projector_nanodrr import render_xrays_nanodrr
+    from xray2ct.geometry.nanodrr_backend import render_xrays_nanodrr
     xrays = render_xrays_nanodrr(volume, geometry)  # as projector.render_xrays
 
 nanodrr marches along the rays with trilinear samples (a fused kernel on NVIDIA and Apple GPUs); the built-in

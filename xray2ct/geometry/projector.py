@@ -1,7 +1,7 @@
-"""Conventions, acquisition geometry, the differentiable X-ray renderer and feature lifting.
+"""Forward projector: geometry of the two views, differentiable line integrals and their exact adjoint.
 
-Everything that ties a voxel to a detector pixel is here, so that the renderer, the lifting inside
-the networks and the physics loss cannot disagree.
+Whatever ties a voxel to a detector pixel asks :class:`Geometry`, so that the projector, the
+back-projection of features inside the networks (lifting.py) and the DRR loss cannot disagree.
 
 Conventions
 -----------
@@ -13,7 +13,7 @@ Conventions
 * Outside the networks volumes are in Hounsfield units; inside they are mapped linearly from
   ``hu_window`` to [0, 1] (default window: the 2,500 HU of the X2CT-GAN literature).
 * An X-ray is ``line integral of mu / XRAY_SCALE`` with ``mu = MU_WATER * max(0, 1 + HU / 1000)``:
-  linear in attenuation (bone bright), so that a physics loss means something.
+  linear in attenuation (bone bright), so that a DRR loss means something.
 * PA view: source behind the patient (y = +sid), detector in front. Lateral view: source on the
   patient's right (x = -sid), detector on the left (a "left lateral").
 """
@@ -174,12 +174,15 @@ def _centres(size: int, extent_mm: float, **tensor_options) -> torch.Tensor:
     return ((torch.arange(size, **tensor_options) + 0.5) / size - 0.5) * extent_mm
 
 
-def hat_weights(position_mm: torch.Tensor, extent_mm: float, size: int) -> torch.Tensor:
+def hat_weights(position_mm: torch.Tensor, extent_mm: float, size: int, constant: bool = False) -> torch.Tensor:
     """Linear-interpolation weights ``(..., size)`` that read ``size`` cells across ``extent_mm`` at positions.
 
-    Positions beyond the outermost cell centres fade linearly to zero (zero padding).
+    Beyond the outermost cell centres they fade linearly to zero (zero padding), or, with ``constant``, stay
+    on the outermost cell.
     """
     index = (position_mm / extent_mm + 0.5) * size - 0.5
+    if constant:
+        index = index.clamp(0, size - 1)
     cells = torch.arange(size, device=position_mm.device, dtype=position_mm.dtype)
     return (1.0 - (index.unsqueeze(-1) - cells).abs()).clamp_min(0.0)
 
@@ -337,10 +340,6 @@ def render_xrays(
     in [0, 1] for any human chest (not clipped, so that gradients survive).
     """
     return line_integrals(unit_to_mu(volume.float(), hu_window), geometry, image_size) / xray_scale
-
-
-# ------------------------------------------------------------------------------------------------
-# Lifting
 
 
 def image_size_of(xray_size) -> tuple[int, int]:

@@ -1,6 +1,8 @@
-"""Blocks of the networks: residual, transformer, dense, X-ray encoder, back-projection layer, 3D PixelShuffle."""
+"""Blocks of the networks: residual, transformer, dense, X-ray encoder, back-projection of features, 3D PixelShuffle."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from xray2ct.files import InputError, whole_number
 from xray2ct.geometry.lifting import averaged_to, lift_pooled
+from xray2ct.geometry.projector import Geometry
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 # ------------------------------------------------------------------------------------------------
 # Blocks
@@ -31,6 +36,18 @@ def checked_width(name: str, channels) -> int:
     return width
 
 
+def whole_groups(channels: int) -> int:
+    """The next lower number of channels that :func:`group_norm` can divide; at least 8."""
+    return max(8, channels // 8 * 8 if channels < 128 else channels // 16 * 16)
+
+
+def zero_init(layer: Layer) -> Layer:
+    """The same layer with weights and bias at zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 class ResidualBlock(nn.Module):
     """Pre-activation residual block (He et al., 2016), 2D or 3D; the second convolution starts at zero."""
 
@@ -40,9 +57,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = group_norm(channels)
         self.conv1 = conv(channels, channels, 3, padding=1)
         self.norm2 = group_norm(channels)
-        self.conv2 = conv(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        self.conv2 = zero_init(conv(channels, channels, 3, padding=1))
 
     def forward(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
@@ -50,33 +65,42 @@ class ResidualBlock(nn.Module):
         return x + y
 
 
+def mlp(channels: int, ratio: int = 4) -> nn.Sequential:
+    """The two-layer perceptron of a transformer block."""
+    return nn.Sequential(nn.Linear(channels, ratio * channels), nn.GELU(), nn.Linear(ratio * channels, channels))
+
+
+def split_heads(x: torch.Tensor, parts: int, heads: int) -> torch.Tensor:
+    """Queries, keys, values in one: (B, N, parts * C) -> (parts, B, heads, N, C / heads)."""
+    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Multi-head attention of (B, heads, N, C / heads) to (B, heads, M, C / heads) -> (B, N, C)."""
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention and MLP over the coarsest volume's cells: the global 3D context."""
 
-    def __init__(self, channels: int, heads: int, mlp_ratio: int = 4):
+    def __init__(self, channels: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, mlp_ratio * channels), nn.GELU(), nn.Linear(mlp_ratio * channels, channels)
-        )
+        self.mlp = mlp(channels)
         for last in (self.out, self.mlp[-1]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            zero_init(last)
 
     def forward(self, x):  # (B, N, C)
-        batch, tokens, channels = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, N, C / heads)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, channels))
+        x = x + self.out(attend(*split_heads(self.qkv(self.norm1(x)), 3, self.heads)))
         return x + self.mlp(self.norm2(x))
 
 
-class Recomputing(nn.Module):
-    """Base of the networks that can recompute parts of themselves in the backward pass, for less memory."""
+class ActivationCheckpointing(nn.Module):
+    """Base of the networks that can recompute activations in the backward pass instead of keeping them."""
 
     activation_checkpointing = False
 
@@ -101,7 +125,7 @@ class XrayEncoder(nn.Module):
         self.view_embedding = nn.Parameter(0.02 * torch.randn(views, widths[0]))
         self.stages = nn.ModuleList()
         for stage, (width, count) in enumerate(zip(widths, blocks)):
-            layers = [ResidualBlock(width, 2) for _ in range(count)]
+            layers: list[nn.Module] = [ResidualBlock(width, 2) for _ in range(count)]
             if stage > 0:
                 layers.insert(0, nn.Conv2d(widths[stage - 1], width, 2, stride=2))
             self.stages.append(nn.Sequential(*layers))
@@ -118,12 +142,23 @@ class XrayEncoder(nn.Module):
         return features  # 4 x (B V, C_s, H / stride_s, W / stride_s)
 
 
-class Lifting(nn.Module):
-    """X-ray features -> one volume of features, by geometry; the views are kept apart until the end.
+def lift_views(reduce: nn.ModuleList, features, geometry: Geometry, volume_size, grid_mm=None) -> list[torch.Tensor]:
+    """Reduce each view's features by its own layer and back-project them: (B V, C, h, w) -> V x (B, c, D, H, W).
 
-    Each view's features go to every voxel that projects there. The sum of the two view-specific
-    projections says what either view saw, their product where both agree; the fusion weighs them
-    with a per-voxel depth prior coming from the coarser scale.
+    One layer per view, V = 2, or 1 (PA). volume_size, grid_mm: see :func:`lift_pooled`.
+    """
+    views = len(reduce)
+    x = features.unflatten(0, (-1, views))
+    x = torch.stack([layer(x[:, v]) for v, layer in enumerate(reduce)], dim=1)  # (B, V, c, h, w)
+    lifted = lift_pooled(x.expand(-1, 2, -1, -1, -1), geometry, volume_size, grid_mm)
+    return list(lifted.unbind(1))[:views]
+
+
+class Lifting(nn.Module):
+    """Back-projection of X-ray features to one volume of features; the views are kept apart until the end.
+
+    Each view's features go to every voxel that projects there. The fusion sees both views and their
+    product, which is large where both agree; the coarser scale, added by the caller, is the depth prior.
     """
 
     def __init__(self, in_channels: int, channels: int, out_channels: int):
@@ -133,9 +168,7 @@ class Lifting(nn.Module):
 
     def forward(self, features, geometry, volume_size, grid_mm=None):  # (2B, C, h, w)
         """``volume_size`` covers the whole cube; ``grid_mm`` (z, y, x in mm) picks the voxels of a part of it."""
-        x = features.unflatten(0, (-1, 2))
-        x = torch.stack([reduce(x[:, v]) for v, reduce in enumerate(self.reduce)], dim=1)
-        pa, lateral = lift_pooled(x, geometry, volume_size, grid_mm).unbind(1)  # (B, c, D, H, W) each
+        pa, lateral = lift_views(self.reduce, features, geometry, volume_size, grid_mm)  # (B, c, D, H, W) each
         return self.fuse(torch.cat([pa, lateral, pa * lateral], dim=1))
 
 
@@ -168,10 +201,6 @@ def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torc
     return xrays
 
 
-# ------------------------------------------------------------------------------------------------
-# Stage 1
-
-
 def check_stem_stride(stem_stride) -> None:
     if whole_number("model.stem_stride", stem_stride, 1) not in (1, 2, 4):
         raise InputError(f"model.stem_stride is {stem_stride}; expected 1, 2 or 4")
@@ -184,7 +213,7 @@ def check_xray_size(xray_size) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Stage 2
+# Super-resolution
 
 
 def pixel_shuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:

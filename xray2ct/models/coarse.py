@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xray2ct.files import whole_number, whole_numbers
 from xray2ct.geometry.projector import Geometry
-from xray2ct.models.blocks import Recomputing, check_stem_stride, check_xray_size
+from xray2ct.models.blocks import ActivationCheckpointing, check_stem_stride, check_xray_size
 
 
 def check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks=0) -> None:
@@ -18,7 +18,7 @@ def check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, tran
     whole_number("model.transformer_blocks", transformer_blocks, 0)
 
 
-class CoarseModel(Recomputing):
+class CoarseModel(ActivationCheckpointing):
     """What loading and stage 2 want of a stage-1 network: sizes, and the geometry of its data in the ``state_dict``."""
 
     def __init__(self, volume_size, geometry: Geometry | None, xray_size: int | None):

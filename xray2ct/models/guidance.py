@@ -1,4 +1,4 @@
-"""X-ray features for the refiner, lifted at 64^3, 128^3 and 256^3 wherever a window asks for them."""
+"""X-ray features for stage 2, back-projected at 64^3, 128^3 and 256^3 wherever a window asks for them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from xray2ct.models.window import Window
 class Guidance(nn.Module):
     """X-ray features at the resolutions of stage 2's volumes, lifted wherever a window asks for them.
 
-    Beside each X-ray the encoder sees what it has over the one that the coarse volume would give: the
-    projector's residual, as iterative reconstruction uses it, says where the volume is too thin or too dense.
+    With each X-ray the encoder sees its difference from the one rendered from the coarse volume: this residual, as in
+    iterative reconstruction, shows where the volume is too thin or too dense.
 
     The encoder's strides 1x, 2x, 4x of its stem serve 256^3, 128^3 and 64^3: with the default stem
     of 2 on 512^2 X-rays, a feature pixel is about one voxel of the volume it is lifted to.

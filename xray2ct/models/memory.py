@@ -10,11 +10,11 @@ from model_enhanced import RefinementNetwork
 
 TILES = (48, 32, 24, 16, 8)  # coarse voxels; below 8 the overlap is most of the work
 SHARE = 0.6  # of the free memory that a tile may take: allocators and other processes need some
-UNKNOWN = 4 * 2**30  # assumed where the system does not say
+UNKNOWN = 4 * 2**30  # assumed where the system does not report it
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``; 4 GiB where the system does not say."""
+    """Bytes that can still be allocated on ``device``; 4 GiB where the system does not report it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

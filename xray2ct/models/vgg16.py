@@ -24,17 +24,17 @@ VGG_LAYERS = (
     (12, 256, 256, False),
     (14, 256, 256, True),
 )
-VGG_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # all 13: tells VGG16 from its siblings
+VGG_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # all 13: VGG11, 13 and 19 have others
 RANDOM_SEED = 2016
 # What reading a weights file raises when it is missing, truncated, foreign or not to be trusted.
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
-def _import_torchvision():
-    """Import torchvision, also a CUDA build beside a CPU-only torch.
+def import_torchvision():
+    """Import torchvision, also a CUDA build next to a CPU-only torch.
 
-    Such a pair lacks torchvision's compiled operators, and the import stops at the two that it gives
-    shapes to without looking. Nothing here calls them: declaring them is enough.
+    Such a pair lacks torchvision's compiled operators, and the import fails where it registers shapes for two of
+    them. Nothing here calls them: declaring them is enough.
     """
     try:
         import torchvision
@@ -51,7 +51,7 @@ def imagenet_weights() -> dict:
     """VGG16's ImageNet weights from torchvision (528 MB, cached in ``torch.hub.get_dir()``)."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     try:
-        weights = _import_torchvision().models.VGG16_Weights.IMAGENET1K_V1
+        weights = import_torchvision().models.VGG16_Weights.IMAGENET1K_V1
         state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (ImportError, http.client.HTTPException, *LOAD_ERRORS) as error:
         raise InputError(
@@ -87,7 +87,9 @@ def _checked(state, path) -> dict:
     """``state`` if it is a VGG16's in torchvision's format; otherwise :class:`InputError` naming the file."""
     if not isinstance(state, dict):
         raise InputError(f"{path}: not VGG16 weights: holds a {type(state).__name__}, expected a state dict")
-    expected = {f"features.{index}.weight": (outputs, inputs, 3, 3) for index, inputs, outputs, _ in VGG_LAYERS}
+    expected: dict[str, tuple[int, ...]] = {
+        f"features.{index}.weight": (outputs, inputs, 3, 3) for index, inputs, outputs, _ in VGG_LAYERS
+    }
     expected |= {f"features.{index}.bias": (outputs,) for index, _, outputs, _ in VGG_LAYERS}
     for name, shape in expected.items():
         found = tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else "missing"

@@ -50,18 +50,11 @@ class EnhancedTask:
             self.train_data = PatientDataset(
                 root, "train", size[0], config.model.xray_size, max_patients=data.max_patients, **common
             )
-        self.pairs = PairMaker(
-            self.train_data.geometry,
-            size,
-            config.model.xray_size,
-            config.augment,
-            self.train_data.hu_window,
-            self.train_data.xray_scale,
-        )
+        acquisition = self.train_data.acquisition
+        self.pairs = PairMaker(acquisition, size, config.model.xray_size, config.augment)
         self.data_header = data_header(self.train_data)
         weights = {k: v for k, v in config_dict(config)["loss"].items() if k != "use_scan_mask"}
-        acquisition = self.train_data.acquisition
-        self.criterion = EnhancedLoss(**weights, **acquisition).to(processes.device)
+        self.criterion = EnhancedLoss(**weights, acquisition=acquisition).to(processes.device)
         for dataset in (self.train_data, self.val_data):
             bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
             dataset.build_cache(processes.rank, processes.world_size, bar)

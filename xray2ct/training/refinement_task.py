@@ -67,10 +67,9 @@ class RefinementTask:
             **common,
         )
         acquisition = self.train_data.acquisition
-        sizes = {"volume_size": (self.size,) * 3, "xray_size": config.model.xray_size}
-        self.pairs = PairMaker(**sizes, config=config.augment, **acquisition)
+        self.pairs = PairMaker(acquisition, (self.size,) * 3, config.model.xray_size, config.augment)
         weights = {k: v for k, v in config_dict(config)["loss"].items() if k != "use_scan_mask"}
-        self.criterion = EnhancedLoss(**weights, **acquisition).to(processes.device)
+        self.criterion = EnhancedLoss(**weights, acquisition=acquisition).to(processes.device)
         self.precision = Precision(config.training.precision, processes.device)
         for dataset in (self.train_data, self.val_data):
             bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
@@ -115,8 +114,7 @@ class RefinementTask:
         return self._network(self.config)
 
     def _network(self, config: RefinementConfig) -> RefinementNetwork:
-        acquisition = self.train_data.acquisition
-        return RefinementNetwork(**config_dict(config)["model"], **acquisition)
+        return RefinementNetwork(**config_dict(config)["model"], **vars(self.train_data.acquisition))
 
     def header(self) -> dict:
         data = self.train_data
