@@ -22,7 +22,7 @@ from hybrid_vit_cascade.settings import (
     prediction_of,
     stage_run,
 )
-from hybrid_vit_cascade.training import train_progressive
+from hybrid_vit_cascade.training.task import outline
 from xray2ct.files import InputError
 from xray2ct.training.config import config_dict
 
@@ -281,8 +281,7 @@ def test_the_readme_s_parameter_counts_are_those_of_the_networks():
     for name, counts in re.findall(r"\| `(config/\w+\.json)` \| ([^|]+) \|", PAGE):
         config = load_cascade_config(PACKAGE / name)
         found = [
-            round(sum(p.numel() for p in train_progressive._outline(config, i).parameters()) / 1e6)
-            for i in range(len(config.stages))
+            round(sum(p.numel() for p in outline(config, i).parameters()) / 1e6) for i in range(len(config.stages))
         ]
         stated = [int(n) for n in re.findall(r"\((\d+) M", counts)]
         assert stated == (found if "each" not in counts else found[:1]), name

@@ -45,7 +45,7 @@ def install(fault, pipe):
     """Change this process so that it meets ``fault``: what it does, how often it is passed before, where."""
     name, *values = fault
     if name == "report":
-        around(trainer.Trainer, "_step", functools.partial(report, pipe, Countdown(values[0])))
+        around(trainer.Trainer, "step", functools.partial(report, pipe, Countdown(values[0])))
     elif name == "record":
         around(trainer, "save_checkpoint", functools.partial(record, values[0]))
     elif name == "write":

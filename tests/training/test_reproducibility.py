@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_enhanced_4gpu
+from model_enhanced import EnhancedDirectModel
 from tests.helpers import toy_task
 from tests.helpers.convolutions import PLAIN, spoiled
+from tests.helpers.hooks import at_forward
 from tests.helpers.runs import arguments, assert_same_tensors, build
 from tests.helpers.tiny_data import make_dataset
 from tools import environment
 from xray2ct.checkpoints import WriteError, load_checkpoint
 from xray2ct.files import read_json
 from xray2ct.training import provenance, trainer
-from xray2ct.training.config import config_dict, config_hash
+from xray2ct.training.config import config_hash
 from xray2ct.training.convolution_check import (
     Convolution,
     convolution_defect,
@@ -109,10 +111,10 @@ def test_operations_without_a_deterministic_version_are_named_once(capsys):
     assert capsys.readouterr().out == "note: without a deterministic version: put_; a repeated run may differ\n"
 
 
-def test_the_scripts_switch_reaches_the_training(root, tmp_path, monkeypatch):
+def test_the_scripts_switch_reaches_the_training(root, tmp_path):
     seen = []
-    monkeypatch.setattr(trainer.Trainer, "train_epoch", lambda *_: seen.append(flags()) or stop())
-    with pytest.raises(ZeroDivisionError):
+    noted = at_forward(EnhancedDirectModel, 1, lambda _: seen.append(flags()) or stop())
+    with noted, pytest.raises(ZeroDivisionError):
         train_enhanced_4gpu.main([*arguments(root, tmp_path), "--deterministic"])
     assert seen[0][:2] == (True, True)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -127,10 +129,8 @@ def stop():
 def test_every_run_says_what_it_was_and_how_it_ended(root, tmp_path, monkeypatch):
     words = arguments(root, tmp_path, "training.num_epochs=1")
     monkeypatch.setattr("sys.argv", ["train_enhanced_4gpu.py", *words])
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "train_epoch", lambda *_: stop())
-        with pytest.raises(ZeroDivisionError):
-            train_enhanced_4gpu.main(words)
+    with at_forward(EnhancedDirectModel, 1, lambda _: stop()), pytest.raises(ZeroDivisionError):
+        train_enhanced_4gpu.main(words)
     assert train_enhanced_4gpu.main(words) == 0
     data = read_json(tmp_path / "run.json")
     failed, finished = data["runs"]
@@ -139,7 +139,7 @@ def test_every_run_says_what_it_was_and_how_it_ended(root, tmp_path, monkeypatch
     assert finished["command"][1:] == ["train_enhanced_4gpu.py", *words]
     assert finished["folder"] == os.getcwd()
     assert finished["began"] <= finished["ended"]
-    config = config_dict(train_enhanced_4gpu.read_config(train_enhanced_4gpu.parse_args(words)))
+    config = read_json(tmp_path / "config.json")
     checkpoint = load_checkpoint(tmp_path / "last.pt")
     assert finished["config_hash"] == config_hash(config) == checkpoint["config_hash"]
     assert finished["split_hash"] == checkpoint["split_hash"]

@@ -15,6 +15,14 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 PASSED_ON = STOPPING if os.name != "nt" else (signal.SIGTERM,)
 
 
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the state has been saved."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
 class SignalCatcher:
     """Turns SIGTERM and SIGINT into :attr:`received`, so that the step in progress is finished first.
 
