@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dataset import mean_volume
-from xray2ct.checkpoints import load_checkpoint, save_checkpoint
+from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError, run_cli, write_json
 from xray2ct.models.baselines import LiftingUNet, MeanVolume
 from xray2ct.training import cli
@@ -131,19 +131,19 @@ def save_mean(args: argparse.Namespace, config: EnhancedConfig) -> int:
             if processes.is_main:
                 write_json(output / "config.json", config_dict(config))
             with monitors_from(args, config_dict(config), output, processes) as monitors:
-                _validate_and_save(Trainer(model, task, config, output, processes, monitors), best)
+                _validate_and_save(Trainer(model, task, config, output, processes, monitors))
     return 0
 
 
-def _validate_and_save(trainer: Trainer, path: Path) -> None:
+def _validate_and_save(trainer: Trainer) -> None:
     """What the trainer does at the end of an epoch, without the epoch: validate, log, save."""
     trainer.epoch = 0
     trainer.monitors.start(0)
     metrics = trainer.validate()
     trainer.log("validation", **metrics)
     trainer.monitors.pictures(trainer.task.samples, 0)
+    path = trainer.save_best(metrics)
     if trainer.processes.is_main:
-        save_checkpoint(path, trainer.checkpoint(metrics))
         print(f"{path}: PSNR {metrics['psnr']:.2f} dB on {metrics['patients']} validation patients")
 
 

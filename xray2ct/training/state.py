@@ -105,6 +105,13 @@ class RunState:
             "metrics": metrics or {},
         }
 
+    def save_best(self, metrics: dict[str, float]) -> Path:
+        """Keep the weights of a validation that scored ``metrics``. Rank 0 writes; returns the path."""
+        self.best_psnr, path = metrics["psnr"], self.output / self.task.best_name
+        if self.processes.is_main:
+            save_checkpoint(path, self.checkpoint(metrics))
+        return path
+
     def save_last(self, name: str = LAST) -> None:
         """Everything needed to go on bit for bit. Rank 0 writes; all ranks wait. The last but one stays, too."""
         if self.processes.is_main:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from xray2ct.checkpoints import LAST, WriteError, remove_leftovers, save_checkpoint
+from xray2ct.checkpoints import LAST, WriteError, remove_leftovers
 from xray2ct.files import InputError
 from xray2ct.training.convolution_check import reduced_precision_defects
 from xray2ct.training.distributed import Processes, lost_peer
@@ -266,10 +266,9 @@ class Trainer(RunState):
             if main:
                 print(validation_summary(metrics, self.task.comment(metrics)), flush=True)
             if self.best_psnr is None or metrics["psnr"] > self.best_psnr:
-                self.best_psnr = metrics["psnr"]
+                self.save_best(metrics)
                 if main:
-                    save_checkpoint(self.output / self.task.best_name, self.checkpoint(metrics))
-                    print(f"New best model saved! PSNR: {self.best_psnr:.2f} dB", flush=True)
+                    print(f"New best model saved! PSNR: {metrics['psnr']:.2f} dB", flush=True)
         interval = config.logging.save_checkpoint_interval
         finished = self.epoch
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, {}
