@@ -50,6 +50,11 @@ class StageConfig:
     learning_rate: float | None = setting(None, minimum=0.0)
     gradient_accumulation_steps: int | None = setting(None, minimum=1)
 
+    @property
+    def size(self) -> int:
+        """Edge of the cube in voxels."""
+        return self.volume_size[0] if isinstance(self.volume_size, list) else self.volume_size
+
 
 @dataclass
 class DiffusionTraining(CommonTraining):
@@ -66,7 +71,7 @@ class CascadeTraining(DiffusionTraining):
     learning_rate: float = setting(1e-4, minimum=0.0)
     num_workers: int = setting(4, minimum=0)  # loader processes; ignored on a CPU
     gradient_clip: float = setting(1.0, minimum=0.0)  # largest gradient norm; 0 for no limit
-    mixed_precision: bool = True  # false: float32; true: what ``precision`` says
+    mixed_precision: bool = True  # false: float32; true: see ``precision``
 
 
 @dataclass
@@ -95,7 +100,7 @@ class CascadeConfig:
     xray_channels: int = setting(1, between=(1, 1))  # X-rays are grey
     num_views: int = setting(2, between=(1, 2))  # 2: PA and lateral; 1: PA only
     v_parameterization: bool = True  # false: the networks predict the noise
-    prediction: str | None = setting(None, choices=PREDICTIONS)  # v, noise or x0; null: what v_parameterization says
+    prediction: str | None = setting(None, choices=PREDICTIONS)  # v, noise or x0; null: see v_parameterization
     num_timesteps: int = setting(1000, minimum=2)
     training: CascadeTraining = field(default_factory=CascadeTraining)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
@@ -156,7 +161,7 @@ def _check_stage(stage: StageConfig, index: int, origin: str) -> None:
             raise InputError(
                 f"{origin}: {prefix}volume_size is {stage.volume_size}; expected three equal sizes, a cube"
             )
-        stage.volume_size = stage.volume_size[0]
+        stage.volume_size = stage.size
     check_config(stage, origin, prefix)
     if stage.voxel_dim % stage.num_heads:
         raise InputError(
@@ -172,7 +177,7 @@ def _check_chain(stages: list[StageConfig], origin: str) -> None:
         if names.count(name) > 1:
             raise InputError(f"{origin}: two stages are called {name!r}; expected a name of its own for each")
     for index in range(1, len(stages)):
-        before, size = stages[index - 1].volume_size, stages[index].volume_size
+        before, size = stages[index - 1].size, stages[index].size
         if size != 2 * before:
             raise InputError(
                 f"{origin}: stages.{index}.volume_size is {size}, after {before}; expected {2 * before}:"
@@ -229,7 +234,7 @@ def stage_run(config: CascadeConfig, index: int, world_size: int) -> StageRun:
         num_views=config.num_views,
         prediction=prediction_of(config),
         num_timesteps=config.num_timesteps,
-        shift=resolution_shift(stage.volume_size) if stage.noise_shift is None else stage.noise_shift,
+        shift=resolution_shift(stage.size) if stage.noise_shift is None else stage.noise_shift,
         training=StageTraining(**settings, grad_clip_max_norm=clip),
         conditioning=config.conditioning,
         data=DataConfig(**asdict(config.data), num_workers=num_workers),

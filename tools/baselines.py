@@ -77,6 +77,7 @@ class MeanTask(BaselineTask):
 
     def build_model(self) -> MeanVolume:
         model = super().build_model()
+        assert isinstance(model, MeanVolume)
         with torch.no_grad():
             model.volume[0] = mean_volume(self.train_data)
         return model

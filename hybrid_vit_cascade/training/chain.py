@@ -59,7 +59,7 @@ class Chain:
 
     def __init__(self, config: CascadeConfig, folder: Path, processes: Processes):
         self.config, self.folder, self.processes = config, folder, processes
-        self.data = PatientDataset(config.data.dataset_path, "train", config.stages[0].volume_size, None)
+        self.data = PatientDataset(config.data.dataset_path, "train", config.stages[0].size, None)
 
     def stage_folder(self, index: int) -> Path:
         return self.folder / self.config.stages[index].name

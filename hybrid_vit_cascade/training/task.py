@@ -76,7 +76,7 @@ class StageTask(PatientTask):
 
     def __init__(self, cascade: CascadeConfig, run: StageRun, earlier: Cascade | None, processes: Processes):
         self.cascade, self.config, self.earlier = cascade, run, earlier
-        size, augment = run.stage.volume_size, run.augment
+        size, augment = run.stage.size, run.augment
         # Noise prediction has no step from pure noise: its one-step volume is rough, and nothing is built on it.
         self.has_mean = run.prediction != "noise"
         self.open_data(size, run.xray_img_size, max(augment.source_size, size) if augment.enabled else 2 * size)

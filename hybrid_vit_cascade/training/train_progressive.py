@@ -78,14 +78,14 @@ def read_settings(args) -> tuple[CascadeConfig, int]:
         raise InputError(f"--data {args.data}: no such data set; make one with prepare_data.py")
     root = Path(args.data) if args.data else find_data(config.data.dataset_path)
     config.data.dataset_path = str(root)
-    PatientDataset(root, "all", config.stages[count - 1].volume_size, None)  # the largest volume exists
+    PatientDataset(root, "all", config.stages[count - 1].size, None)  # the largest volume exists
     return config, count
 
 
 def describe(config: CascadeConfig, count: int, processes: Processes) -> list[str]:
     """What is about to run, line by line; raises :class:`InputError` for what these processes cannot run."""
     root = config.data.dataset_path
-    sets = [PatientDataset(root, split, config.stages[0].volume_size, None) for split in ("train", "val")]
+    sets = [PatientDataset(root, split, config.stages[0].size, None) for split in ("train", "val")]
     views = "PA and lateral" if config.num_views == 2 else "PA only"
     lines = [
         f"Data: {root}, {len(sets[0])} training and {len(sets[1])} validation patients",
@@ -97,7 +97,7 @@ def describe(config: CascadeConfig, count: int, processes: Processes) -> list[st
         parameters = sum(p.numel() for p in outline(config, index).parameters())
         precision = Precision(run.training.precision, processes.device).name
         lines += [
-            f"Stage {index + 1} {run.stage.name}: {run.stage.volume_size}^3, {parameters / 1e6:.2f} M parameters,"
+            f"Stage {index + 1} {run.stage.name}: {run.stage.size}^3, {parameters / 1e6:.2f} M parameters,"
             f" {run.training.num_epochs} epochs",
             f"  {describe_processes(run, processes, precision)}",
         ]
@@ -113,7 +113,7 @@ def train_stage(index: int, chain: Chain, run: StageRun, monitors: Monitors) -> 
     task = StageTask(chain.config, run, earlier, processes)
     if processes.is_main:
         place = f"Stage {index + 1} of {len(chain.config.stages)}"
-        print(f"{place}: {run.stage.name}, {run.stage.volume_size}^3", flush=True)
+        print(f"{place}: {run.stage.name}, {run.stage.size}^3", flush=True)
     try:
         with monitors.stage(run.stage.name, folder) as stage_monitors:
             fit(task.build_model(), task, run, folder, processes, stage_monitors, chain.write_config)

@@ -362,7 +362,7 @@ def test_a_data_worker_that_raises_names_patient_and_file(tmp_path):
     with pytest.raises(TrainingError, match=expected) as error:
         train_with_a_data_worker(config, task, model, tmp_path / "run")
     assert "Traceback" not in str(error.value)
-    with pytest.raises(InputError, match=r"^patient p1: .*p1\.nii\.gz"):  # and a new start says it at once
+    with pytest.raises(InputError, match=r"^patient p1: .*p1\.nii\.gz"):  # and a new start is refused at once
         build(broken)
 
 

@@ -1,4 +1,4 @@
-"""The same run again gives the same result; every run says what it ran on; wrong convolutions are noticed."""
+"""The same run again gives the same result; every run records what it ran on; wrong convolutions are noticed."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def stop():
 
 
 # -- run.json --------------------------------------------------------------------------------------
-def test_every_run_says_what_it_was_and_how_it_ended(root, tmp_path, monkeypatch):
+def test_every_run_is_recorded_with_its_end(root, tmp_path, monkeypatch):
     words = arguments(root, tmp_path, "training.num_epochs=1")
     monkeypatch.setattr("sys.argv", ["train_enhanced_4gpu.py", *words])
     with at_forward(EnhancedDirectModel, 1, lambda _: stop()), pytest.raises(ZeroDivisionError):
@@ -208,7 +208,7 @@ def test_without_git_or_within_somebody_elses_checkout_the_sources_hash_remains(
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_a_checkout_says_its_commit_and_whether_it_was_changed(monkeypatch, tmp_path):
+def test_a_checkout_is_recorded_with_its_commit_and_changes(monkeypatch, tmp_path):
     def git(*words):
         done = subprocess.run(["git", "-C", str(tmp_path), *words], capture_output=True, encoding="utf-8")
         if done.returncode:
@@ -327,7 +327,7 @@ def test_wrong_convolutions_make_the_run_fall_back_to_float32(tmp_path, monkeypa
     assert not all(torch.equal(plain[key], wanted[key]) for key in wanted)
 
 
-def test_the_command_prints_the_environment_and_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_the_environment_and_what_is_wrong(tmp_path, monkeypatch, capsys):
     def networks(_):
         return [("stage 1", lambda: nn.Conv3d(2, 3, 3)(torch.rand(1, 2, 7, 7, 7)))]
 

@@ -32,7 +32,7 @@ from xray2ct.training.trainer import Trainer, TrainingError, fit
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("engine") / "data")
+    return make_dataset(tmp_path_factory.mktemp("trainer") / "data")
 
 
 # -- plan ----------------------------------------------------------------------------------------

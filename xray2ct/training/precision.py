@@ -24,7 +24,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
 
     def use_float32(self) -> None:
-        """Fall back to float32, for everybody who holds this object."""
+        """Fall back to float32, wherever this object is used."""
         self.name, self.dtype = "float32", torch.float32
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 REPEAT_SECONDS = 5.0  # copies of a signal come within milliseconds; a person who asks again has waited
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -76,7 +76,7 @@ class SignalCatcher:
 
 
 @contextlib.contextmanager
-def passed_on(send: Callable[[int], None]) -> Iterator[list[int]]:
+def passed_on(send: Callable[[int], None]) -> Generator[list[int]]:
     """Within the block call ``send(number)`` for every SIGTERM and SIGINT (``PASSED_ON``); yields those that came."""
     received: list[int] = []
 
@@ -96,8 +96,8 @@ def passed_on(send: Callable[[int], None]) -> Iterator[list[int]]:
 def exit_status(status: int, received: list[int]) -> int:
     """Status of a parent whose child ended with ``status`` (negative: by that signal) after the signals ``received``.
 
-    After a signal, 1 and an end by a signal become 128 + its number: torchrun ends with 1 whatever its workers said, a
-    process that was still being started with a traceback. What a job chose itself stays, such as 2 on a full disk.
+    After a signal, 1 and an end by a signal become 128 + its number: torchrun ends with 1 whatever its workers return,
+    a process that was still being started with a traceback. What a job chose itself stays, such as 2 on a full disk.
     """
     if received and (status == 1 or status < 0):
         return 128 + received[0]

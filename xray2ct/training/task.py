@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataset import PatientDataset
@@ -30,7 +29,7 @@ class Task:
     weights_key = "model_state_dict"  # checkpoint key of the weights
     best_name = "best_model.pt"
     config: Any  # settings' dataclass with ``training``, ``data``, ``logging`` and ``world_size``
-    train_data: Dataset
+    train_data: Any  # a Dataset with a length
     samples: Sequence[dict] = ()
 
     def header(self) -> dict:
@@ -79,6 +78,8 @@ class PatientTask(Task):
     """
 
     kind: str  # of the checkpoints
+    train_data: PatientDataset
+    val_data: PatientDataset
     kept_samples = 2  # validation patients whose pictures go to the monitors
     uses_mask = False  # whether the scan mask is wanted in a batch
     criterion: nn.Module

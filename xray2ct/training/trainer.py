@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +59,7 @@ class Trainer(RunState):
         samples, repeats = len(task.train_data), config.data.repeats
         self.plan = EpochPlan(samples, repeats, training.batch_size, accumulation, processes, training.seed)
         self.skipped = 0  # float16 steps in a row
-        self.runner = torch.compile(self.model) if training.compile else self.model
+        self.runner: Any = torch.compile(self.model) if training.compile else self.model
         if processes.world_size > 1:
             device_ids = [processes.device.index] if processes.device.type == "cuda" else None
             self.runner = DistributedDataParallel(self.runner, device_ids=device_ids)
@@ -278,13 +279,13 @@ class Trainer(RunState):
 
 
 def fit(model: nn.Module, task: Task, config, output, processes: Processes, monitors=None, accepted=None) -> None:
-    """Train ``model`` as ``config`` says; running the same command again resumes.
+    """Train ``model`` with the settings ``config``; running the same command again resumes.
 
     Nobody else may write into ``output`` (see :func:`run_lock.locked_folder`). accepted: called by rank 0 once it is
     clear that ``output`` is empty or holds the same run.
 
-    monitors: :class:`monitors.Monitors` that draw the curves of ``log.jsonl``, and pictures of ``task.samples`` (a
-    list of validation cases that the task's ``validate`` leaves).
+    monitors: :class:`monitors.Monitors` that draw the curves of ``log.jsonl``, and pictures of ``task.samples`` (see
+    :class:`task.Task`).
 
     Writes ``best`` (by validation PSNR), ``epoch_X.pt``, ``last.pt``, ``last_previous.pt`` (the one before) and
     ``log.jsonl`` into ``output``. Raises :class:`TrainingError` on a non-finite loss, on unreadable data and when
