@@ -34,7 +34,7 @@ from xray2ct.models.blocks import upsample
 from xray2ct.models.memory import choose_tile
 from xray2ct.training.config import EnhancedConfig, ModelConfig, config_dict, load_config, resolve_config_path
 from xray2ct.training.precision import Precision, to_channels_last
-from xray2ct.training.trainer import parameter_groups
+from xray2ct.training.state import parameter_groups
 
 PARAMETERS = (15e6, 20e6)  # of the default model
 REFINEMENT_PARAMETERS = (5e6, 8e6)

@@ -22,7 +22,7 @@ from model_speed import machine, median_seconds, peak_memory
 from hybrid_vit_cascade.cascade import Stage
 from hybrid_vit_cascade.models import CascadeStage
 from hybrid_vit_cascade.settings import load_cascade_config, stage_run
-from hybrid_vit_cascade.training.train_progressive import StageLoss, stage_arguments
+from hybrid_vit_cascade.training.task import StageLoss, stage_arguments
 from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.training.ema import MovingAverage
@@ -110,7 +110,7 @@ def main(argv=None) -> int:
     if not 1 <= args.stage <= len(config.stages):
         raise InputError(f"--stage is {args.stage}; {args.config} has {len(config.stages)} stages")
     if device.type == "cpu":
-        keep_freed_memory()  # as the training engine does
+        keep_freed_memory()  # as the trainer does
     print(f"Machine: {machine(device)}", flush=True)
     run, precision = stage_run(config, args.stage - 1, world_size=1), Precision(args.precision, device)
     model = to_channels_last(CascadeStage(**stage_arguments(config, args.stage - 1)).to(device))

@@ -1,7 +1,7 @@
 """Settings of the cascade: ``config/*.json`` -> dataclasses, checked before anything is built.
 
     config = load_cascade_config("config/quick_2stage.json", ["training.batch_size=2", "stages.1.num_epochs=20"])
-    run = stage_run(config, 0, world_size=1)      # what the training engine sees of one stage
+    run = stage_run(config, 0, world_size=1)      # what the trainer sees of one stage
 
 Every key of the JSON files is explained here; keys that a file leaves out have these defaults.
 """
@@ -15,69 +15,79 @@ from hybrid_vit_cascade import PACKAGE
 from hybrid_vit_cascade.diffusion import PREDICTIONS, resolution_shift
 from xray2ct.data.augment import AugmentConfig
 from xray2ct.files import InputError, is_plain_name, shown
-from xray2ct.training.config import DataConfig, LoggingConfig, TrainingConfig, load_config
+from xray2ct.training.config import (
+    CommonData,
+    CommonTraining,
+    DataConfig,
+    LoggingConfig,
+    TrainingConfig,
+    check_config,
+    load_config,
+    setting,
+    weight,
+)
 
 
 @dataclass
 class StageConfig:
     name: str = ""
-    volume_size: int | list[int] = 64  # edge of the cube, also as [64, 64, 64]
-    voxel_dim: int = 256  # width of the ViT
-    vit_depth: int = 4  # its blocks
-    num_heads: int = 4  # must divide voxel_dim
+    volume_size: int | list[int] = setting(64, minimum=16)  # edge of the cube, also as [64, 64, 64]
+    voxel_dim: int = setting(256, minimum=8)  # width of the ViT
+    vit_depth: int = setting(4, minimum=1)  # its blocks
+    num_heads: int = setting(4, minimum=1)  # must divide voxel_dim
     use_depth_lifting: bool = True  # false: X-ray features are spread evenly over depth
     use_physics_loss: bool = True
-    physics_weight: float = 0.3
-    physics_minimum_weight: float = 0.0  # what pure noise counts in the physics loss, 0 to 1; clean steps count 1
-    base_channels: int | None = None  # width of the convolutions at full resolution; null: the network's default
-    token_grid: int | None = None  # ViT tokens per axis; null: the network's default
+    physics_weight: float = weight(0.3)
+    # What pure noise counts in the physics loss; clean steps count 1.
+    physics_minimum_weight: float = setting(0.0, between=(0.0, 1.0))
+    # Width of the convolutions at full resolution; null: the network's default.
+    base_channels: int | None = setting(None, minimum=8)
+    token_grid: int | None = setting(None, minimum=2)  # ViT tokens per axis; null: the network's default
     noise_shift: float | None = None  # of the noise schedule; null: by resolution, 1 at 64^3
     activation_checkpointing: bool = False  # less memory, about a third more time
-    batch_size: int | None = None  # these four: null takes the value in training
-    num_epochs: int | None = None
-    learning_rate: float | None = None
-    gradient_accumulation_steps: int | None = None
+    batch_size: int | None = setting(None, minimum=1)  # these four: null takes the value in training
+    num_epochs: int | None = setting(None, minimum=1)
+    learning_rate: float | None = setting(None, minimum=0.0)
+    gradient_accumulation_steps: int | None = setting(None, minimum=1)
+
+    @property
+    def size(self) -> int:
+        """Edge of the cube in voxels."""
+        return self.volume_size[0] if isinstance(self.volume_size, list) else self.volume_size
 
 
 @dataclass
-class CascadeTraining:
-    batch_size: int = 4  # per process
-    num_epochs: int = 50  # of each stage
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    num_workers: int = 4  # loader processes; ignored on a CPU
-    gradient_clip: float = 1.0  # largest gradient norm; 0 for no limit
-    gradient_accumulation_steps: int = 1
-    mixed_precision: bool = True  # false: float32
-    precision: str = "auto"  # with mixed_precision: auto, bfloat16 or float16
-    warmup_epochs: float = 2.0  # linear from 0
-    min_learning_rate_ratio: float = 0.01  # where the cosine ends
-    ema_decay: float = 0.999  # 0 switches the moving average off
-    channels_last: bool = True
-    compile: bool = False
-    seed: int = 0
-    terminal_fraction: float = 0.25  # share of samples at pure noise: they train the one-step posterior mean
-    min_snr_gamma: float = 5.0  # limit of the min-SNR loss weight
+class DiffusionTraining(CommonTraining):
+    """What the diffusion loss needs besides the trainer's settings."""
+
+    # Share of samples at pure noise: they train the one-step posterior mean.
+    terminal_fraction: float = setting(0.25, between=(0.0, 1.0))
+    min_snr_gamma: float = setting(5.0, minimum=1.0)  # limit of the min-SNR loss weight
+
+
+@dataclass
+class CascadeTraining(DiffusionTraining):
+    num_epochs: int = setting(50, minimum=1)  # of each stage
+    learning_rate: float = setting(1e-4, minimum=0.0)
+    num_workers: int = setting(4, minimum=0)  # loader processes; ignored on a CPU
+    gradient_clip: float = setting(1.0, minimum=0.0)  # largest gradient norm; 0 for no limit
+    mixed_precision: bool = True  # false: float32; true: see ``precision``
 
 
 @dataclass
 class ConditioningConfig:
     """What a stage is told about the stages before it while it trains."""
 
-    steps: int = 4  # sampling steps of each earlier stage
-    mean_fraction: float = 0.5  # share of batches conditioned on the posterior mean (one step) instead of a sample
-    noise: float = 0.1  # largest standard deviation added to the earlier volume, uniform from 0; range of values: 2
+    steps: int = setting(4, minimum=1)  # sampling steps of each earlier stage
+    # Share of samples conditioned on the posterior mean (one step) instead of a sample of several steps.
+    mean_fraction: float = setting(0.5, between=(0.0, 1.0))
+    # Largest standard deviation added to the earlier volume, uniform from 0; range of values: 2.
+    noise: float = setting(0.1, between=(0.0, 1.0))
 
 
 @dataclass
-class CascadeData:
+class CascadeData(CommonData):
     dataset_path: str = "../data"  # from the current folder, or else from the folder of the cascade
-    max_patients: int | None = None
-    repeats: int = 1  # times each patient is drawn (and augmented anew) per epoch
-    prefetch_factor: int = 2
-    cache_dir: str | None = None  # default: DATASET/.cache
-    xray_source: str = "auto"  # auto, render (augmented pairs), files (the X-rays on disk, no augmentation)
-    xray_normalization: str = "percentile"  # for data sets without dataset.json
 
 
 @dataclass
@@ -86,18 +96,19 @@ class CascadeConfig:
 
     description: str = ""
     stages: list[StageConfig] = field(default_factory=list)
-    xray_img_size: int = 512
-    xray_channels: int = 1  # X-rays are grey: 1
-    num_views: int = 2  # 2: PA and lateral; 1: PA only
+    xray_img_size: int = setting(512, minimum=32)
+    xray_channels: int = setting(1, between=(1, 1))  # X-rays are grey
+    num_views: int = setting(2, between=(1, 2))  # 2: PA and lateral; 1: PA only
     v_parameterization: bool = True  # false: the networks predict the noise
-    prediction: str | None = None  # v, noise or x0; null: what v_parameterization says
-    num_timesteps: int = 1000
+    prediction: str | None = setting(None, choices=PREDICTIONS)  # v, noise or x0; null: see v_parameterization
+    num_timesteps: int = setting(1000, minimum=2)
     training: CascadeTraining = field(default_factory=CascadeTraining)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     data: CascadeData = field(default_factory=CascadeData)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    world_size: int | None = None  # global batch = batch_size x accumulation x this; null: the processes that run
+    # Global batch = batch_size x accumulation x this; null: the processes that run.
+    world_size: int | None = setting(None, minimum=1)
 
     @property
     def stage_names(self) -> list[str]:
@@ -106,35 +117,6 @@ class CascadeConfig:
 
 # ------------------------------------------------------------------------------------------------
 # Reading and checking
-
-# Smallest and largest value that makes sense (beyond config.MINIMUM); None for no limit.
-STAGE_LIMITS = {
-    "volume_size": (16, None),
-    "voxel_dim": (8, None),
-    "vit_depth": (1, None),
-    "num_heads": (1, None),
-    "physics_weight": (0.0, None),
-    "physics_minimum_weight": (0.0, 1.0),
-    "base_channels": (8, None),
-    "token_grid": (2, None),
-    "batch_size": (1, None),
-    "num_epochs": (1, None),
-    "learning_rate": (0.0, None),
-    "gradient_accumulation_steps": (1, None),
-}
-LIMITS = {
-    "xray_img_size": (32, None),
-    "xray_channels": (1, 1),
-    "num_views": (1, 2),
-    "num_timesteps": (2, None),
-    "training.num_workers": (0, None),
-    "training.gradient_clip": (0.0, None),
-    "training.terminal_fraction": (0.0, 1.0),
-    "training.min_snr_gamma": (1.0, None),
-    "conditioning.steps": (1, None),
-    "conditioning.mean_fraction": (0.0, 1.0),
-    "conditioning.noise": (0.0, 1.0),
-}
 
 
 def load_cascade_config(path, overrides=()) -> CascadeConfig:
@@ -150,9 +132,6 @@ def load_cascade_config(path, overrides=()) -> CascadeConfig:
 
 def check_cascade_config(config: CascadeConfig, origin: str) -> None:
     """Raise :class:`InputError` naming ``origin`` and the key; sets each ``volume_size`` to one number."""
-    _check_limits(config, LIMITS, origin)
-    if config.prediction is not None and config.prediction not in PREDICTIONS:
-        raise InputError(f"{origin}: prediction is {config.prediction!r}; expected one of {', '.join(PREDICTIONS)}")
     if config.xray_img_size % 32:
         raise InputError(f"{origin}: xray_img_size is {config.xray_img_size}; expected a multiple of 32")
     if config.conditioning.steps > config.num_timesteps:
@@ -170,18 +149,6 @@ def check_cascade_config(config: CascadeConfig, origin: str) -> None:
     _check_chain(config.stages, origin)
 
 
-def _check_limits(config, limits, origin, prefix=""):
-    for key, (low, high) in limits.items():
-        value = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        if value is None:
-            continue
-        if value < low or (high is not None and value > high):
-            wanted = f"at least {low}" if high is None else f"{low}" if low == high else f"{low} to {high}"
-            raise InputError(f"{origin}: {prefix}{key} is {value}; expected {wanted}")
-
-
 def _check_stage(stage: StageConfig, index: int, origin: str) -> None:
     prefix = f"stages.{index}."
     if not is_plain_name(stage.name):  # stage names are folder names, on every system
@@ -194,8 +161,8 @@ def _check_stage(stage: StageConfig, index: int, origin: str) -> None:
             raise InputError(
                 f"{origin}: {prefix}volume_size is {stage.volume_size}; expected three equal sizes, a cube"
             )
-        stage.volume_size = stage.volume_size[0]
-    _check_limits(stage, STAGE_LIMITS, origin, prefix)
+        stage.volume_size = stage.size
+    check_config(stage, origin, prefix)
     if stage.voxel_dim % stage.num_heads:
         raise InputError(
             f"{origin}: {prefix}num_heads is {stage.num_heads}, which does not divide voxel_dim {stage.voxel_dim}"
@@ -210,7 +177,7 @@ def _check_chain(stages: list[StageConfig], origin: str) -> None:
         if names.count(name) > 1:
             raise InputError(f"{origin}: two stages are called {name!r}; expected a name of its own for each")
     for index in range(1, len(stages)):
-        before, size = stages[index - 1].volume_size, stages[index].volume_size
+        before, size = stages[index - 1].size, stages[index].size
         if size != 2 * before:
             raise InputError(
                 f"{origin}: stages.{index}.volume_size is {size}, after {before}; expected {2 * before}:"
@@ -219,15 +186,15 @@ def _check_chain(stages: list[StageConfig], origin: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# One stage, as the engine sees it
+# One stage, as the trainer sees it
+
+# Settings that a stage may have of its own; null takes the value in training.
+OWN = ("batch_size", "num_epochs", "learning_rate", "gradient_accumulation_steps")
 
 
 @dataclass
-class StageTraining(TrainingConfig):
-    """The engine's settings with what the diffusion loss needs."""
-
-    terminal_fraction: float = 0.25
-    min_snr_gamma: float = 5.0
+class StageTraining(DiffusionTraining, TrainingConfig):
+    """The trainer's settings with what the diffusion loss needs."""
 
 
 @dataclass
@@ -255,12 +222,11 @@ class StageRun:
 
 def stage_run(config: CascadeConfig, index: int, world_size: int) -> StageRun:
     """The run of stage ``index``; ``world_size`` counts where the configuration leaves it open."""
-    stage, training, data = config.stages[index], config.training, asdict(config.data)
-
-    def own(key):
-        value = getattr(stage, key)
-        return getattr(training, key) if value is None else value
-
+    stage, settings = config.stages[index], asdict(config.training)
+    settings |= {key: value for key in OWN if (value := getattr(stage, key)) is not None}
+    num_workers, clip = settings.pop("num_workers"), settings.pop("gradient_clip")
+    if not settings.pop("mixed_precision"):
+        settings["precision"] = "float32"
     return StageRun(
         index=index,
         stage=stage,
@@ -268,26 +234,10 @@ def stage_run(config: CascadeConfig, index: int, world_size: int) -> StageRun:
         num_views=config.num_views,
         prediction=prediction_of(config),
         num_timesteps=config.num_timesteps,
-        shift=resolution_shift(stage.volume_size) if stage.noise_shift is None else stage.noise_shift,
-        training=StageTraining(
-            num_epochs=own("num_epochs"),
-            batch_size=own("batch_size"),
-            learning_rate=own("learning_rate"),
-            weight_decay=training.weight_decay,
-            grad_clip_max_norm=training.gradient_clip,
-            gradient_accumulation_steps=own("gradient_accumulation_steps"),
-            warmup_epochs=training.warmup_epochs,
-            min_learning_rate_ratio=training.min_learning_rate_ratio,
-            ema_decay=training.ema_decay,
-            precision=training.precision if training.mixed_precision else "float32",
-            channels_last=training.channels_last,
-            compile=training.compile,
-            seed=training.seed,
-            terminal_fraction=training.terminal_fraction,
-            min_snr_gamma=training.min_snr_gamma,
-        ),
+        shift=resolution_shift(stage.size) if stage.noise_shift is None else stage.noise_shift,
+        training=StageTraining(**settings, grad_clip_max_norm=clip),
         conditioning=config.conditioning,
-        data=DataConfig(**data, num_workers=training.num_workers),
+        data=DataConfig(**asdict(config.data), num_workers=num_workers),
         augment=config.augment,
         logging=config.logging,
         world_size=config.world_size or world_size,

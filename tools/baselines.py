@@ -16,16 +16,14 @@ from pathlib import Path
 
 import torch
 
-import train_enhanced_4gpu
 from dataset import mean_volume
-from xray2ct.checkpoints import load_checkpoint, save_checkpoint
+from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError, run_cli, write_json
 from xray2ct.models.baselines import LiftingUNet, MeanVolume
-from xray2ct.models.coarse import CoarseModel
-from xray2ct.training import direct_task
-from xray2ct.training.cli import check_before_launch, run_context, run_training, training_parser
-from xray2ct.training.config import EnhancedConfig, config_dict, load_config, resolve_config_path
-from xray2ct.training.distributed import launch, process_group
+from xray2ct.training import cli
+from xray2ct.training.config import EnhancedConfig, config_dict, resolve_config_path
+from xray2ct.training.direct_task import EnhancedTask
+from xray2ct.training.distributed import process_group
 from xray2ct.training.monitors import monitors_from
 from xray2ct.training.run_identity import check_same_run
 from xray2ct.training.run_lock import locked_folder
@@ -40,27 +38,16 @@ LOSS = (
 )
 
 
-class BaselineTask(direct_task.EnhancedTask):
+class BaselineTask(EnhancedTask):
     """:class:`EnhancedTask` (data, augmentation, loss, validation) with another network."""
 
-    kind: str  # of the checkpoints; model_enhanced.BASE_MODELS names the network
-    network: type[CoarseModel]
     settings: tuple[str, ...]  # of the configuration's ``model`` that the network has
 
     def impossible_losses(self) -> dict[str, str]:
         return {"multiscale": "a baseline predicts no volumes of lower resolution"}
 
     def model_config(self) -> dict:
-        """The network's settings, as its checkpoints hold them."""
         return {name: getattr(self.config.model, name) for name in self.settings}
-
-    def build_model(self) -> CoarseModel:
-        """The network for this data; its initial weights depend on the seed only."""
-        torch.manual_seed(self.config.training.seed)
-        return self.network(**self.model_config(), geometry=self.train_data.geometry)
-
-    def header(self) -> dict:
-        return {**super().header(), "kind": self.kind, "model_config": self.model_config()}
 
 
 class UNetTask(BaselineTask):
@@ -90,6 +77,7 @@ class MeanTask(BaselineTask):
 
     def build_model(self) -> MeanVolume:
         model = super().build_model()
+        assert isinstance(model, MeanVolume)
         with torch.no_grad():
             model.volume[0] = mean_volume(self.train_data)
         return model
@@ -99,7 +87,7 @@ TASKS = {"unet": UNetTask, "mean": MeanTask}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = training_parser(__doc__, "config_enhanced.json", DEFAULT_OUTPUT)
+    parser = cli.training_parser(__doc__, "config_enhanced.json", DEFAULT_OUTPUT)
     parser.add_argument("baseline", choices=TASKS, help="unet: the lifting U-Net; mean: the mean training volume")
     args = parser.parse_args(argv)
     if args.output == DEFAULT_OUTPUT:
@@ -110,28 +98,21 @@ def parse_args(argv=None) -> argparse.Namespace:
 def read_config(args) -> EnhancedConfig:
     """The configuration a command line describes, with the baselines' loss; no other part differs from stage 1's."""
     path = resolve_config_path(args.config, "config_enhanced.json")
-    config = load_config(EnhancedConfig, path, [*LOSS, "model.transformer_blocks=0", *args.set])
+    config = cli.read_config(EnhancedConfig, args, path, [*LOSS, "model.transformer_blocks=0"])
     blocks = config.model.transformer_blocks
     if blocks:
         raise InputError(f"model.transformer_blocks is {blocks}; a baseline has no attention: expected 0")
-    if args.data:
-        config.data.dataset_path = args.data
     if args.baseline == "mean":
         config.data.xray_source = "files"  # volumes as they are, at the model's resolution
     return config
 
 
-def worker(args: argparse.Namespace) -> int:
-    """What each process of ``unet`` runs; returns its exit status."""
-    return run_training(args, read_config(args), UNetTask, train_enhanced_4gpu.describe)
-
-
-def save_mean(args: argparse.Namespace) -> int:
+def save_mean(args: argparse.Namespace, config: EnhancedConfig) -> int:
     """Write the mean volume's checkpoint and its validation scores; returns the exit status.
 
     Raises :class:`InputError` when the output folder holds a ``best_model.pt`` of another network, data or settings.
     """
-    config, output = read_config(args), Path(args.output)
+    output = Path(args.output)
     best = output / MeanTask.best_name
     if best.exists():
         load_checkpoint(best, kind=MeanTask.kind)  # before the volumes are read
@@ -144,36 +125,36 @@ def save_mean(args: argparse.Namespace) -> int:
             return 0
         with (
             locked_folder(output, processes),
-            run_context(args, config, output, processes, task.train_data.split_hash),
+            cli.run_context(args, config, output, processes, task.train_data.split_hash),
         ):
             if best.exists():
                 check_same_run(best, load_checkpoint(best, kind=MeanTask.kind), task.header(), config)
             if processes.is_main:
                 write_json(output / "config.json", config_dict(config))
             with monitors_from(args, config_dict(config), output, processes) as monitors:
-                _validate_and_save(Trainer(model, task, config, output, processes, monitors), best)
+                _validate_and_save(Trainer(model, task, config, output, processes, monitors))
     return 0
 
 
-def _validate_and_save(trainer: Trainer, path: Path) -> None:
-    """What the engine does at the end of an epoch, without the epoch: validate, log, save."""
+def _validate_and_save(trainer: Trainer) -> None:
+    """What the trainer does at the end of an epoch, without the epoch: validate, log, save."""
     trainer.epoch = 0
     trainer.monitors.start(0)
     metrics = trainer.validate()
     trainer.log("validation", **metrics)
     trainer.monitors.pictures(trainer.task.samples, 0)
+    path = trainer.save_best(metrics)
     if trainer.processes.is_main:
-        save_checkpoint(path, trainer.checkpoint(metrics))
         print(f"{path}: PSNR {metrics['psnr']:.2f} dB on {metrics['patients']} validation patients")
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
     config = read_config(args)
-    check_before_launch(args, config)
     if args.baseline == "mean":
-        return save_mean(args)
-    return launch(worker, config.world_size, args)
+        cli.check_before_launch(args, config)
+        return save_mean(args, config)
+    return cli.start(args, config, UNetTask)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Settings of the cascade: the committed files, every check, what the engine gets of them; imports and paths."""
+"""Settings of the cascade: the committed files, every check, what the trainer gets of them; imports and paths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hybrid_vit_cascade.settings import (
     prediction_of,
     stage_run,
 )
-from hybrid_vit_cascade.training import train_progressive
+from hybrid_vit_cascade.training.task import outline
 from xray2ct.files import InputError
 from xray2ct.training.config import config_dict
 
@@ -140,7 +140,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         load_cascade_config(broken)
 
 
-# -- one stage for the engine ----------------------------------------------------------------------
+# -- one stage for the trainer ----------------------------------------------------------------------
 
 
 def test_a_stage_runs_with_its_own_settings_or_else_the_common_ones(tmp_path):
@@ -157,8 +157,8 @@ def test_a_stage_runs_with_its_own_settings_or_else_the_common_ones(tmp_path):
     assert (first.shift, second.shift) == pytest.approx((8.0, 2 * 2**0.5))
 
 
-def test_settings_reach_the_engine(tmp_path):
-    """Every key of training that the engine has too arrives there."""
+def test_settings_reach_the_trainer(tmp_path):
+    """Every key of training that the trainer has too arrives there."""
     values = {"weight_decay": 0.5, "warmup_epochs": 1.0, "min_learning_rate_ratio": 0.5, "ema_decay": 0.5, "seed": 5}
     values |= {"channels_last": False, "compile": True, "terminal_fraction": 0.5, "min_snr_gamma": 3.0}
     values |= {"gradient_accumulation_steps": 3, "mixed_precision": False}
@@ -188,7 +188,7 @@ def test_the_default_data_folder_is_found_from_the_cascade_s_folder_and_from_els
     (tmp_path / "cascade").mkdir()
     monkeypatch.chdir(tmp_path / "cascade")
     assert find_data("../data").samefile(tmp_path / "data")
-    # Not beside the current folder, but beside the cascade's.
+    # Not relative to the current folder, but to the cascade's.
     assert find_data("../benchmarks").samefile(ROOT / "benchmarks")
     with pytest.raises(InputError, match=r"\.\./nothing: no such data set \(looked at .*nothing and .*nothing\)"):
         find_data("../nothing")
@@ -281,8 +281,7 @@ def test_the_readme_s_parameter_counts_are_those_of_the_networks():
     for name, counts in re.findall(r"\| `(config/\w+\.json)` \| ([^|]+) \|", PAGE):
         config = load_cascade_config(PACKAGE / name)
         found = [
-            round(sum(p.numel() for p in train_progressive._outline(config, i).parameters()) / 1e6)
-            for i in range(len(config.stages))
+            round(sum(p.numel() for p in outline(config, i).parameters()) / 1e6) for i in range(len(config.stages))
         ]
         stated = [int(n) for n in re.findall(r"\((\d+) M", counts)]
         assert stated == (found if "each" not in counts else found[:1]), name

@@ -16,9 +16,13 @@ import torch
 from dataset import PatientDataset
 from hybrid_vit_cascade.cascade import Cascade
 from hybrid_vit_cascade.diffusion import Schedule
+from hybrid_vit_cascade.models import CascadeStage
 from hybrid_vit_cascade.settings import load_cascade_config, stage_run
 from hybrid_vit_cascade.training import train_progressive
-from hybrid_vit_cascade.training.train_progressive import Chain, StageTask, main
+from hybrid_vit_cascade.training.chain import Chain
+from hybrid_vit_cascade.training.task import EARLIER, StageTask
+from hybrid_vit_cascade.training.train_progressive import main
+from tests.helpers.hooks import at_forward, raising
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_cascade import TINY
 from tests.helpers.tiny_data import make_checkpoint, make_dataset
@@ -92,10 +96,10 @@ def assert_same_state(one, other):
 
 
 def make_task(root, config_path, *overrides, index=0, folder=None):
-    config = load_cascade_config(config_path, overrides)
+    config = load_cascade_config(config_path, [f"data.dataset_path={root}", *overrides])
     run = stage_run(config, index, world_size=1)
-    earlier = Chain(config, folder, root, Processes()).earlier(index)
-    return StageTask(config, run, root, earlier, Processes())
+    earlier = Chain(config, folder, Processes()).earlier(index)
+    return StageTask(config, run, earlier, Processes())
 
 
 def raw_batch(task, count=2):
@@ -199,21 +203,27 @@ def test_earlier_stages_and_their_averages_do_not_move(words, tmp_path, monkeypa
     assert {path: path.read_bytes() for path in (folder / "low").rglob("*") if path.is_file()} == files
 
 
-def test_a_stage_is_conditioned_on_the_noisy_output_of_the_earlier_ones(trained, root, config_path, monkeypatch):
-    task = make_task(root, config_path, "conditioning.noise=0.2", index=1, folder=trained)
-    calls, sample = [], task.earlier.sample
+class Recorded:
+    """Earlier stages that keep what they were asked: (steps, seed, volume) of each sample."""
 
-    def spy(xrays, steps, generators):
-        volumes = sample(xrays, steps, generators)
-        calls.extend((steps, generator.initial_seed(), volume) for generator, volume in zip(generators, volumes))
+    def __init__(self, cascade: Cascade):
+        self.cascade, self.calls = cascade, []
+
+    def sample(self, xrays, steps, generators):
+        volumes = self.cascade.sample(xrays, steps, generators)
+        self.calls += [(steps, generator.initial_seed(), volume) for generator, volume in zip(generators, volumes)]
         return volumes
 
-    monkeypatch.setattr(task.earlier, "sample", spy)
+
+def test_a_stage_is_conditioned_on_the_noisy_output_of_the_earlier_ones(trained, root, config_path):
+    task = make_task(root, config_path, "conditioning.noise=0.2", index=1, folder=trained)
+    task.earlier = Recorded(task.earlier)
+    calls = task.earlier.calls
     levels, errors, kinds = [], [], []
     for seed in range(40):
         calls.clear()
         batch = task.make_batch(raw_batch(task), [seed, seed + 1000], torch.device("cpu"))
-        calls.sort(key=lambda call: call[1] ^ train_progressive.EARLIER)  # the first sample has the smaller seed
+        calls.sort(key=lambda call: call[1] ^ EARLIER)  # the first sample has the smaller seed
         kinds.append([steps for steps, _, _ in calls])
         error = batch["previous"] - (2 * torch.stack([volume for _, _, volume in calls]) - 1)
         levels += batch["level"].tolist()
@@ -228,13 +238,12 @@ def test_a_stage_is_conditioned_on_the_noisy_output_of_the_earlier_ones(trained,
 
 
 @pytest.mark.parametrize(("fraction", "steps"), [("0", 2), ("1", 1)])
-def test_the_share_of_posterior_means_is_a_setting(trained, root, config_path, monkeypatch, fraction, steps):
+def test_the_share_of_posterior_means_is_a_setting(trained, root, config_path, fraction, steps):
     task = make_task(root, config_path, f"conditioning.mean_fraction={fraction}", index=1, folder=trained)
-    seen, sample = set(), task.earlier.sample
-    monkeypatch.setattr(task.earlier, "sample", lambda x, n, g: seen.add(n) or sample(x, n, g))
+    task.earlier = Recorded(task.earlier)
     for seed in range(4):
         task.make_batch(raw_batch(task), [seed, seed + 1], torch.device("cpu"))
-    assert seen == {steps}
+    assert {call[0] for call in task.earlier.calls} == {steps}
 
 
 # -- batches and loss ------------------------------------------------------------------------------
@@ -349,19 +358,6 @@ def test_one_view_trains_on_the_frontal_image_alone(words, tmp_path):
 # -- resuming --------------------------------------------------------------------------------------
 
 
-def stop_at(monkeypatch, call, action):
-    """Do ``action`` in the loss of the given call, counted over all stages."""
-    original, calls = StageTask.loss, []
-
-    def loss(self, model, batch):
-        calls.append(1)
-        if len(calls) == call:
-            action()
-        return original(self, model, batch)
-
-    monkeypatch.setattr(StageTask, "loss", loss)
-
-
 def assert_same_run(one, other, stage):
     assert_same_state(one / stage / "last.pt", other / stage / "last.pt")
     ours, theirs = (load_checkpoint(folder / stage / "best.pt") for folder in (one, other))
@@ -372,16 +368,18 @@ class Crash(Exception):
     pass
 
 
-def crash():
-    raise Crash
+def crash_at(call):
+    return at_forward(CascadeStage, call, raising(Crash()))
 
 
-def test_a_crash_in_the_middle_of_an_epoch_ends_with_the_same_state_bit_for_bit(words, trained, tmp_path, monkeypatch):
+def sigterm_at(call):
+    return at_forward(CascadeStage, call, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def test_a_crash_in_the_middle_of_an_epoch_ends_with_the_same_state_bit_for_bit(words, trained, tmp_path):
     command = words("logging.checkpoint_minutes=0.0", options=["--max_stages", "1"])
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5, crash)  # the second step of epoch 2
-        with pytest.raises(Crash):
-            main(command)
+    with crash_at(5), pytest.raises(Crash):  # the second step of epoch 2
+        main(command)
     state = load_checkpoint(tmp_path / "run" / "low" / "last.pt")["training_state"]
     assert (state["epoch"], state["step_in_epoch"]) == (2, 1)
     assert main(command) == 0
@@ -390,9 +388,8 @@ def test_a_crash_in_the_middle_of_an_epoch_ends_with_the_same_state_bit_for_bit(
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 @pytest.mark.usefixtures("stage_1_done")
-def test_sigterm_finishes_the_step_and_saves(words, trained, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def test_sigterm_finishes_the_step_and_saves(words, trained, tmp_path, capsys):
+    with sigterm_at(2):
         assert main(words()) == 128 + signal.SIGTERM
     assert "SIGTERM: saved" in capsys.readouterr().err
     state = load_checkpoint(tmp_path / "run" / "high" / "last.pt")["training_state"]
@@ -411,12 +408,10 @@ def test_a_finished_run_has_nothing_to_do(words, trained, capsys):
 
 
 @pytest.mark.usefixtures("stage_1_done")
-def test_resume_from_another_folder_goes_on_bit_for_bit(words, trained, tmp_path, monkeypatch):
+def test_resume_from_another_folder_goes_on_bit_for_bit(words, trained, tmp_path):
     first, second = tmp_path / "run", tmp_path / "second"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5, crash)
-        with pytest.raises(Crash):
-            main(words("logging.checkpoint_minutes=0.0", folder=first))
+    with crash_at(5), pytest.raises(Crash):
+        main(words("logging.checkpoint_minutes=0.0", folder=first))
     source = first / "high" / "last.pt"
     assert main(words(folder=second, options=["--resume_from", str(source)])) == 0
     assert_same_run(second, trained, "high")
@@ -453,9 +448,8 @@ def test_finished_stages_may_get_other_training_settings_later(words, tmp_path, 
 
 
 @pytest.mark.usefixtures("stage_1_done")
-def test_a_stage_does_not_go_on_after_its_earlier_stage_was_replaced(words, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def test_a_stage_does_not_go_on_after_its_earlier_stage_was_replaced(words, tmp_path):
+    with sigterm_at(1):
         main(words())
     path = tmp_path / "run" / "low" / "best.pt"
     data = load_checkpoint(path)
@@ -469,16 +463,9 @@ def test_a_stage_does_not_go_on_after_its_earlier_stage_was_replaced(words, tmp_
 
 
 @pytest.mark.usefixtures("stage_1_done")
-def test_a_nan_names_stage_epoch_and_step_and_keeps_the_last_good_checkpoint(words, tmp_path, monkeypatch):
-    original, calls = StageTask.loss, []
-
-    def loss(self, model, batch):
-        calls.append(1)
-        total, parts = original(self, model, batch)
-        return (total * math.nan if len(calls) == 5 else total), parts
-
-    monkeypatch.setattr(StageTask, "loss", loss)
-    with pytest.raises(TrainingError) as error:
+def test_a_nan_names_stage_epoch_and_step_and_keeps_the_last_good_checkpoint(words, tmp_path):
+    nan = at_forward(CascadeStage, 5, lambda output: output * math.nan)
+    with nan, pytest.raises(TrainingError) as error:
         main(words("logging.checkpoint_minutes=0.0"))
     for expected in (
         "stage high: epoch 2, step 2, patients p",
@@ -495,18 +482,8 @@ def test_a_nan_names_stage_epoch_and_step_and_keeps_the_last_good_checkpoint(wor
 def test_a_damaged_state_falls_back_to_the_one_before_and_the_run_is_recorded(words, tmp_path, capsys):
     """The first run ends in the middle of stage 1; its last file is cut off; the second goes on all the same."""
     command = words("training.num_epochs=2", "logging.checkpoint_minutes=0", options=["--max_stages", "1"])
-    with pytest.MonkeyPatch.context() as patch:
-        original = train_progressive.StageTask.loss
-        calls = iter(range(100))
-
-        def loss(*arguments):
-            if next(calls) == 4:
-                raise KeyboardInterrupt
-            return original(*arguments)
-
-        patch.setattr(train_progressive.StageTask, "loss", loss)
-        with pytest.raises(KeyboardInterrupt):
-            main(command)
+    with at_forward(CascadeStage, 5, raising(KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+        main(command)
     last = tmp_path / "run" / "low" / "last.pt"
     last.write_bytes(last.read_bytes()[:5000])
     assert main(command) == 0
@@ -516,15 +493,10 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_the_run_is_recorded(wo
     assert runs[0]["config_hash"] == runs[1]["config_hash"]
 
 
-def test_out_of_gpu_memory_names_what_would_fit(words, monkeypatch):
-    def loss(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(train_progressive.StageTask, "loss", loss)
-    with pytest.raises(
-        InputError,
-        match=r"stage low: epoch 1, step 1: out of GPU memory.*2\.00 GiB.*stages\.0\.activation_checkpointing",
-    ):
+def test_out_of_gpu_memory_names_the_settings_to_try(words):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    expected = "stage low: epoch 1, step 1: out of GPU memory.*2\\.00 GiB.*stages\\.0\\.activation_checkpointing"
+    with at_forward(CascadeStage, 1, raising(error)), pytest.raises(InputError, match=expected):
         main(words())
 
 
@@ -678,11 +650,11 @@ def test_torchrun_as_a_module_follows_the_same_curve_as_one_process(words, confi
         assert a[0]["psnr"] == pytest.approx(b[0]["psnr"], abs=1e-2)
 
 
-def test_a_resumed_run_keeps_its_global_batch_on_another_number_of_processes(words, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_global_batch_on_another_number_of_processes(words, tmp_path, capsys):
     """world_size null is the number of processes of the first start."""
-    seen = []
-    monkeypatch.setattr(train_progressive, "train", lambda args, config, *_: seen.append(config.world_size))
-    assert main(words("world_size=null")) == 0
-    write_json(tmp_path / "run" / "config.json", {**config_dict(load_cascade_config(words()[1])), "world_size": 3})
-    assert main(words("world_size=null")) == 0
-    assert seen == [1, 3]
+    command = words("world_size=null", options=["--dry-run"])
+    assert main(command) == 0
+    assert "global batch 2 = 2 x 1 x 1" in capsys.readouterr().out
+    write_json(tmp_path / "run" / "config.json", {**config_dict(load_cascade_config(command[1])), "world_size": 3})
+    assert main(command) == 0
+    assert "global batch 6 = 2 x 1 x 3" in capsys.readouterr().out

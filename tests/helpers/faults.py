@@ -18,7 +18,7 @@ from tests.helpers.paths import ROOT
 from xray2ct import checkpoints as checkpoints_module
 from xray2ct.checkpoints import weights_fingerprint
 from xray2ct.files import run_cli
-from xray2ct.training import cli, trainer
+from xray2ct.training import cli, state, trainer
 from xray2ct.training.distributed import Processes, process_group
 
 SECONDS = 600  # for anything that is waited for, on a machine with much else to do
@@ -45,15 +45,15 @@ def install(fault, pipe):
     """Change this process so that it meets ``fault``: what it does, how often it is passed before, where."""
     name, *values = fault
     if name == "report":
-        around(trainer.Trainer, "_step", functools.partial(report, pipe, Countdown(values[0])))
+        around(trainer.Trainer, "step", functools.partial(report, pipe, Countdown(values[0])))
     elif name == "record":
-        around(trainer, "save_checkpoint", functools.partial(record, values[0]))
+        around(state, "save_checkpoint", functools.partial(record, values[0]))
     elif name == "write":
         torch.save = functools.partial(half_a_file, torch.save, Countdown(values[0]), *values[1:])
     elif name in ("link", "replace", "validation"):
         where = {
             "link": (checkpoints_module, "_keep"),
-            "replace": (trainer, "save_checkpoint"),
+            "replace": (state, "save_checkpoint"),
             "validation": (toy_task.ToyTask, "validate"),
         }[name]
         around(*where, functools.partial(then_die, Countdown(values[0]), values[1]))

@@ -1,4 +1,4 @@
-"""A training that takes milliseconds a step: the project's engine and command line with a toy network and toy data.
+"""A training that takes milliseconds a step: the project's trainer and command line with a toy network and toy data.
 
     main(words("run", "training.num_epochs=3"))     # as a training script's main
 
@@ -19,6 +19,7 @@ from xray2ct.metrics import psnr
 from xray2ct.training.cli import run_training, training_parser
 from xray2ct.training.config import EnhancedConfig, load_config
 from xray2ct.training.distributed import Processes
+from xray2ct.training.task import Task
 
 KIND = "toy"
 # 60 steps; the state is saved after each of them
@@ -38,11 +39,8 @@ class ToyData(Dataset):
         return {"id": f"p{index}", "volume": volume}
 
 
-class ToyTask:
+class ToyTask(Task):
     """Learns to remove noise."""
-
-    weights_key = "model_state_dict"
-    best_name = "best_model.pt"
 
     def __init__(self, config: EnhancedConfig, processes: Processes):
         self.config, self.train_data = config, ToyData()
@@ -87,7 +85,7 @@ def words(output, *overrides: str) -> list[str]:
 
 def main(argv=None) -> int:
     args, config = parse(argv)
-    return run_training(args, config, ToyTask, lambda *_: None)
+    return run_training(args, config, ToyTask)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Baselines: the axes of plain lifting, size, training and resume by the engine, and the commands that take them."""
+"""Baselines: the axes of plain lifting, size, training and resume by the trainer, and the commands that take them."""
 
 import csv
 import json
@@ -12,6 +12,7 @@ from torch import nn
 import evaluate
 from dataset import PatientDataset, mean_volume
 from model_enhanced import EnhancedDirectModel
+from tests.helpers.hooks import at_forward, raising
 from tests.helpers.runs import TINY
 from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
 from tools import baselines
@@ -219,22 +220,13 @@ class TestTraining:
         loss = baselines.read_config(args).loss
         assert (loss.l1_weight, loss.mse_weight, loss.multiscale_weight) == (0.5, 1.0, 0.0)
 
-    def test_a_run_that_broke_off_ends_with_the_same_weights(self, root, tmp_path, monkeypatch):
+    def test_a_run_that_broke_off_ends_with_the_same_weights(self, root, tmp_path):
         settings = ("training.num_epochs=2", "logging.checkpoint_minutes=0.0")
         whole, broken = tmp_path / "whole", tmp_path / "broken"
         assert baselines.main(arguments("unet", root, whole, *settings)) == 0
-        steps, real = [], UNetTask.loss
-
-        def loss(task, model, batch):
-            steps.append(1)
-            if len(steps) == 5:
-                raise OSError("power cut")
-            return real(task, model, batch)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(UNetTask, "loss", loss)
-            with pytest.raises(OSError, match="power cut"):
-                baselines.main(arguments("unet", root, broken, *settings))
+        power_cut = at_forward(LiftingUNet, 5, raising(OSError("power cut")))
+        with power_cut, pytest.raises(OSError, match="power cut"):
+            baselines.main(arguments("unet", root, broken, *settings))
         assert load_checkpoint(broken / "last.pt")["training_state"]["updates"] == 4
         assert baselines.main(arguments("unet", root, broken, *settings)) == 0
         states = [load_checkpoint(o / "last.pt")["training_state"]["model"] for o in (whole, broken)]

@@ -1,6 +1,6 @@
 """Faults: processes killed at any moment, full disks, damaged files, dying ranks and data workers.
 
-Whole training runs of a toy network (:mod:`toy_task`) through the project's command line, engine and checkpoints, each
+Whole training runs of a toy network (:mod:`toy_task`) through the project's command line, trainer and checkpoints, each
 in a process of its own, forked from a server that has imported torch: twenty starts cost what one does. The reference
 is the same run without any fault. Runs of the real network are killed in test_training.py.
 """
@@ -41,9 +41,10 @@ from xray2ct.checkpoints import (
 )
 from xray2ct.data import cache
 from xray2ct.files import InputError
-from xray2ct.training import distributed, trainer
+from xray2ct.training import distributed
 from xray2ct.training.distributed import Processes, process_group, spawn
-from xray2ct.training.trainer import TrainingError, fit
+from xray2ct.training.signals import SignalCatcher
+from xray2ct.training.trainer import Trainer, TrainingError, fit
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and forked processes are POSIX")
 KILLS = 20
@@ -211,12 +212,16 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(reference, 
     assert_same_weights(output, finished)
 
 
-def test_processes_that_read_different_states_do_not_go_on(tmp_path, monkeypatch):
+class OtherRankReadsAnOlderState(Processes):
+    def gather_objects(self, value):
+        return [value, ("last_previous.pt", 3)]
+
+
+def test_processes_that_read_different_states_do_not_go_on(tmp_path):
     config, task, model = toy(tmp_path, "training.num_epochs=1")
     fit(model, task, config, tmp_path, Processes())
-    monkeypatch.setattr(Processes, "gather_objects", lambda _, value: [value, ("last_previous.pt", 3)])
     with pytest.raises(InputError, match=r"rank 0: last\.pt at step 6, rank 1: last_previous\.pt at step 3.*shared"):
-        fit(task.build_model(), task, config, tmp_path, Processes())
+        fit(task.build_model(), task, config, tmp_path, OtherRankReadsAnOlderState())
 
 
 # -- files of a run --------------------------------------------------------------------------------
@@ -259,10 +264,10 @@ def no_space(*_, **__):
 
 def test_a_full_disk_under_the_log_or_the_cache_is_one_sentence(root, tmp_path, monkeypatch):
     config, task, model = toy(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "open", no_space, raising=False)
-        with pytest.raises(WriteError, match=r"epoch 1, step 2: .*log\.jsonl: could not be written.*No space left"):
-            fit(model, task, config, tmp_path / "run", Processes())
+    trainer = Trainer(model, task, config, tmp_path / "run", Processes())
+    (tmp_path / "run" / "log.jsonl").mkdir(parents=True)  # cannot be written either
+    with pytest.raises(WriteError, match=r"epoch 1, step 2: .*log\.jsonl: could not be written.*[Dd]irectory"):
+        trainer.train_epoch(SignalCatcher())
     monkeypatch.setattr(np, "save", no_space)
     with pytest.raises(InputError, match=r"p3.*volume16.*No space left.*data\.cache_dir"):
         PatientDataset(root, "val", 16, None, cache_dir=tmp_path / "cache").build_cache()
@@ -341,22 +346,23 @@ def test_a_cache_file_is_verified_once_per_process(root, tmp_path, monkeypatch):
     assert len(calls) == 4
 
 
-def with_a_data_worker(monkeypatch):
-    original = trainer.Trainer._loader
-    monkeypatch.setattr(trainer.Trainer, "_loader", lambda self, *a, **_: original(self, *a, workers=1))
+def train_with_a_data_worker(config, task, model, output):
+    trainer = Trainer(model, task, config, output, Processes())
+    trainer.loader = functools.partial(trainer.loader, workers=1)
+    trainer.train_epoch(SignalCatcher())
 
 
-def test_a_data_worker_that_raises_names_patient_and_file(tmp_path, monkeypatch):
+def test_a_data_worker_that_raises_names_patient_and_file(tmp_path):
     broken = make_dataset(tmp_path / "data")
     config, task, model = build(broken)
     shutil.rmtree(broken / ".cache" / "p1")
     truncate(broken / "p1" / "p1.nii.gz", 5)
-    with_a_data_worker(monkeypatch)
+    (tmp_path / "run").mkdir()
     expected = r"^epoch 1, step \d: patient p1: .*p1\.nii\.gz"
     with pytest.raises(TrainingError, match=expected) as error:
-        fit(model, task, config, tmp_path / "run", Processes())
+        train_with_a_data_worker(config, task, model, tmp_path / "run")
     assert "Traceback" not in str(error.value)
-    with pytest.raises(InputError, match=r"^patient p1: .*p1\.nii\.gz"):  # and a new start says it at once
+    with pytest.raises(InputError, match=r"^patient p1: .*p1\.nii\.gz"):  # and a new start is refused at once
         build(broken)
 
 
@@ -375,12 +381,11 @@ class DiesInWorker(torch.utils.data.Dataset):
         die()
 
 
-def test_a_data_worker_that_is_killed_is_one_sentence(tmp_path, monkeypatch):
+def test_a_data_worker_that_is_killed_is_one_sentence(tmp_path):
     config, task, model = toy(tmp_path)
     task.train_data = DiesInWorker()
-    with_a_data_worker(monkeypatch)
     with pytest.raises(TrainingError, match=r"epoch 1, step 1: a data worker ended.*data\.num_workers=0"):
-        fit(model, task, config, tmp_path, Processes())
+        train_with_a_data_worker(config, task, model, tmp_path)
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -440,12 +445,12 @@ def test_torchrun_and_the_launcher_end_when_a_rank_dies(tmp_path, monkeypatch, c
     script.write_text(
         f"import os, signal, sys\nsys.path[:0] = [{str(ROOT)!r}]\n"
         "from tests.helpers import toy_task\nfrom xray2ct.training import trainer\n"
-        "step = trainer.Trainer._step\n"
+        "step = trainer.Trainer.step\n"
         "def dying(self, iterator):\n"
         "    if self.updates == 2 and os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, iterator)\n"
-        "trainer.Trainer._step = dying\n"
+        "trainer.Trainer.step = dying\n"
         "from xray2ct.files import run_cli\n"
         "run_cli(toy_task.main)\n"
     )

@@ -176,7 +176,7 @@ def test_wandb_offline_keeps_curves_pictures_and_settings_and_a_resumed_run_its_
     assert {path.name.split("-")[-1] for path in tmp_path.glob("wandb/offline-run-*")} == {state["id"]}
 
 
-def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
+def test_wandb_that_cannot_start_advises_what_to_do(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 
     def init(**_):

@@ -1,4 +1,4 @@
-"""The same run again gives the same result; every run says what it ran on; wrong convolutions are noticed."""
+"""The same run again gives the same result; every run records what it ran on; wrong convolutions are noticed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_enhanced_4gpu
+from model_enhanced import EnhancedDirectModel
 from tests.helpers import toy_task
 from tests.helpers.convolutions import PLAIN, spoiled
+from tests.helpers.hooks import at_forward
 from tests.helpers.runs import arguments, assert_same_tensors, build
 from tests.helpers.tiny_data import make_dataset
 from tools import environment
 from xray2ct.checkpoints import WriteError, load_checkpoint
 from xray2ct.files import read_json
 from xray2ct.training import provenance, trainer
-from xray2ct.training.config import config_dict, config_hash
+from xray2ct.training.config import config_hash
 from xray2ct.training.convolution_check import (
     Convolution,
     convolution_defect,
@@ -109,10 +111,10 @@ def test_operations_without_a_deterministic_version_are_named_once(capsys):
     assert capsys.readouterr().out == "note: without a deterministic version: put_; a repeated run may differ\n"
 
 
-def test_the_scripts_switch_reaches_the_training(root, tmp_path, monkeypatch):
+def test_the_scripts_switch_reaches_the_training(root, tmp_path):
     seen = []
-    monkeypatch.setattr(trainer.Trainer, "train_epoch", lambda *_: seen.append(flags()) or stop())
-    with pytest.raises(ZeroDivisionError):
+    noted = at_forward(EnhancedDirectModel, 1, lambda _: seen.append(flags()) or stop())
+    with noted, pytest.raises(ZeroDivisionError):
         train_enhanced_4gpu.main([*arguments(root, tmp_path), "--deterministic"])
     assert seen[0][:2] == (True, True)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -124,13 +126,11 @@ def stop():
 
 
 # -- run.json --------------------------------------------------------------------------------------
-def test_every_run_says_what_it_was_and_how_it_ended(root, tmp_path, monkeypatch):
+def test_every_run_is_recorded_with_its_end(root, tmp_path, monkeypatch):
     words = arguments(root, tmp_path, "training.num_epochs=1")
     monkeypatch.setattr("sys.argv", ["train_enhanced_4gpu.py", *words])
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "train_epoch", lambda *_: stop())
-        with pytest.raises(ZeroDivisionError):
-            train_enhanced_4gpu.main(words)
+    with at_forward(EnhancedDirectModel, 1, lambda _: stop()), pytest.raises(ZeroDivisionError):
+        train_enhanced_4gpu.main(words)
     assert train_enhanced_4gpu.main(words) == 0
     data = read_json(tmp_path / "run.json")
     failed, finished = data["runs"]
@@ -139,7 +139,7 @@ def test_every_run_says_what_it_was_and_how_it_ended(root, tmp_path, monkeypatch
     assert finished["command"][1:] == ["train_enhanced_4gpu.py", *words]
     assert finished["folder"] == os.getcwd()
     assert finished["began"] <= finished["ended"]
-    config = config_dict(train_enhanced_4gpu.read_config(train_enhanced_4gpu.parse_args(words)))
+    config = read_json(tmp_path / "config.json")
     checkpoint = load_checkpoint(tmp_path / "last.pt")
     assert finished["config_hash"] == config_hash(config) == checkpoint["config_hash"]
     assert finished["split_hash"] == checkpoint["split_hash"]
@@ -208,7 +208,7 @@ def test_without_git_or_within_somebody_elses_checkout_the_sources_hash_remains(
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_a_checkout_says_its_commit_and_whether_it_was_changed(monkeypatch, tmp_path):
+def test_a_checkout_is_recorded_with_its_commit_and_changes(monkeypatch, tmp_path):
     def git(*words):
         done = subprocess.run(["git", "-C", str(tmp_path), *words], capture_output=True, encoding="utf-8")
         if done.returncode:
@@ -327,7 +327,7 @@ def test_wrong_convolutions_make_the_run_fall_back_to_float32(tmp_path, monkeypa
     assert not all(torch.equal(plain[key], wanted[key]) for key in wanted)
 
 
-def test_the_command_prints_the_environment_and_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_the_environment_and_what_is_wrong(tmp_path, monkeypatch, capsys):
     def networks(_):
         return [("stage 1", lambda: nn.Conv3d(2, 3, 3)(torch.rand(1, 2, 7, 7, 7)))]
 

@@ -13,9 +13,9 @@ from xray2ct.checkpoints import load_checkpoint, save_checkpoint
 from xray2ct.files import InputError, read_json, write_json
 from xray2ct.imaging.cube import cube_affine
 from xray2ct.imaging.cube_files import write_cube
-from xray2ct.training.cli import refuse_losses
 from xray2ct.training.distributed import Processes
 from xray2ct.training.run_identity import data_header
+from xray2ct.training.task import refuse_losses
 from xray2ct.training.trainer import Trainer
 
 

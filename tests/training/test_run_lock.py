@@ -71,7 +71,7 @@ def test_the_same_process_does_not_get_a_folder_twice(tmp_path):
 
 
 class Refused(Processes):
-    """Rank 1 of two, beside a rank 0 that was refused."""
+    """Rank 1 of two, of which rank 0 was refused."""
 
     def any(self, flag):
         return True

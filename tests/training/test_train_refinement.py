@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import train_refinement_4gpu
 from dataset import PatientDataset
 from model_enhanced import RefinementNetwork
+from tests.helpers.hooks import at_forward, raising
 from tests.helpers.runs import assert_same_tensors, run, start_and_signal
 from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_model
 from xray2ct.checkpoints import load_checkpoint
@@ -221,7 +222,7 @@ class TestRuns:
         for left, right in zip(a, b):
             assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
 
-    def test_dry_run_says_what_would_run(self, root, base, tmp_path, capsys):
+    def test_dry_run_prints_what_would_run(self, root, base, tmp_path, capsys):
         assert train_refinement_4gpu.main([*arguments(root, base, tmp_path / "out"), "--dry-run"]) == 0
         printed = capsys.readouterr().out
         assert "16^3 -> 64^3, guided by X-rays of 64^2" in printed
@@ -230,14 +231,13 @@ class TestRuns:
         assert not (tmp_path / "out").exists()
 
 
-def test_the_configuration_is_written_with_its_defaults_where_it_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_refinement_4gpu, "__file__", str(tmp_path / "train_refinement_4gpu.py"))
-    path = train_refinement_4gpu.default_config_path()
+def test_the_configuration_is_written_with_its_defaults_where_it_is_missing(tmp_path, capsys):
+    path = train_refinement_4gpu.default_config_path(tmp_path)
     assert path == tmp_path / "config_refinement.json"
     assert "was missing" in capsys.readouterr().out
     assert load_config(RefinementConfig, path) == RefinementConfig()
     path.write_text('{"training": {"num_epochs": 7}}')
-    assert load_config(RefinementConfig, train_refinement_4gpu.default_config_path()).training.num_epochs == 7
+    assert load_config(RefinementConfig, train_refinement_4gpu.default_config_path(tmp_path)).training.num_epochs == 7
 
 
 def test_the_repository_s_configuration_holds_the_defaults():
@@ -306,7 +306,7 @@ class TestBadInput:
         path = make_checkpoint(tmp_path / "b.pt", root, volumes={"cube_size": 128, "couch_removed": False})
         make_task(root, path)
 
-    def test_stage_1_that_has_seen_the_judges(self, root, tmp_path):
+    def test_stage_1_that_has_seen_patients_of_validation_or_test(self, root, tmp_path):
         path = make_checkpoint(tmp_path / "b.pt", root, train_patients=["p0", "p4"])
         with pytest.raises(InputError, match=r"b\.pt was trained on p4, which validate or test here"):
             make_task(root, path)
@@ -323,48 +323,40 @@ class TestBadInput:
 
 
 class TestShortMemory:
-    def test_settings_that_fit_are_found_by_trying(self, root, base, monkeypatch):
-        task = make_task(root, base, "patch.size=0", "training.batch_size=4", "world_size=1")
-        tried = []
+    @pytest.mark.parametrize(
+        ("overrides", "advice"),
+        [
+            (
+                ["patch.size=0", "training.batch_size=4"],
+                "Try, in this order, --set model.activation_checkpointing=true, then --set training.batch_size=2,"
+                " then --set patch.size=8 --set patch.per_volume=1, then a smaller model.channels",
+            ),
+            (
+                ["patch.size=16", "model.activation_checkpointing=true"],
+                "Try, in this order, --set patch.size=8 --set patch.per_volume=1, then a smaller model.channels",
+            ),
+            # Patches of fewer than 8 voxels are mostly border, and have no X-ray of their own.
+            (["patch.size=8", "model.activation_checkpointing=true"], "Try, in this order, a smaller model.channels"),
+            (
+                ["patch.size=0", "loss.projection_weight=1"],
+                "Try, in this order, --set model.activation_checkpointing=true, then a smaller model.channels",
+            ),
+        ],
+    )
+    def test_settings_to_try_the_least_harmful_first(self, root, base, overrides, advice):
+        task = make_task(root, base, *overrides)
+        assert task.memory_advice() == advice
+        for setting in re.findall(r"--set (\S+?),? ", advice):
+            load_config(RefinementConfig, None, [setting])
 
-        def step(config):
-            tried.append((config.model.activation_checkpointing, config.training.batch_size, config.patch.size))
-            if config.training.batch_size > 1:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
-        monkeypatch.setattr(task, "_try_step", step)
-        advice = task.memory_advice()
-        assert advice.endswith("--set model.activation_checkpointing=true --set training.batch_size=1")
-        assert tried == [(True, 4, 0), (True, 2, 0), (True, 1, 0)]
-
-    def test_patches_come_last_and_nothing_fitting_is_said(self, root, base, monkeypatch):
-        task = make_task(root, base, "patch.size=0")
-
-        def step(config):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-        monkeypatch.setattr(task, "_try_step", step)
-        assert "Not even the smallest" in task.memory_advice()
-        assert list(refinement_task.smaller_settings(task.config))[-1]["patch.size"] == 12
-
-    def test_the_step_that_is_tried_really_runs(self, root, base):
-        task = make_task(root, base)
-        assert task._fits({"model.activation_checkpointing": True, "patch.per_volume": 1})
-
-    def test_a_projection_loss_is_computed_and_patches_are_no_advice_for_it(self, root, base):
+    def test_a_projection_loss_of_full_volumes_is_computed(self, root, base):
         task = make_task(root, base, "patch.size=0", "loss.projection_weight=1")
-        assert task._fits({"model.activation_checkpointing": True})
-        assert all("patch.size" not in changes for changes in refinement_task.smaller_settings(task.config))
         batch = task.make_batch(next(iter(torch.utils.data.DataLoader(task.train_data))), [1], torch.device("cpu"))
         assert task.loss(task.build_model(), batch)[1]["projection"] > 0
 
-    def test_the_engine_stops_once_with_the_advice(self, root, base, tmp_path, monkeypatch):
+    def test_the_trainer_stops_with_the_advice(self, root, base, tmp_path):
         task = make_task(root, base, "world_size=1")
-        monkeypatch.setattr(task, "memory_advice", lambda: "A step fits with --set patch.size=4")
-
-        def loss(model, batch):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-        monkeypatch.setattr(task, "loss", loss)
-        with pytest.raises(TrainingError, match=r"epoch 1, step 1: out of GPU memory.*20\.00 GiB.*--set patch.size=4"):
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        expected = r"epoch 1, step 1: out of GPU memory.*20\.00 GiB.*--set model.activation_checkpointing=true"
+        with at_forward(RefinementNetwork, 1, raising(error)), pytest.raises(TrainingError, match=expected):
             fit(task.build_model(), task, task.config, tmp_path, Processes(0, 1, torch.device("cpu")))

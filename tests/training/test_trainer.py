@@ -1,4 +1,4 @@
-"""The training engine's pieces: sample plan, schedule, averages, settings that may change, failures."""
+"""The trainer's pieces: sample plan, schedule, averages, settings that may change, failures."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ import pytest
 import torch
 from torch import nn
 
+from model_enhanced import EnhancedDirectModel
 from tests.helpers import toy_task
+from tests.helpers.hooks import at_forward
 from tests.helpers.runs import build
 from tests.helpers.tiny_data import largest_difference, make_dataset
 from xray2ct import files
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError
 from xray2ct.training import precision as precision_module
-from xray2ct.training import trainer as trainer_module
 from xray2ct.training.config import EnhancedConfig, config_dict, load_config
 from xray2ct.training.distributed import Processes
 from xray2ct.training.ema import MovingAverage
 from xray2ct.training.plan import EpochPlan, accumulation_steps, learning_rate_at, sample_seed
 from xray2ct.training.run_identity import changed_settings
 from xray2ct.training.signals import SignalCatcher
-from xray2ct.training.trainer import TrainingError, fit, parameter_groups
+from xray2ct.training.state import parameter_groups
+from xray2ct.training.trainer import Trainer, TrainingError, fit
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("engine") / "data")
+    return make_dataset(tmp_path_factory.mktemp("trainer") / "data")
 
 
 # -- plan ----------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def test_few_patients_are_repeated_to_fill_a_global_batch():
     assert set(plan.order(1)) == {0, 1}
 
 
-def test_accumulation_keeps_the_global_batch_or_says_why_not():
+def test_accumulation_keeps_the_global_batch_or_is_refused():
     config = load_config(EnhancedConfig, None, ["training.batch_size=4", "world_size=4"])
     assert [accumulation_steps(config, n) for n in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(InputError, match=r"global batch of 16.*3 processes"):
@@ -111,7 +113,7 @@ class Recording(toy_task.ToyTask):
 def recording_trainer(output, *overrides):
     _, config = toy_task.parse(toy_task.words(output, *overrides))
     task = Recording(config, Processes())
-    return trainer_module.Trainer(task.build_model(), task, config, output, Processes())
+    return Trainer(task.build_model(), task, config, output, Processes())
 
 
 def test_an_epoch_reads_every_patient_at_its_positions(tmp_path):
@@ -268,18 +270,12 @@ def test_a_run_on_another_split_is_refused(root, tmp_path):
         fit(model, task, config, tmp_path / "run", Processes())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(root, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(root, tmp_path):
     config, task, model = build(root)
     config.logging.checkpoint_minutes = 0.0
-    original, calls = task.loss, []
-
-    def loss(model, batch):
-        calls.append(1)
-        total, parts = original(model, batch)
-        return (total * math.nan if len(calls) == 3 else total), parts
-
-    monkeypatch.setattr(task, "loss", loss)
-    with pytest.raises(TrainingError, match=r"epoch 1, step 2, patients p\d: the loss is nan \(L1"):
+    # The third forward pass is the first one of step 2.
+    nan = at_forward(EnhancedDirectModel, 3, lambda output: (output[0] * math.nan, output[1]))
+    with nan, pytest.raises(TrainingError, match=r"epoch 1, step 2, patients p\d: the loss is nan \(L1"):
         fit(model, task, config, tmp_path, Processes())
     kept = load_checkpoint(tmp_path / "last.pt")
     assert kept["training_state"]["step_in_epoch"] == 1
@@ -335,16 +331,14 @@ def test_training_on_the_xrays_of_the_files_works_without_augmentation(root, tmp
     assert losses[-1] < losses[0]
 
 
-def test_each_epoch_logs_the_gpu_memory_of_its_own(root, tmp_path, monkeypatch):
-    config, task, model = build(root)
-    trainer = trainer_module.Trainer(model, task, config, tmp_path, Processes())
-    assert trainer._gpu_memory() == {}
-    resets = []
+def test_the_gpu_memory_is_that_since_the_last_call(monkeypatch):
+    peak, resets = precision_module.peak_gpu_memory, []
+    assert peak(torch.device("cpu")) == {}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
-    trainer.processes = Processes(device=torch.device("cuda", 0))
-    assert trainer._gpu_memory() == {"gpu_memory_gib": 1.5}
-    assert resets == [torch.device("cuda", 0)]
+    device = torch.device("cuda", 0)
+    assert peak(device) == {"gpu_memory_gib": 1.5}
+    assert resets == [device]
 
 
 @pytest.fixture

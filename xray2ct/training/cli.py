@@ -1,28 +1,34 @@
-"""What the direct system's two training scripts share: their options, and what each process runs."""
+"""Command line of the training scripts: their options, their configuration, and what each process runs."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from xray2ct.checkpoints import LAST
 from xray2ct.files import InputError, write_json
-from xray2ct.training.config import LossConfig, config_dict, config_hash
+from xray2ct.training.config import config_dict, config_hash, load_config
 from xray2ct.training.determinism import deterministic
-from xray2ct.training.distributed import Processes, process_group
+from xray2ct.training.distributed import Processes, launch, process_group
 from xray2ct.training.monitors import add_arguments, check_arguments, monitors_from
 from xray2ct.training.plan import accumulation_steps
+from xray2ct.training.precision import Precision
 from xray2ct.training.provenance import recorded_run
 from xray2ct.training.run_lock import locked_folder
-from xray2ct.training.trainer import Interrupted, fit
+from xray2ct.training.signals import Interrupted
+from xray2ct.training.task import Task
+from xray2ct.training.trainer import fit
 
 
 def training_parser(description: str, config_name: str, output: str) -> argparse.ArgumentParser:
     """Options that both scripts have: --config, --data, --output, --set, --dry-run, --deterministic, the monitors'."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help=f"JSON settings (default: {config_name} beside this script)")
+    parser.add_argument("--config", help=f"JSON settings (default: {config_name} next to this script)")
     parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
     parser.add_argument("--output", default=output, help="folder for checkpoints and log.jsonl (default %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
@@ -41,9 +47,17 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def read_config(cls, args: argparse.Namespace, path, preset=()):
+    """The configuration of a command line: the file at ``path`` (None: defaults), ``preset`` settings, the options."""
+    config = load_config(cls, path, [*preset, *args.set])
+    if args.data:
+        config.data.dataset_path = args.data
+    return config
+
+
 @contextlib.contextmanager
 def run_context(args: argparse.Namespace, config, output, processes: Processes, split_hash: str):
-    """What surrounds the training of every script: ``--deterministic``, and ``output/run.json`` (by rank 0).
+    """Train within this block: applies ``--deterministic`` and records the run in ``output/run.json`` (rank 0).
 
     config: the settings' dataclass. split_hash: of the data set, see :func:`splits.split_hash`.
     """
@@ -59,23 +73,12 @@ def run_context(args: argparse.Namespace, config, output, processes: Processes, 
 
 
 def check_before_launch(args: argparse.Namespace, config) -> None:
-    """Raise :class:`InputError` for what every process would stumble over: missing packages, a missing data set."""
+    """Raise :class:`InputError` for what no process can do without: missing packages, a missing data set."""
     check_arguments(args)
     if not Path(config.data.dataset_path).is_dir():
         raise InputError(
             f"{config.data.dataset_path}: no such data set; make one with prepare_data.py, then pass --data ROOT"
         )
-
-
-def refuse_losses(loss: LossConfig, reasons: dict[str, str]) -> None:
-    """Raise :class:`InputError` naming key and value when a loss is wanted that a task cannot compute.
-
-    reasons: why, by the name of each such loss (``{"multiscale": "..."}``).
-    """
-    for name, reason in reasons.items():
-        weight = getattr(loss, f"{name}_weight")
-        if weight:
-            raise InputError(f"loss.{name}_weight is {weight:g}, but {reason}: expected 0")
 
 
 def describe_processes(config, processes: Processes, precision: str) -> str:
@@ -88,31 +91,39 @@ def describe_processes(config, processes: Processes, precision: str) -> str:
     )
 
 
-def run_training(args: argparse.Namespace, config, make_task, describe) -> int:
-    """One process's part of a run; returns its exit status.
+def start(args: argparse.Namespace, config, task_class: Callable[[Any, Processes], Task]) -> int:
+    """Check what can be checked at once, then train in as many processes as fit; returns the exit status."""
+    check_before_launch(args, config)
+    return launch(run_training, config.world_size, args, config, task_class)
 
-    make_task: ``(config, processes) -> Task`` with ``build_model()``; describe: ``(task, model, processes)``
-    prints what is about to run, on rank 0.
-    """
+
+def run_training(args: argparse.Namespace, config, task_class: Callable[[Any, Processes], Task]) -> int:
+    """One process's part of a run; returns its exit status."""
     with process_group() as processes:
-        task = make_task(config, processes)
+        task = task_class(config, processes)
         model = task.build_model()
+        precision = Precision(config.training.precision, processes.device).name
+        lines = [*task.description(model), describe_processes(config, processes, precision)]
         if processes.is_main:
-            describe(task, model, processes)
+            print("\n".join(lines), flush=True)
         if args.dry_run:
             return 0
+        settings, output = config_dict(config), Path(args.output)
+        record = partial(write_json, output / "config.json", settings)
         try:
             with (
-                locked_folder(args.output, processes),
-                run_context(args, config, args.output, processes, task.header()["split_hash"]),
+                locked_folder(output, processes),
+                run_context(args, config, output, processes, task.header()["split_hash"]),
+                monitors_from(args, settings, output, processes) as monitors,
             ):
-                settings = config_dict(config)
-                with monitors_from(args, settings, args.output, processes) as monitors:
-                    record = functools.partial(write_json, Path(args.output) / "config.json", settings)
-                    fit(model, task, config, args.output, processes, monitors, record)
+                fit(model, task, config, output, processes, monitors, record)
         except Interrupted as interruption:
-            if processes.is_main:
-                last = Path(args.output) / "last.pt"
-                print(f"{interruption}: saved {last}; the same command goes on from there", file=sys.stderr)
-            return 128 + interruption.signal_number
+            return stopped(interruption, processes, f"saved {output / LAST}")
     return 0
+
+
+def stopped(interruption: Interrupted, processes: Processes, saved: str) -> int:
+    """Report a run that a signal has stopped (rank 0); returns its exit status."""
+    if processes.is_main:
+        print(f"{interruption}: {saved}; the same command goes on from there", file=sys.stderr)
+    return 128 + interruption.signal_number

@@ -14,6 +14,16 @@ from xray2ct.data.augment import AugmentConfig
 from xray2ct.files import InputError, parse_json, read_json, shown, shown_name
 
 
+def setting(default, **limits):
+    """A field with limits: ``minimum``, ``maximum``, ``between`` (both, in one message) or ``choices``."""
+    return field(default=default, metadata=limits)
+
+
+def weight(default: float):
+    """A field for the weight of a loss."""
+    return setting(default, minimum=0.0)
+
+
 @dataclass
 class ModelConfig:
     volume_size: list[int] = field(default_factory=lambda: [64, 64, 64])
@@ -22,59 +32,72 @@ class ModelConfig:
     stem_stride: int = 2  # 1 for small X-rays (128), 2 for 512
     encoder_blocks: list[int] = field(default_factory=lambda: [1, 1, 2, 3])
     decoder_blocks: list[int] = field(default_factory=lambda: [3, 2, 1])
-    transformer_blocks: int = 6
+    transformer_blocks: int = setting(6, minimum=0)
     activation_checkpointing: bool = False  # less memory, about a third more time
 
 
 @dataclass
-class TrainingConfig:
-    num_epochs: int = 200
-    batch_size: int = 4  # per process
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.01
-    grad_clip_max_norm: float = 1.0
-    gradient_accumulation_steps: int = 1
-    warmup_epochs: float = 2.0  # linear from 0
-    min_learning_rate_ratio: float = 0.01  # where the cosine ends
-    ema_decay: float = 0.999  # 0 switches the moving average off
-    precision: str = "auto"  # auto, float32, bfloat16, float16
+class CommonTraining:
+    """Settings of the trainer that have the same name everywhere."""
+
+    num_epochs: int = setting(200, minimum=1)
+    batch_size: int = setting(4, minimum=1)  # per process
+    learning_rate: float = setting(3e-4, minimum=0.0)
+    weight_decay: float = setting(0.01, minimum=0.0)
+    gradient_accumulation_steps: int = setting(1, minimum=1)
+    warmup_epochs: float = setting(2.0, minimum=0.0)  # linear from 0
+    min_learning_rate_ratio: float = setting(0.01, minimum=0.0, maximum=1.0)  # where the cosine ends
+    ema_decay: float = setting(0.999, minimum=0.0, maximum=1.0)  # 0 switches the moving average off
+    precision: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
     channels_last: bool = True  # memory format of the convolutions
     compile: bool = False  # torch.compile
-    seed: int = 0
+    seed: int = setting(0, minimum=0)
+
+
+@dataclass
+class TrainingConfig(CommonTraining):
+    grad_clip_max_norm: float = setting(1.0, minimum=0.0)  # largest gradient norm; 0 for no limit
 
 
 @dataclass
 class LossConfig:
-    l1_weight: float = 1.0
-    ssim_weight: float = 0.5
-    perceptual_weight: float = 0.1
-    edge_weight: float = 0.1
-    multiscale_weight: float = 0.3
-    mse_weight: float = 0.0
-    projection_weight: float = 0.0
+    l1_weight: float = weight(1.0)
+    ssim_weight: float = weight(0.5)
+    perceptual_weight: float = weight(0.1)
+    edge_weight: float = weight(0.1)
+    multiscale_weight: float = weight(0.3)
+    mse_weight: float = weight(0.0)
+    projection_weight: float = weight(0.0)
     perceptual_weights: str = "imagenet"  # imagenet, random, or a path to VGG16 weights
-    perceptual_slices: int = 4  # slices per orientation and volume that VGG16 sees at each step
+    perceptual_slices: int = setting(4, minimum=1)  # per orientation and volume that VGG16 sees at each step
     use_scan_mask: bool = False  # leave out what the scan did not see (then strict scores there are up to chance)
 
 
 @dataclass
-class DataConfig:
+class CommonData:
+    """Settings of the data set that have the same name everywhere."""
+
     dataset_path: str = "data"
-    max_patients: int | None = None
-    repeats: int = 1  # times each patient is drawn (and augmented anew) per epoch
-    num_workers: int = 4  # loader processes; ignored on a CPU
-    prefetch_factor: int = 2
+    max_patients: int | None = setting(None, minimum=1)
+    repeats: int = setting(1, minimum=1)  # times each patient is drawn (and augmented anew) per epoch
+    prefetch_factor: int = setting(2, minimum=1)
     cache_dir: str | None = None  # default: DATASET/.cache
-    xray_source: str = "auto"  # auto, render (augmented pairs), files (the X-rays on disk, no augmentation)
+    # auto, render (augmented pairs), files (the X-rays on disk, no augmentation)
+    xray_source: str = setting("auto", choices=("auto", "render", "files"))
     xray_normalization: str = "percentile"  # for data sets without dataset.json
 
 
 @dataclass
+class DataConfig(CommonData):
+    num_workers: int = setting(4, minimum=0)  # loader processes; ignored on a CPU
+
+
+@dataclass
 class LoggingConfig:
-    log_interval: int = 10  # steps
-    val_interval: int = 1  # epochs
-    save_checkpoint_interval: int = 5  # epochs between epoch_X.pt; 0 for none
-    checkpoint_minutes: float = 10.0  # last.pt within an epoch
+    log_interval: int = setting(10, minimum=1)  # steps
+    val_interval: int = setting(1, minimum=1)  # epochs
+    save_checkpoint_interval: int = setting(5, minimum=0)  # epochs between epoch_X.pt; 0 for none
+    checkpoint_minutes: float = setting(10.0, minimum=0.0)  # last.pt within an epoch
 
 
 @dataclass
@@ -87,7 +110,8 @@ class EnhancedConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    world_size: int = 4  # the global batch is batch_size x accumulation x this, however many processes run
+    # The global batch is batch_size x accumulation x this, however many processes run.
+    world_size: int = setting(4, minimum=1)
 
 
 @dataclass
@@ -95,7 +119,7 @@ class RefinementModelConfig:
     guided: bool = True  # read the X-rays too
     channels: int = 64  # of the trunk
     growth: int = 32
-    rrdb_blocks: int = 2
+    rrdb_blocks: int = setting(2, minimum=1)
     head_channels: list[int] = field(default_factory=lambda: [48, 24, 4])  # at 1x, 2x and per sub-voxel of 4x
     guide_widths: list[int] = field(default_factory=lambda: [24, 48, 64, 96])  # X-ray encoder, fine to coarse
     guide_channels: list[int] = field(default_factory=lambda: [8, 8, 4])  # lifted at 1x, 2x, 4x
@@ -106,9 +130,9 @@ class RefinementModelConfig:
 
 @dataclass
 class PatchConfig:
-    size: int = 32  # coarse voxels; 0 trains on full volumes
-    per_volume: int = 2  # patches of each augmented volume
-    context: int = 8  # coarse voxels around a patch that the trunk sees
+    size: int = setting(32, minimum=0)  # coarse voxels; 0 trains on full volumes
+    per_volume: int = setting(2, minimum=1)  # patches of each augmented volume
+    context: int = setting(8, minimum=0)  # coarse voxels around a patch that the trunk sees
 
 
 @dataclass
@@ -116,7 +140,8 @@ class RefinementConfig:
     """Everything ``train_refinement_4gpu.py`` reads; ``config_refinement.json`` overrides these defaults."""
 
     base_checkpoint: str = "checkpoints_enhanced/best_model.pt"
-    guidance_dropout: float = 0.1  # share of samples without X-rays: a guided network then also works without them
+    # Share of samples without X-rays: a guided network then also works without them.
+    guidance_dropout: float = setting(0.1, minimum=0.0, maximum=1.0)
     model: RefinementModelConfig = field(default_factory=RefinementModelConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     training: TrainingConfig = field(
@@ -126,68 +151,22 @@ class RefinementConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    world_size: int = 4
+    world_size: int = setting(4, minimum=1)
 
 
-# Smallest value that makes sense; anything below is an error that names the key.
-MINIMUM = {
-    "training.num_epochs": 1,
-    "training.batch_size": 1,
-    "training.learning_rate": 0.0,
-    "training.weight_decay": 0.0,
-    "training.grad_clip_max_norm": 0.0,
-    "training.gradient_accumulation_steps": 1,
-    "training.warmup_epochs": 0.0,
-    "training.ema_decay": 0.0,
-    "loss.perceptual_slices": 1,
-    "model.rrdb_blocks": 1,
-    "training.min_learning_rate_ratio": 0.0,
-    "training.seed": 0,
-    "loss.l1_weight": 0.0,
-    "loss.ssim_weight": 0.0,
-    "loss.perceptual_weight": 0.0,
-    "loss.edge_weight": 0.0,
-    "loss.multiscale_weight": 0.0,
-    "loss.mse_weight": 0.0,
-    "loss.projection_weight": 0.0,
-    "model.transformer_blocks": 0,
-    "augment.source_size": 16,
-    "augment.rotation_deg": 0.0,
-    "augment.scale": 0.0,
-    "augment.translation_mm": 0.0,
-    "augment.elastic_mm": 0.0,
-    "augment.elastic_points": 2,
-    "augment.hu_shift": 0.0,
-    "augment.hu_scale": 0.0,
-    "augment.mirror_probability": 0.0,
-    "augment.xray_noise": 0.0,
-    "augment.xray_gain": 0.0,
-    "logging.checkpoint_minutes": 0.0,
-    "guidance_dropout": 0.0,
-    "patch.size": 0,
-    "patch.per_volume": 1,
-    "patch.context": 0,
-    "data.max_patients": 1,
-    "data.repeats": 1,
-    "data.num_workers": 0,
-    "data.prefetch_factor": 1,
-    "logging.log_interval": 1,
-    "logging.val_interval": 1,
-    "logging.save_checkpoint_interval": 0,
-    "world_size": 1,
-}
-MAXIMUM = {
-    "training.min_learning_rate_ratio": 1.0,
-    "training.ema_decay": 1.0,
-    "augment.scale": 0.9,
-    "augment.hu_scale": 1.0,
-    "augment.mirror_probability": 1.0,
-    "augment.xray_gain": 1.0,
-    "guidance_dropout": 1.0,
-}
-CHOICES = {
-    "training.precision": ("auto", "float32", "bfloat16", "float16"),
-    "data.xray_source": ("auto", "render", "files"),
+# Limits of AugmentConfig, whose fields have none yet.
+AUGMENT_LIMITS = {
+    "source_size": {"minimum": 16},
+    "rotation_deg": {"minimum": 0.0},
+    "scale": {"minimum": 0.0, "maximum": 0.9},
+    "translation_mm": {"minimum": 0.0},
+    "elastic_mm": {"minimum": 0.0},
+    "elastic_points": {"minimum": 2},
+    "hu_shift": {"minimum": 0.0},
+    "hu_scale": {"minimum": 0.0, "maximum": 1.0},
+    "mirror_probability": {"minimum": 0.0, "maximum": 1.0},
+    "xray_noise": {"minimum": 0.0},
+    "xray_gain": {"minimum": 0.0, "maximum": 1.0},
 }
 
 
@@ -226,26 +205,30 @@ def config_hash(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_config(config, origin: str) -> None:
-    """Raise :class:`InputError` naming ``origin`` and the key of a value that cannot work."""
-    for key, minimum in MINIMUM.items():
-        value = _get(config, key)
-        if value is not None and value < minimum:
-            raise InputError(f"{origin}: {key} is {value}; expected at least {minimum}")
-    for key, maximum in MAXIMUM.items():
-        value = _get(config, key)
-        if value is not None and value > maximum:
-            raise InputError(f"{origin}: {key} is {value}; expected at most {maximum:g}")
-    for key, choices in CHOICES.items():
-        value = _get(config, key)
-        if value is not None and value not in choices:
-            raise InputError(f"{origin}: {key} is {value!r}; expected one of {', '.join(choices)}")
+def check_config(config, origin: str, prefix: str = "") -> None:
+    """Raise :class:`InputError` naming ``origin`` and the key of a value beyond the limits that stand at its field."""
+    for entry in fields(config):
+        name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        limits = AUGMENT_LIMITS.get(entry.name, {}) if isinstance(config, AugmentConfig) else entry.metadata
+        if is_dataclass(value):
+            check_config(value, origin, f"{name}.")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if is_dataclass(item):
+                    check_config(item, origin, f"{name}.{index}.")
+        elif value is not None and (expected := _expected(value, **limits)):
+            raise InputError(f"{origin}: {name} is {value!r}; expected {expected}")
 
 
-def _get(config, dotted):
-    for part in dotted.split("."):
-        config = getattr(config, part, None)
-    return config
+def _expected(value, minimum=None, maximum=None, between=None, choices=None) -> str | None:
+    """What a value had to be; None when it is."""
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
+    if between and not between[0] <= value <= between[1]:
+        return f"{between[0]} to {between[1]}" if between[0] < between[1] else f"{between[0]}"
+    if minimum is not None and value < minimum:
+        return f"at least {minimum}"
+    return f"at most {maximum:g}" if maximum is not None and value > maximum else None
 
 
 def _parse(text: str, origin: str):

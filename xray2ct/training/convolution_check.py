@@ -111,7 +111,7 @@ def _relative_error(found: torch.Tensor, wanted: torch.Tensor, epsilon: float) -
 def reduced_precision_defects(run: Callable[[], object], dtype: torch.dtype, device, convolve=F.conv3d) -> list[str]:
     """Defects (:func:`convolution_defect`) of the Conv3d calls that ``run()`` makes; empty when all are right.
 
-    A case that is too large for the memory that is free is tried with one sample, or left out, and said. On a CPU
+    A case that is too large for the memory that is free is tried with one sample, or left out with a note. On a CPU
     volumes are cut to ``CPU_SIZE`` voxels per axis: the defects known there are of small ones, large ones take minutes.
     """
     defects, cases = [], recorded_convolutions(run)

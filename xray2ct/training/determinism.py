@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -14,7 +14,7 @@ NO_DETERMINISTIC_VERSION = re.compile(r"^(\S+) does not have a deterministic imp
 
 
 @contextlib.contextmanager
-def deterministic(enabled: bool = True) -> Iterator[list[str]]:
+def deterministic(enabled: bool = True) -> Generator[list[str]]:
     """Use torch's deterministic algorithms within the block; what was set before comes back.
 
     ``torch.use_deterministic_algorithms``, no cuDNN benchmark, ``CUBLAS_WORKSPACE_CONFIG`` (has to be set before the

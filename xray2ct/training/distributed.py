@@ -113,7 +113,7 @@ def _refuse_copies() -> None:
     """Raise :class:`InputError` when this is one of several processes that know nothing of each other.
 
     Slurm sets the step's variables in what srun starts, not in a batch script, which runs once whatever
-    SLURM_NTASKS says; a rank above 0 is one of several in any case.
+    SLURM_NTASKS is; a rank above 0 is one of several in any case.
     """
     step = "SLURM_STEP_NUM_TASKS" if os.environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
     in_step = step == "SLURM_STEP_NUM_TASKS" or "SLURM_STEP_ID" in os.environ

@@ -15,6 +15,7 @@ import argparse
 import importlib
 import secrets
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +101,8 @@ class TensorBoardWriter:
     """Event files in ``folder``; ``tensorboard --logdir`` on it, or on any folder above, shows them."""
 
     def __init__(self, folder: Path):
-        self.folder, self.writer = folder, None
+        self.folder = folder
+        self.writer: Any = None
 
     def start(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -80,8 +80,8 @@ class Positions(Dataset):
     def __init__(self, data: Dataset, order: list[int]):
         self.data, self.order = data, order
 
-    def __getitem__(self, position: int) -> dict:
-        return {**self.data[self.order[position]], "position": position}
+    def __getitem__(self, index: int) -> dict:
+        return {**self.data[self.order[index]], "position": index}
 
     def __len__(self) -> int:
         return len(self.order)

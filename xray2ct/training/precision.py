@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 
 import torch
@@ -12,9 +11,6 @@ from torch import nn
 from xray2ct.files import InputError, runs_as_command
 
 
-# Optional: ``comment(metrics) -> str``, a line on a validation's means; ``memory_advice() -> str``, settings
-# that need less GPU memory, asked for once when it runs out; ``precisions() -> list[Precision]``, those that frozen
-# networks run in, which fall back to float32 together with the trained one.
 class Precision:
     """Autocast and gradient scaling for ``auto``, ``float32``, ``bfloat16`` or ``float16``."""
 
@@ -28,7 +24,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
 
     def use_float32(self) -> None:
-        """Fall back to float32, for everybody who holds this object."""
+        """Fall back to float32, wherever this object is used."""
         self.name, self.dtype = "float32", torch.float32
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
 
@@ -56,11 +52,13 @@ def to_channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
-def free_memory(device: torch.device) -> None:
-    """Give what nothing refers to any more back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def peak_gpu_memory(device: torch.device) -> dict[str, float]:
+    """``{"gpu_memory_gib": most that this process's tensors took since the last call}``; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"gpu_memory_gib": round(peak, 3)}
 
 
 def keep_freed_memory() -> None:

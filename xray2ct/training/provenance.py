@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def _code() -> dict:
     for path in sorted(paths):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     top = _git("rev-parse", "--show-toplevel")
-    ours = top is not None and Path(top).resolve() == ROOT  # a checkout around it says nothing about this code
+    ours = top is not None and Path(top).resolve() == ROOT  # a checkout around it is not of this code
     changed = _git("status", "--porcelain", "--untracked-files=no") if ours else None
     return {
         "commit": _git("rev-parse", "HEAD") if ours else None,
@@ -127,7 +127,7 @@ def command_line(argv: list[str] | None = None) -> list[str]:
 
 
 @contextlib.contextmanager
-def recorded_run(folder, facts: dict, enabled: bool = True) -> Iterator[None]:
+def recorded_run(folder, facts: dict, enabled: bool = True) -> Generator[None]:
     """Append this run to ``folder/run.json``: command, environment, ``facts``, when it began and how it ended.
 
     facts: what the caller knows, as JSON types: settings' and split's hash, precision, processes. A run that goes on

@@ -1,7 +1,7 @@
 """One run in one folder: a lock that the process holding it cannot leave behind, however it ends.
 
 The lock is the operating system's on a byte of ``run.lock``: it is gone with its process, even after SIGKILL, and file
-systems that are shared between machines (NFS, Lustre with flock) know it, too. The file itself stays and says who held
+systems that are shared between machines (NFS, Lustre with flock) know it, too. The file itself stays and names who held
 the lock last. POSIX record locks are used because processes forked from a run (data workers) do not inherit them.
 """
 
@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -33,12 +33,12 @@ _folders: set[str] = set()  # those that this process holds: record locks do not
 
 
 @contextlib.contextmanager
-def locked_folder(folder: str | os.PathLike, processes: Processes) -> Iterator[None]:
+def locked_folder(folder: str | os.PathLike, processes: Processes) -> Generator[None]:
     """Hold ``folder`` (made when missing) for this run until the block ends; rank 0 does it for all ranks.
 
     Raises :class:`InputError` naming the folder and who uses it while another run does, and
     :class:`checkpoints.WriteError` when it cannot be written to; the other ranks then end with status 2. On a file
-    system without locks a note says so.
+    system without locks a note is printed.
     """
     with contextlib.ExitStack() as stack:
         error = None
@@ -51,12 +51,12 @@ def locked_folder(folder: str | os.PathLike, processes: Processes) -> Iterator[N
         if error is not None:
             raise error
         if refused:
-            sys.exit(2)  # rank 0 says why
+            sys.exit(2)  # rank 0 prints the reason
         yield
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Generator[None]:
     path, key = folder / LOCK, os.path.realpath(folder)
     if key in _folders:
         raise _in_use(folder, "this very process")

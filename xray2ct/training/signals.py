@@ -6,13 +6,21 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 REPEAT_SECONDS = 5.0  # copies of a signal come within milliseconds; a person who asks again has waited
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 # What a parent passes on. Windows has no signals between processes: its console gives Ctrl-C to all of them, and
 # "sending" one would end the process at once.
 PASSED_ON = STOPPING if os.name != "nt" else (signal.SIGTERM,)
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the state has been saved."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
 
 
 class SignalCatcher:
@@ -68,7 +76,7 @@ class SignalCatcher:
 
 
 @contextlib.contextmanager
-def passed_on(send: Callable[[int], None]) -> Iterator[list[int]]:
+def passed_on(send: Callable[[int], None]) -> Generator[list[int]]:
     """Within the block call ``send(number)`` for every SIGTERM and SIGINT (``PASSED_ON``); yields those that came."""
     received: list[int] = []
 
@@ -88,8 +96,8 @@ def passed_on(send: Callable[[int], None]) -> Iterator[list[int]]:
 def exit_status(status: int, received: list[int]) -> int:
     """Status of a parent whose child ended with ``status`` (negative: by that signal) after the signals ``received``.
 
-    After a signal, 1 and an end by a signal become 128 + its number: torchrun ends with 1 whatever its workers said, a
-    process that was still being started with a traceback. What a job chose itself stays, such as 2 on a full disk.
+    After a signal, 1 and an end by a signal become 128 + its number: torchrun ends with 1 whatever its workers return,
+    a process that was still being started with a traceback. What a job chose itself stays, such as 2 on a full disk.
     """
     if received and (status == 1 or status < 0):
         return 128 + received[0]

@@ -1,31 +1,191 @@
-"""What a training script gives to the trainer: data, batch, loss, validation."""
+"""Training tasks: data, batch, loss and validation; one base for stage 1, stage 2, baselines and cascade stages."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from tqdm import tqdm
 
+from dataset import PatientDataset
+from losses import EnhancedLoss
+from xray2ct.data.augment import AugmentConfig, PairMaker
+from xray2ct.files import InputError
+from xray2ct.training.config import LossConfig, config_dict
 from xray2ct.training.distributed import Processes
+from xray2ct.training.precision import Precision
+from xray2ct.training.run_identity import data_header
 
 
-class Task(Protocol):
-    """What differs between the training scripts."""
+class Task:
+    """What a trainer needs to know; the methods without a body have to be there.
 
-    weights_key: str  # checkpoint key of the weights: "model_state_dict", ...
-    best_name: str  # "best_model.pt", ...
-    train_data: Dataset
+    samples: validation cases for the monitors' pictures (arguments of :func:`figures.panel` and ``id``), which
+    :meth:`validate` leaves.
+    """
+
+    weights_key = "model_state_dict"  # checkpoint key of the weights
+    best_name = "best_model.pt"
+    config: Any  # settings' dataclass with ``training``, ``data``, ``logging`` and ``world_size``
+    train_data: Any  # a Dataset with a length
+    samples: Sequence[dict] = ()
 
     def header(self) -> dict:
         """Checkpoint entries that describe model and data: kind, model_config, geometry, ..."""
+        raise NotImplementedError
+
+    def build_model(self) -> nn.Module:
+        """The network for this data; its initial weights depend on the seed only."""
+        raise NotImplementedError
 
     def make_batch(self, raw: dict, seeds: list[int], device: torch.device) -> dict:
-        """Loader output -> what :meth:`loss` needs, on the device."""
+        """Loader output -> what :meth:`loss` needs, on the device; all that is drawn follows from the seeds."""
+        raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Total loss and its components (0-d tensors)."""
+        raise NotImplementedError
 
-    def validate(self, model: nn.Module, processes: Processes, precision) -> list[dict]:
+    def validate(self, model: nn.Module, processes: Processes, precision: Precision) -> list[dict]:
         """Rows of this rank's share of the validation patients: ``{"id", "loss", "psnr", ...}``."""
+        raise NotImplementedError
+
+    def description(self, model: nn.Module) -> list[str]:
+        """Lines about network and data, printed before training."""
+        return []
+
+    def comment(self, metrics: dict[str, float]) -> str | None:
+        """A line on a validation's means."""
+        return None
+
+    def precisions(self) -> list[Precision]:
+        """Those of frozen networks, which fall back to float32 together with the trained one."""
+        return []
+
+    def memory_advice(self) -> str:
+        """What to try when the GPU's memory ran out, the least harmful first."""
+        batch = max(1, self.config.training.batch_size // 2)
+        return f"Try --set training.batch_size={batch} or --set model.activation_checkpointing=true"
+
+
+class PatientTask(Task):
+    """Training on a data set of patients: opening it, pairs of X-rays and volume, header, validation loop.
+
+    A subclass calls :meth:`open_data` and :meth:`build_cache` and sets ``criterion``; its network, losses and scores
+    are its own.
+    """
+
+    kind: str  # of the checkpoints
+    train_data: PatientDataset
+    val_data: PatientDataset
+    kept_samples = 2  # validation patients whose pictures go to the monitors
+    uses_mask = False  # whether the scan mask is wanted in a batch
+    criterion: nn.Module
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def open_data(self, size: int, xray_size: int, source_size: int) -> None:
+        """Open both splits for volumes of ``size`` voxels per axis and X-rays of ``xray_size`` pixels.
+
+        source_size: of the volumes that are augmented and rendered, in voxels per axis; at most the data set's own.
+        """
+        data = self.config.data
+        common = {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
+        self.xray_size = xray_size
+        self.val_data = PatientDataset(data.dataset_path, "val", size, xray_size, **common)
+        self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
+        source_size = min(source_size, self.val_data.cube_size)  # the data set has nothing finer
+        read_as = (source_size, None) if self.renders else (size, xray_size)
+        self.train_data = PatientDataset(
+            data.dataset_path, "train", *read_as, max_patients=data.max_patients, raw=self.renders, **common
+        )
+        self.data_header = data_header(self.train_data)
+        augment = self.augment_config(source_size)
+        self.pairs = PairMaker(self.train_data.acquisition, (size,) * 3, xray_size, augment)
+
+    def augment_config(self, source_size: int) -> AugmentConfig:
+        """The settings of augmentation, for source volumes of ``source_size``."""
+        return self.config.augment
+
+    def build_cache(self, processes: Processes) -> None:
+        """Read every patient once, shared among the ranks; rank 0 shows a bar."""
+        for dataset in (self.train_data, self.val_data):
+            bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
+            dataset.build_cache(processes.rank, processes.world_size, bar)
+        processes.barrier()
+
+    def patients(self) -> str:
+        """How many there are, in words."""
+        return f"{len(self.train_data)} training and {len(self.val_data)} validation patients"
+
+    def header(self) -> dict:
+        return {
+            "kind": self.kind,
+            **self.data_header,
+            "xray_size": self.xray_size,
+            "train_patients": list(self.train_data.ids),
+        }
+
+    def make_batch(self, raw, seeds, device) -> dict:
+        """``xrays`` (B, 2, H, W) and ``ct_volume`` (B, 1, D, H, W) in [0, 1], ``mask`` where it is used."""
+        batch = {k: raw[k].to(device, non_blocking=True) for k in ("ct_volume", "mask", "xrays") if k in raw}
+        if self.renders:
+            batch = self.pairs(batch["ct_volume"], batch["mask"] if self.uses_mask else None, seeds)
+        return batch
+
+    # -- validation ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self, model, processes, precision: Precision) -> list[dict]:
+        rows, self.samples = [], []
+        self.criterion.eval()
+        for index in range(processes.rank, len(self.val_data), processes.world_size):
+            item = self.val_data[index]
+            batch = {k: item[k].unsqueeze(0).to(processes.device) for k in ("xrays", "ct_volume", "mask")}
+            row, volume = self.score(model, batch, precision, index)
+            rows.append({"id": item["id"], **row})
+            if len(self.samples) < self.kept_samples:
+                case = {"id": item["id"], "xrays": item["xrays"], "prediction": volume}
+                self.samples.append(case | {"target": batch["ct_volume"][0, 0], "hu_window": self.val_data.hu_window})
+        self.criterion.train()
+        return rows
+
+    def score(self, model, batch: dict, precision: Precision, index: int) -> tuple[dict, torch.Tensor]:
+        """Scores of one validation patient, with ``loss`` and ``psnr``, and the volume (D, H, W) in float32."""
+        raise NotImplementedError
+
+
+class RegressionTask(PatientTask):
+    """Predicts the volume and is trained by :class:`losses.EnhancedLoss`: stage 1, stage 2 and the baselines."""
+
+    def impossible_losses(self) -> dict[str, str]:
+        """Losses that this task cannot compute, each with the reason; see :func:`refuse_losses`."""
+        return {}
+
+    @property
+    def uses_mask(self) -> bool:
+        return self.config.loss.use_scan_mask
+
+    def set_criterion(self, device: torch.device) -> None:
+        """Make ``criterion`` from the settings and the data's acquisition."""
+        weights = {k: v for k, v in config_dict(self.config.loss).items() if k != "use_scan_mask"}
+        self.criterion = EnhancedLoss(**weights, acquisition=self.train_data.acquisition).to(device)
+
+    def compare(self, volume, batch: dict, aux=None, whole: bool = True):
+        """Total loss and components of a prediction; without X-rays where it is a part (not whole) of the cube."""
+        mask = batch["mask"] if self.uses_mask else None
+        xrays = batch["xrays"] if whole else None  # a part of the cube has no X-ray of its own to compare with
+        return self.criterion(volume, batch["ct_volume"], aux=aux, mask=mask, xrays=xrays)
+
+
+def refuse_losses(loss: LossConfig, reasons: dict[str, str]) -> None:
+    """Raise :class:`InputError` naming key and value when a loss is wanted that a task cannot compute.
+
+    reasons: why, by the name of each such loss (``{"multiscale": "..."}``).
+    """
+    for name, reason in reasons.items():
+        weight = getattr(loss, f"{name}_weight")
+        if weight:
+            raise InputError(f"loss.{name}_weight is {weight:g}, but {reason}: expected 0")
