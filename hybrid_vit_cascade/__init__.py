@@ -1,6 +1,6 @@
 """The Hybrid-ViT diffusion cascade: X-rays -> 64^3 -> 128^3 -> 256^3.
 
-This is the one place that makes the repository's root modules (``projector``, ``dataset``, ``engine``, ...)
+This is the one place that makes the repository's root (``dataset``, ``losses``, ``xray2ct``, ...)
 importable, from whatever folder a script is started; everything below just imports them.
 """
 

@@ -74,6 +74,7 @@ class StageTask(PatientTask):
 
     kind = KIND
     best_name = "best.pt"
+    criterion: StageLoss
 
     def __init__(self, cascade: CascadeConfig, run: StageRun, earlier: Cascade | None, processes: Processes):
         self.cascade, self.config, self.earlier = cascade, run, earlier
@@ -117,14 +118,15 @@ class StageTask(PatientTask):
         batch = {
             "xrays": xrays,
             "x0": x0,
-            "t": torch.tensor([self._draw_time(draw) for draw in draws], device=device),
+            "t": torch.tensor([self.draw_time(draw) for draw in draws], device=device),
             "noise": _noise(x0.shape, seeds, NOISE, device),
         }
         if self.earlier is not None:
             batch |= self._condition(self.earlier, xrays, seeds, draws)
         return batch
 
-    def _draw_time(self, draw: torch.Generator) -> int:
+    def draw_time(self, draw: torch.Generator) -> int:
+        """A sample's time step: the last one for the share ``terminal_fraction``, otherwise uniform."""
         last = self.schedule.num_timesteps - 1
         if torch.rand((), generator=draw) < self.config.training.terminal_fraction:
             return last

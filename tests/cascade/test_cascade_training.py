@@ -277,7 +277,7 @@ def test_a_sample_is_the_same_alone_and_as_one_of_two(trained, root, config_path
 @pytest.mark.parametrize(("fraction", "low", "high"), [(0.0, 0, 2), (0.5, 75, 125), (1.0, 200, 200)])
 def test_a_share_of_the_samples_is_pure_noise(root, config_path, fraction, low, high):
     task = make_task(root, config_path, f"training.terminal_fraction={fraction}")
-    times = [task._draw_time(torch.Generator().manual_seed(seed)) for seed in range(200)]
+    times = [task.draw_time(torch.Generator().manual_seed(seed)) for seed in range(200)]
     assert low <= sum(t == 999 for t in times) <= high
     rest = [t for t in times if t != 999]
     assert all(0 <= t < 999 for t in rest)

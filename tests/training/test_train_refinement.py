@@ -123,12 +123,12 @@ class TestTask:
 
     def test_the_configured_share_of_samples_goes_without_x_rays(self, root, base):
         task = make_task(root, base)
-        share = sum(not task._sees_xrays(seed) for seed in range(500)) / 500
+        share = sum(not task.sees_xrays(seed) for seed in range(500)) / 500
         assert share == pytest.approx(0.4, abs=0.07)
 
     def test_corners_reach_all_of_the_volume(self, root, base):
         task = make_task(root, base, "patch.per_volume=4")
-        corners = torch.tensor([task._origins(seed) for seed in range(60)]).reshape(-1, 3)
+        corners = torch.tensor([task.patch_origins(seed) for seed in range(60)]).reshape(-1, 3)
         assert corners.min() == 0
         assert corners.max() == 16 - 8
 

@@ -122,9 +122,9 @@ class RefinementTask(RegressionTask):
         """The pairs with stage 1's volume ``coarse``, ``gate`` (B,): 0 without X-rays, and patches at ``origins``."""
         batch = super().make_batch(raw, seeds, device)
         batch["coarse"] = self.predict_coarse(batch["xrays"], self.precision)
-        batch["gate"] = torch.tensor([self._sees_xrays(seed) for seed in seeds], device=device, dtype=torch.float32)
+        batch["gate"] = torch.tensor([self.sees_xrays(seed) for seed in seeds], device=device, dtype=torch.float32)
         if self.config.patch.size:
-            batch["origins"] = [self._origins(seed) for seed in seeds]
+            batch["origins"] = [self.patch_origins(seed) for seed in seeds]
             window = patch_window(batch["origins"], self.config.patch.size, batch["coarse"].shape[2:])
             for name in {"ct_volume", "mask"} & batch.keys():
                 batch[name] = window.crop(batch[name], RefinementNetwork.scale)
@@ -137,14 +137,14 @@ class RefinementTask(RegressionTask):
             coarse, _ = self.base(xrays)
         return coarse.float()
 
-    def _origins(self, seed: int) -> list[tuple[int, int, int]]:
+    def patch_origins(self, seed: int) -> list[tuple[int, int, int]]:
         """Corners of one volume's patches, in coarse voxels; they follow from the sample's seed."""
         generator = torch.Generator().manual_seed(int(seed) ^ 0x5EED)
         patch = self.config.patch
         corners = torch.randint(0, self.coarse_size - patch.size + 1, (patch.per_volume, 3), generator=generator)
         return [tuple(corner) for corner in corners.tolist()]
 
-    def _sees_xrays(self, seed: int) -> bool:
+    def sees_xrays(self, seed: int) -> bool:
         """False for the share ``guidance_dropout`` of samples; it follows from the sample's seed."""
         generator = torch.Generator().manual_seed(int(seed) ^ 0x6A7E)
         return torch.rand((), generator=generator).item() >= self.config.guidance_dropout
