@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ class PatientDataset(Dataset):
             "affine": torch.from_numpy(np.array(affine)),
         }
         if self.xray_size is not None:
-            xrays = self._xrays(patient)
+            xrays = self._xrays(patient, self.xray_size)
             item["xrays"] = torch.from_numpy(xrays.astype(np.float32)).div_(65535.0)
         return item
 
@@ -141,7 +142,7 @@ class PatientDataset(Dataset):
             patient = self._patients[self.ids[index]]
             self._volume(patient)
             if self.xray_size is not None:
-                self._xrays(patient)
+                self._xrays(patient, self.xray_size)
 
     # -- cached arrays ---------------------------------------------------------------------------
 
@@ -215,26 +216,24 @@ class PatientDataset(Dataset):
             return read_array_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
         return read_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
 
-    def _xrays(self, patient):
+    def _xrays(self, patient, size: int):
         sources = [p for p in (*patient.xrays, patient.volume) if p is not None]
-        shape = (2, self.xray_size, self.xray_size)
-        return self._cached(
-            patient, f"xrays{self.xray_size}", shape, np.uint16, sources, lambda: self._read_xrays(patient)
-        )
+        shape, make = (2, size, size), partial(self._read_xrays, patient, size)
+        return self._cached(patient, f"xrays{size}", shape, np.uint16, sources, make)
 
-    def _read_xrays(self, patient):
+    def _read_xrays(self, patient, size: int):
         images, rendered, read = [], None, {}
         for view, path in enumerate(patient.xrays):
             if path is None:
                 if rendered is None:
                     hu = self._read_cube(patient)[0]
                     volume = torch.from_numpy(hu_to_unit(hu, self.hu_window))[None, None]
-                    size = (max(RENDER_SIZE, self.xray_size),) * 2
-                    rendered = render_xrays(volume, self.geometry, size, self.hu_window, self.xray_scale)
-                    rendered = averaged_to(rendered, (self.xray_size, self.xray_size))[0].clip(0, 1).numpy()
+                    pixels = (max(RENDER_SIZE, size),) * 2
+                    rendered = render_xrays(volume, self.geometry, pixels, self.hu_window, self.xray_scale)
+                    rendered = averaged_to(rendered, (size, size))[0].clip(0, 1).numpy()
                 images.append(rendered[view])
             else:
-                xray = read_xray(path, self._normalization, self.xray_size, view, geometry=self.geometry)
+                xray = read_xray(path, self._normalization, size, view, geometry=self.geometry)
                 read[path] = xray
                 for note in xray.notes:
                     if not self.has_manifest:

@@ -180,12 +180,13 @@ def make_split(scans, train=None, test=None, val_fraction: float = 0.1, test_fra
     Scans in neither list are left out.
     """
     by_patient = defaultdict(list)
-    for scan in scans if train is None else set(train) - set(test):
+    lists = None if train is None or test is None else (list(train), list(test))
+    for scan in set(lists[0]) - set(lists[1]) if lists else scans:
         by_patient[patient_of(scan)].append(scan)
     notes, split = [], {name: [] for name in SPLITS}
-    if train is not None:
-        split["test"] = list(test)
-        shared = sorted({patient_of(scan) for scan in test} & ({patient_of(scan) for scan in train}))
+    if lists:
+        split["test"] = lists[1]
+        shared = sorted(set.intersection(*({patient_of(scan) for scan in part} for part in lists)))
         for patient in shared:
             gone = by_patient.pop(patient, None) or ["the same scan"]
             notes.append(f"{patient} stands in both lists: left out of training ({', '.join(sorted(gone))})")

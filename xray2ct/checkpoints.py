@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -84,7 +84,7 @@ def remove_leftovers(folder: str | os.PathLike) -> int:
 
 
 @contextlib.contextmanager
-def _marked_as_unfinished(path: Path) -> Iterator[None]:
+def _marked_as_unfinished(path: Path) -> Generator[None]:
     """Hold a lock on a file while it is written; it ends with the process. None on Windows: open files stay there."""
     with open(path, "rb") as stream:
         if os.name != "nt":

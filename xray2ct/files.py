@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from numbers import Integral
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def describe(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
+def naming(path: str | os.PathLike) -> Generator[None]:
     """Let a system error of writing ``path`` name it: a full disk names no file, a temporary name tells nobody much."""
     try:
         yield
@@ -50,7 +50,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike) -> Generator[Path]:
     """Yield a temporary path in the folder of ``path``; it replaces ``path`` only when the block succeeds.
 
     The temporary name keeps the suffixes (``.nii.gz``), in lower case, because writers choose the format by them.
@@ -75,7 +75,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced_together(folder: str | os.PathLike, earlier: Callable[[], Iterable[Path]]) -> Iterator[Path]:
+def replaced_together(folder: str | os.PathLike, earlier: Callable[[], Iterable[Path]]) -> Generator[Path]:
     """Yield a new folder whose files go into ``folder`` together when the block succeeds; else nothing changes.
 
     earlier: called then, gives the files of an earlier run in ``folder`` that have to go: none stays.

@@ -1,7 +1,6 @@
 """Every output format puts every voxel at the same place of the patient; DICOM says that it is synthetic."""
 
 import sys
-import tempfile
 
 import numpy as np
 import pydicom
@@ -141,19 +140,10 @@ def test_names_with_dots_are_no_formats_where_a_series_is_asked_for(volume, tmp_
 
 
 @pytest.mark.parametrize("kind", [None, "dicom"])
-@pytest.mark.parametrize("where", ["file.txt/ct", "a" * 256, "new/" + "b" * 256 + "/ct", "locked/ct"])
-def test_outputs_that_the_system_would_refuse_are_refused_before_and_leave_nothing(tmp_path, where, kind, monkeypatch):
+@pytest.mark.parametrize("where", ["file.txt/ct", "a" * 256, "new/" + "b" * 256 + "/ct", "/proc/locked/ct"])
+def test_outputs_that_the_system_would_refuse_are_refused_before_and_leave_nothing(tmp_path, where, kind):
     (tmp_path / "file.txt").touch()
-    (tmp_path / "locked").mkdir()
-    make = tempfile.mkstemp
-
-    def mkstemp(*args, dir, **options):
-        if dir.name == "locked":  # root may write anywhere
-            raise PermissionError(13, "Permission denied", str(dir))
-        return make(*args, dir=dir, **options)
-
-    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
     with pytest.raises(InputError, match=r"--output .*: cannot be written \([A-Z][a-z ]+\)$"):
         check_output(tmp_path / (where if kind else f"{where}.nii.gz"), "--output", kind=kind)
     check_output(tmp_path / "new" / "deep" / "ct.nii.gz")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file.txt", "locked"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["file.txt"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from xray2ct.conventions import CUBE_SIZE, MANIFEST, MANIFEST_VERSION, VIEW_NAMES, VOLUME_SUFFIXES
 from xray2ct.data.patient_files import PatientFolder, loose_files, some, visible
@@ -139,7 +140,12 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-DEFAULTS = {"geometry": Geometry(), "hu_window": HU_WINDOW, "xray_scale": XRAY_SCALE, "cube_size": CUBE_SIZE}
+DEFAULTS: dict[str, Any] = {
+    "geometry": Geometry(),
+    "hu_window": HU_WINDOW,
+    "xray_scale": XRAY_SCALE,
+    "cube_size": CUBE_SIZE,
+}
 READERS = {
     "format_version": _same(MANIFEST_VERSION, "reads"),
     "geometry": Geometry.from_dict,
@@ -150,12 +156,13 @@ READERS = {
 }
 
 
-def read_values(data: dict, more: dict[str, Callable] | None = None) -> tuple[dict, list[str]]:
+def read_values(data: dict, more: dict[str, Callable] | None = None) -> tuple[dict[str, Any], list[str]]:
     """``(values, problems)``: the settings of a manifest that are usable, and a sentence for each that is not.
 
     more: further keys that the caller needs, with a reader each, which raises ``ValueError`` for what it does not take.
     """
-    values, problems = {}, []
+    values: dict[str, Any] = {}
+    problems: list[str] = []
     for key, read in (READERS | (more or {})).items():
         try:
             values[key] = read(data[key])

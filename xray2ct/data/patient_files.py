@@ -164,10 +164,10 @@ class PatientFolder:
         if len(found) > 1:
             self.problems.append(f"{self.folder}: more than one {what}: {some(names)}; expected one ({example})")
         elif found and what != "volume" and not expected:
-            patient = xray_name(names[0]).patient
-            if patient is not None:
+            name = xray_name(names[0])
+            if name is not None and name.patient is not None:
                 self.problems.append(
-                    f"{found[0]}: is called the {what} of {patient!r}; expected {self.id} ({example}), or no X-ray"
+                    f"{found[0]}: is called the {what} of {name.patient!r}; expected {self.id} ({example}), or no X-ray"
                 )
         if expected:
             self.unused += [path for path in others if path != self.folder]
@@ -175,13 +175,14 @@ class PatientFolder:
 
     def _choose_mask(self) -> Path | None:
         """The mask that :func:`cube_files.read_cube` looks for; one that is called almost so is a problem."""
-        reads = self.volume is not None and self.volume.is_file() and suffix_of(self.volume) in SUFFIXES
-        expected = mask_path(self.volume) if reads else None
+        volume = self.volume
+        reads = volume is not None and volume.is_file() and suffix_of(volume) in SUFFIXES
+        expected = mask_path(volume) if volume is not None and reads else None
         for path in self._masks:
             if path == expected:
                 continue
             if path.name.lower().startswith(f"{self.id.lower()}_mask."):
-                wanted = f"expected {expected.name}" if reads else "there is no volume file that it could belong to"
+                wanted = f"expected {expected.name}" if expected else "there is no volume file that it could belong to"
                 self.problems.append(f"{path}: would not be read as the scan mask; {wanted}")
             else:
                 self.unused.append(path)
@@ -230,7 +231,7 @@ def find_pairs(folder, left_out: Iterable = ()) -> tuple[dict[str, tuple[Path | 
         raise InputError(
             f"--folder {folder}: no X-rays in it; expected files called {names} with {', '.join(XRAY_SUFFIXES)}{there}"
         )
-    return {patient: tuple(pair) for patient, pair in sorted(found.values())}, unused
+    return {patient: (pa, lateral) for patient, (pa, lateral) in sorted(found.values())}, unused
 
 
 def _files_below(folder: Path, left_out) -> Iterable[Path]:

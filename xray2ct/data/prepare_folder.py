@@ -215,7 +215,9 @@ def _start_worker():
 
 
 def _end_with_parent():
-    multiprocessing.parent_process().join()  # killed: without this the worker would wait for work for ever
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    parent.join()  # killed: without this the worker would wait for work for ever
     os._exit(1)
 
 

@@ -15,16 +15,20 @@ MAX_VOXELS = 2**31  # 1024 x 1024 x 2048
 MAX_INFLATION = 1032  # bytes that one byte of deflate can become at most (zlib's technical details)
 
 
-def check_claim(path, voxels, claimed, stored, inflation):
+def check_claim(path, voxels: int, claimed: int, stored: int, inflation: int) -> None:
     """Before memory is taken: can a file of ``stored`` bytes hold ``claimed`` ones, and can that be a CT?"""
-    if voxels > MAX_VOXELS:
-        raise InputError(
-            f"{path}: {voxels:.3g} voxels by its header; expected at most {MAX_VOXELS:.3g} (is it damaged?)"
-        )
+    check_voxels(path, voxels)
     if claimed > stored * inflation:
         raise InputError(
             f"{path}: not a readable NIfTI file, or truncated (the header speaks of {claimed} bytes,"
             f" a file of {stored} cannot hold them)"
+        )
+
+
+def check_voxels(path, voxels: int) -> None:
+    if voxels > MAX_VOXELS:
+        raise InputError(
+            f"{path}: {voxels:.3g} voxels by its header; expected at most {MAX_VOXELS:.3g} (is it damaged?)"
         )
 
 

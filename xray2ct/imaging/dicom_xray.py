@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from scipy.special import expit
@@ -144,7 +145,12 @@ def _check_kind(path, data, check_shape) -> None:
         raise InputError(f"{path}: {stored} bits per pixel; expected 8 to 16")
 
 
-def _number(data, key, default: float | None = None) -> float | None:
+@overload
+def _number(data, key: str) -> float | None: ...
+@overload
+def _number(data, key: str, default: float) -> float: ...
+def _number(data, key, default=None):
+    """The first value of a tag as a float; ``default`` where it is missing or empty."""
     value = data.get(key)
     if value is None or value == "":
         return default

@@ -85,6 +85,5 @@ def _paste(canvas, corner, edge, tile, caption, sides) -> None:
     canvas.paste(grey.resize((edge, edge), Image.Resampling.BICUBIC), corner)
     draw, font, (x, y) = ImageDraw.Draw(canvas), ImageFont.load_default(size=14), corner
     draw.text((x + 2, y + edge + 2), caption, fill=INK, font=font)
-    outline = {"fill": FAINT, "font": font, "stroke_width": 1, "stroke_fill": 0}
-    draw.text((x + 6, y + 4), sides[0], **outline)
-    draw.text((x + edge - 6, y + 4), sides[1], anchor="ra", **outline)
+    for left, side, anchor in ((x + 6, sides[0], "la"), (x + edge - 6, sides[1], "ra")):
+        draw.text((left, y + 4), side, FAINT, font, anchor, stroke_width=1, stroke_fill=0)

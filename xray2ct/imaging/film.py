@@ -50,7 +50,7 @@ def check_views(pa: np.ndarray, lateral: np.ndarray, names=("the PA view", "the 
     count = min(pa.shape[0], lateral.shape[0], 64)
     profiles = [np.array([chunk.mean() for chunk in np.array_split(view, count, axis=0)]) for view in (pa, lateral)]
     if min(p.std() for p in profiles) > 0:
-        match = float(np.corrcoef(*profiles)[0, 1])
+        match = float(np.corrcoef(profiles)[0, 1])
         if match < 0.5:
             return [
                 f"{names[0]} and {names[1]} hardly match row by row (correlation {match:.2f}):"

@@ -13,7 +13,7 @@ import numpy as np
 
 from xray2ct.conventions import SUFFIXES, suffix_of
 from xray2ct.files import InputError
-from xray2ct.imaging.ct_checks import MAX_VOXELS, check_affine, check_data, check_hu
+from xray2ct.imaging.ct_checks import check_affine, check_data, check_hu
 from xray2ct.imaging.read_dicom import read_series
 from xray2ct.imaging.read_itk import lps_to_ras, read_image
 from xray2ct.imaging.read_nifti import read_nifti
@@ -56,7 +56,7 @@ def read_ct(path, kind: str | None = None, assume_ras: bool = False) -> CtImage:
     elif kind == "image":
         data, affine = read_image(path)
     elif kind == "dicom":
-        data, affine, notes = read_series(path, MAX_VOXELS)
+        data, affine, notes = read_series(path)
         affine = lps_to_ras(affine)
     else:
         raise InputError(f"{path}: unknown format; expected {', '.join(SUFFIXES)} or a folder with a DICOM series")

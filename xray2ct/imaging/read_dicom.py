@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xray2ct.files import InputError, shown_name
+from xray2ct.imaging.ct_checks import check_voxels
 from xray2ct.imaging.dicom_files import is_dicom, reading
 from xray2ct.imaging.dicom_pixels import stored_frames
 from xray2ct.imaging.optional import import_pydicom
@@ -83,22 +84,20 @@ def read_header(path, tags=None):
         return pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags)
 
 
-def read_series(folder, max_voxels: int):
+def read_series(folder):
     """The one CT in a folder of DICOM files: ``(data, affine, notes)``.
 
     data: HU by (column, row, slice), int16 (clipped to its range) or, where slopes are no whole numbers, float32.
     affine: 4 x 4 from indices to LPS mm. notes: images of short other series (localisers), which are left out.
     Raises InputError naming the folder or file: no or several series, a file that is no DICOM or cannot be read, not
-    CT, more than ``max_voxels``, geometry that is missing, contradicts itself or differs between slices, gaps, slices
+    CT, more voxels than a CT has, geometry that is missing, contradicts itself or differs between slices, gaps, slices
     more than MAX_DRIFT_MM off the regular grid, frames of several acquisitions, phases or kernels.
     """
     folder = Path(folder)
     names, notes = _choose(folder, _headers(folder))
     frames = [frame for path, header in names.items() for frame in guarded(path, _frames, header)]
     frames, affine = _stack(folder, frames)
-    voxels = len(frames) * frames[0].size[0] * frames[0].size[1]
-    if voxels > max_voxels:
-        raise InputError(f"{folder}: {voxels:.3g} voxels by its headers; expected at most {max_voxels:.3g}")
+    check_voxels(folder, len(frames) * frames[0].size[0] * frames[0].size[1])
     whole = all(frame.slope == int(frame.slope) and frame.intercept == int(frame.intercept) for frame in frames)
     volume = np.empty((len(frames), *frames[0].size), dtype=np.int16 if whole else np.float32)
     by_path = defaultdict(list)

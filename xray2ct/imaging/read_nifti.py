@@ -8,6 +8,8 @@ import zlib
 
 import nibabel as nib
 import numpy as np
+from nibabel.quaternions import quat2mat
+from nibabel.spatialimages import HeaderDataError
 
 from xray2ct.conventions import suffix_of
 from xray2ct.files import InputError
@@ -85,7 +87,7 @@ def _check_nifti(path, header):
         header.get_slope_inter()
     except KeyError:
         raise InputError(f"{path}: not a readable NIfTI file (there is no datatype {header['datatype']})") from None
-    except nib.spatialimages.HeaderDataError as error:
+    except HeaderDataError as error:
         raise InputError(f"{path}: not a readable NIfTI file ({error})") from None
     if kind.kind not in "iuf":
         raise InputError(f"{path}: voxel type is {kind}; expected one number (HU) per voxel")
@@ -157,7 +159,7 @@ def _qform_affine(path, header):
             " is no rotation; expected -1 or 1 and parts of a unit quaternion"
         )
     rest = 1.0 - quaternion @ quaternion  # a^2; nibabel's own function takes small ones for 0
-    rotation = nib.quaternions.quat2mat([math.sqrt(max(0.0, rest)), *quaternion])
+    rotation = quat2mat([math.sqrt(max(0.0, rest)), *quaternion])
     spacing = np.asarray(header["pixdim"][1:4], dtype=float) * (1, 1, -1 if handedness < 0 else 1)
     affine = np.eye(4)
     affine[:3, :3] = rotation * spacing

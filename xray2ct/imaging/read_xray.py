@@ -222,17 +222,21 @@ def _fit_field(path, pixels, exposure: Exposure, geometry: Geometry, notes) -> n
     other slant where the source stood nearer stays: only the scale is made right.
     """
     wanted, spacing = geometry.detector_mm, exposure.pixel_spacing_mm
+    assert wanted is not None
+    assert spacing is not None  # known to the caller
     if geometry.kind == "cone":
+        assert geometry.sdd_mm is not None
+        assert geometry.sid_mm is not None
         wanted *= geometry.sid_mm / geometry.sdd_mm
-    if geometry.kind == "cone" and not exposure.spacing_at_patient:
-        behind = geometry.sdd_mm - geometry.sid_mm
-        sdd = exposure.sdd_mm or geometry.sdd_mm
-        sid = exposure.sid_mm or sdd - behind
-        if not 0 < sid <= sdd:
-            raise InputError(
-                f"{path}: source to detector is {sdd:g} mm; expected more than {behind:g}, or --sid-mm too"
-            )
-        spacing *= sid / sdd
+        if not exposure.spacing_at_patient:
+            behind = geometry.sdd_mm - geometry.sid_mm
+            sdd = exposure.sdd_mm or geometry.sdd_mm
+            sid = exposure.sid_mm or sdd - behind
+            if not 0 < sid <= sdd:
+                raise InputError(
+                    f"{path}: source to detector is {sdd:g} mm; expected more than {behind:g}, or --sid-mm too"
+                )
+            spacing *= sid / sdd
     edge = round(wanted / spacing)
     if not max(pixels.shape) / 4 <= edge <= min(MAX_EDGE, 4 * max(pixels.shape)):
         seen = " x ".join(f"{n * spacing:.0f}" for n in reversed(pixels.shape))

@@ -67,7 +67,7 @@ def _verdict(*votes) -> tuple[str, str]:
 
 def _name_combination(answers):
     wrong = tuple(side for side in SIDES if answers[side][0] == FAILED)
-    names = {
+    names: dict[tuple[str, ...], str] = {
         ("head-feet",): "upside down (mirrored head to feet)",
         ("front-back",): "mirrored front to back",
         ("left-right",): "mirrored left-right (or situs inversus)",

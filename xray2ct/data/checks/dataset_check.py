@@ -178,18 +178,18 @@ def _check_xrays(folder, volume, settings, fingerprints) -> list[Finding]:
 
 def _read_stored(path, size, view, settings) -> tuple[XrayImage, list[str]]:
     """The stored picture at ``size`` pixels; a picture refused for its polarity is inverted, and noted."""
-    options = {"normalization": "manifest" if settings.present else "percentile", "size": size, "view": view}
-    options["geometry"] = settings.geometry
+    normalization = "manifest" if settings.present else "percentile"
     try:
-        return read_xray(path, **options), []
+        return read_xray(path, normalization, size, view, geometry=settings.geometry), []
     except InputError as error:
         if "invert" not in str(error):
             raise
-        return read_xray(path, invert=True, **options), ["inverted (bone dark, air bright)"]
+        xray = read_xray(path, normalization, size, view, invert=True, geometry=settings.geometry)
+        return xray, ["inverted (bone dark, air bright)"]
 
 
 # ------------------------------------------------------------------------------------------------
-# Between patients
+# Command
 
 
 def check_command(root, json_file=None) -> int:

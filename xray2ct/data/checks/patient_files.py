@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 from PIL import Image
 
 from xray2ct.conventions import AIR_HU, MAX_HU, PICTURES, RECORD, VIEW_LABELS, VIEW_NAMES, suffix_of
@@ -98,10 +100,12 @@ def read_raw(path):
             ct = read_ct(path)
             return ct.data.T, ct.affine, []
         image = nib.load(path)
+        if not isinstance(image, SpatialImage):
+            raise ImageFileError("not a volume")
         data = np.asanyarray(image.dataobj)
-    except (EOFError, zlib.error, OSError, ValueError, nib.filebasedimages.ImageFileError) as error:
+    except (EOFError, zlib.error, OSError, ValueError, ImageFileError) as error:
         raise InputError(f"{path.name} cannot be read, or is truncated ({error})") from None
-    except nib.spatialimages.HeaderDataError as error:
+    except HeaderDataError as error:
         raise InputError(f"{path.name} has a damaged header ({error})") from None
     return data.T, image.affine, _header_problems(image)
 
