@@ -35,7 +35,7 @@ CUBE_SIZE, XRAY_SIZE = 128, 256
 
 
 def split_of(patients: int) -> dict[str, list[str]]:
-    """The last sixth of the phantoms is held out for the scores, a twelfth before it chooses the checkpoint."""
+    """The last sixth of the phantoms is the test set; the twelfth before it validates and chooses the checkpoint."""
     ids = [f"phantom_{index:04d}" for index in range(patients)]
     test, val = max(1, patients // 6), max(1, patients // 12)
     return {"train": ids[: -test - val], "val": ids[-test - val : -test], "test": ids[-test:]}
@@ -104,7 +104,7 @@ class Demo:
         xrays = {view: self.data / patient / f"{patient}_{view}_drr.png" for view in ("pa", "lat")}
         options = {"pa": xrays["pa"], "lateral": xrays["lat"], **self.checkpoints, "output": self.reconstruction}
         status = reconstruct.main(arguments(options))
-        hu = np.asarray(nib.load(self.reconstruction).dataobj).transpose(2, 1, 0)  # (W, H, D) on disk
+        hu = np.asarray(nib.Nifti1Image.from_filename(self.reconstruction).dataobj).transpose(2, 1, 0)  # (W, H, D) there
         data = PatientDataset(self.data, "test", hu.shape[0], XRAY_SIZE)
         item = data[data.ids.index(patient)]
         prediction = hu_to_unit(hu.astype(np.float32), data.hu_window)
@@ -112,7 +112,7 @@ class Demo:
         return status
 
     def conclude(self, seconds: float) -> None:
-        """Say where to look, and the scores."""
+        """Print the scores and where the results are."""
         methods = read_json(self.results / "summary.json")["methods"]
         names = ("refined", scoring.TRILINEAR, scoring.BASELINE)
         model, coarse, mean = (methods[name]["psnr_strict"] for name in names)

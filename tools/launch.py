@@ -62,8 +62,8 @@ def read_requirements(path: Path) -> list[tuple[str, str]]:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """Comparable numbers of a version: ``2.13.0+cu130`` -> (2, 13); trailing zeros say nothing."""
-    numbers = [int(n) for n in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
+    """Comparable numbers of a version: ``2.13.0+cu130`` -> (2, 13), without trailing zeros."""
+    numbers = [int(n) for n in re.split(r"[^\d.]", version)[0].strip(".").split(".")]
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
@@ -131,7 +131,7 @@ def find_python(requirements: Path) -> Path:
 
 
 def gpu_count(python: Path) -> int:
-    """GPUs that torch can use; says so when there is a driver but torch was built without CUDA."""
+    """GPUs that torch can use; warns when there is a driver but torch was built without CUDA."""
     code = "import torch; print(torch.cuda.device_count(), torch.version.cuda or torch.version.hip or '-')"
     count, cuda = subprocess.check_output([str(python), "-c", code], encoding="utf-8").split()
     if cuda == "-" and shutil.which("nvidia-smi"):
