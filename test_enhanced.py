@@ -433,7 +433,7 @@ def run_checks(bench: Bench) -> int:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="JSON settings (default: config_enhanced.json beside this script)")
+    parser.add_argument("--config", help="JSON settings (default: config_enhanced.json next to this script)")
     parser.add_argument("--data", help="data set to look at (default: none)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

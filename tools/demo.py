@@ -5,7 +5,7 @@
 
 Phantoms -> prepared data -> both stages, 32^3 and 128^3, an eighth of the real volumes' voxels -> scores on held-out
 phantoms -> a reconstruction from two PNG files as NIfTI, and a picture of it. The same command skips what is
-done and goes on where it was stopped.
+done and resumes where it was stopped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``launch_4gpu.sh`` and ``launch_4gpu.bat`` do: see that the environment is there, then start the job.
+"""What ``launch_4gpu.sh`` and ``launch_4gpu.bat`` do: prepare the environment, then start the job.
 
     python -m tools.launch [demo | test | smoke | stage1 | stage2] [options of the job ...]
 
@@ -163,7 +163,7 @@ def job_command(python: Path, word: str, options: list[str]) -> list[str]:
 
 
 def train_both(python: Path, options: list[str]) -> int:
-    """Both stages, one after the other; a stage that is done ends at once, one that was stopped goes on.
+    """Both stages, one after the other; a stage that is finished ends at once, one that was stopped resumes.
 
     Runs as the parent of the two jobs: signals to this process are passed on. The first stage that does not end
     with 0 ends the sequence with its exit status.
