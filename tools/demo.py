@@ -104,7 +104,9 @@ class Demo:
         xrays = {view: self.data / patient / f"{patient}_{view}_drr.png" for view in ("pa", "lat")}
         options = {"pa": xrays["pa"], "lateral": xrays["lat"], **self.checkpoints, "output": self.reconstruction}
         status = reconstruct.main(arguments(options))
-        hu = np.asarray(nib.Nifti1Image.from_filename(self.reconstruction).dataobj).transpose(2, 1, 0)  # (W, H, D) there
+        hu = np.asarray(nib.Nifti1Image.from_filename(self.reconstruction).dataobj).transpose(
+            2, 1, 0
+        )  # (W, H, D) there
         data = PatientDataset(self.data, "test", hu.shape[0], XRAY_SIZE)
         item = data[data.ids.index(patient)]
         prediction = hu_to_unit(hu.astype(np.float32), data.hu_window)
