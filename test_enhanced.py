@@ -223,7 +223,7 @@ def check_checkpointing(bench: Bench) -> str:
     return text
 
 
-def check_renderer(bench: Bench) -> str:
+def check_renderer(bench: Bench, line_integrals=line_integrals) -> str:
     """A water sphere at the isocentre: every ray's integral is its chord times mu."""
     geometry, radius, size = bench.geometry, bench.geometry.fov_mm * 0.3, 65
     axis = geometry.voxel_centres_mm(size, device=bench.device)
@@ -416,9 +416,9 @@ def list_checks(bench: Bench) -> list[tuple[str, Callable[[Bench], str]]]:
     return checks
 
 
-def run_checks(bench: Bench) -> int:
+def run_checks(bench: Bench, checks: list[tuple[str, Callable[[Bench], str]]]) -> int:
     """Run all checks, a line each; returns how many failed."""
-    failed, checks = 0, list_checks(bench)
+    failed = 0
     for name, check in checks:
         started = time.monotonic()
         try:
@@ -440,13 +440,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> int:
+def main(argv=None, list_checks=list_checks) -> int:
     args = parse_args(argv)
     config = load_config(EnhancedConfig, resolve_config_path(args.config, "config_enhanced.json"), args.set)
     if args.data and not Path(args.data).is_dir():
         raise InputError(f"--data {args.data}: no such folder")
     geometry = PatientDataset(args.data, "all", config.model.volume_size[0], None).geometry if args.data else Geometry()
-    return 1 if run_checks(Bench(config, torch.device(args.device), geometry, args.data)) else 0
+    bench = Bench(config, torch.device(args.device), geometry, args.data)
+    return 1 if run_checks(bench, list_checks(bench)) else 0
 
 
 if __name__ == "__main__":

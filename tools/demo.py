@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -132,6 +133,16 @@ class Demo:
         print("Phantoms show that everything works; scores on them say nothing about patients.")
 
 
+def run_steps(steps: dict[str, Callable[[], int]]) -> int:
+    """Run steps by name until one returns a status other than 0, which is returned."""
+    for number, (name, step) in enumerate(steps.items(), start=1):
+        print(f"\n[{number}/{len(steps)}] {name}", flush=True)
+        status = step()
+        if status:
+            return status
+    return 0
+
+
 def arguments(options: dict) -> list[str]:
     """``{"xray-size": 256}`` -> ``["--xray-size", "256"]``."""
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
@@ -169,13 +180,10 @@ def main(argv=None) -> int:
         "scores on held-out phantoms": demo.evaluate,
         "reconstruction from two PNG files": demo.reconstruct,
     }
-    for number, (name, step) in enumerate(steps.items(), start=1):
-        print(f"\n[{number}/{len(steps)}] {name}", flush=True)
-        status = step()
-        if status:
-            return status
-    demo.conclude(time.monotonic() - started)
-    return 0
+    status = run_steps(steps)
+    if not status:
+        demo.conclude(time.monotonic() - started)
+    return status
 
 
 if __name__ == "__main__":
