@@ -350,8 +350,7 @@ def check_split(bench: Bench, split: str) -> str:
     config = bench.config
     size, xray_size = config.model.volume_size[0], config.model.xray_size
     with tempfile.TemporaryDirectory() as cache:
-        common = {"cache_dir": cache, "max_patients": PATIENTS}
-        common["xray_normalization"] = config.data.xray_normalization
+        common = {"cache_dir": cache, "max_patients": PATIENTS, "xray_normalization": config.data.xray_normalization}
         data = PatientDataset(bench.data, split, size, xray_size, **common)
         fine = min(max(size, 128), data.cube_size)
         sources = PatientDataset(bench.data, split, fine, None, **common)
@@ -361,14 +360,15 @@ def check_split(bench: Bench, split: str) -> str:
             item, source = data[index], sources[index]["ct_volume"][None]
             _check_item(item, size, xray_size)
             rendered = render_xrays(source, data.geometry, (xray_size, xray_size), *units)[0]
-            worst = max(worst, _difference(item["xrays"], rendered))
+            differences = (item["xrays"] - rendered).abs().mean(dim=(1, 2)) / rendered.mean(dim=(1, 2))  # per view
+            worst = max(worst, differences.max().item())
         pairs = PairMaker(data.geometry, (size,) * 3, xray_size, config.augment, *units)
         batch = pairs(source.to(bench.device), torch.ones_like(source, device=bench.device), [0])
     require(all(torch.isfinite(v).all() for v in batch.values()), "an augmented pair has NaN or infinity")
     text = f"X-rays differ from rendered ones by {worst:.1%} at most"
     if data.has_manifest:
         require(worst < XRAY_TOLERANCE, f"{text}; expected below {XRAY_TOLERANCE:.0%}")
-    return f"{len(data)} patient(s) looked at, {text}"
+    return f"{len(data)} patient(s) checked, {text}"
 
 
 def _check_item(item, size, xray_size):
@@ -381,11 +381,6 @@ def _check_item(item, size, xray_size):
         require(value.min() >= 0 and value.max() <= 1, f"{patient}: {name} outside [0, 1]")
         require(name == "mask" or value.std() > 0.01, f"{patient}: {name} is constant")
     require(item["mask"].any(), f"{item['id']}: the scan mask is empty")
-
-
-def _difference(xrays, rendered) -> float:
-    """Mean absolute difference over the mean, the larger one of the two views."""
-    return ((xrays - rendered).abs().mean(dim=(1, 2)) / rendered.mean(dim=(1, 2))).max().item()
 
 
 # ------------------------------------------------------------------------------------------------
