@@ -1,6 +1,7 @@
 """A lower layer never imports a higher one, not even in a function; no circles, no long modules or functions."""
 
 import ast
+import importlib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ LAYERS = (  # lowest first; docs/architecture.md shows them
     ("xray2ct.evaluation",),
     ("hybrid_vit_cascade",),
     ("evaluate", "export_onnx", "prepare_data", "reconstruct", "test_enhanced", "train_enhanced_4gpu"),
-    ("train_refinement_4gpu", "tools", "xray2ct.__main__"),
+    ("train_refinement_4gpu", "tools", "benchmarks", "xray2ct.__main__"),
 )
 
 
@@ -39,7 +40,7 @@ def imports(path: Path) -> set[str]:
     return found & MODULES.keys()
 
 
-FOLDERS = ("xray2ct", "hybrid_vit_cascade", "tools")
+FOLDERS = ("xray2ct", "hybrid_vit_cascade", "tools", "benchmarks")
 FILES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 
@@ -51,6 +52,11 @@ def test_no_import_leads_upwards(module):
     found = sorted(imports(MODULES[module]))
     upwards = [f"{module} -> {other}" for other in found if (layer(other) or 0) > (ours or 0)]
     assert not upwards
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_module_can_be_imported(module):
+    importlib.import_module(module)
 
 
 def test_no_modules_import_in_a_circle():
