@@ -18,8 +18,9 @@ if not errorlevel 1 set "PYTHON=py -3"
 :start
 %PYTHON% -c "import sys; sys.exit(sys.version_info < (3, 10))"
 if errorlevel 1 goto old
-set "PYTHONPATH=%~dp0;%PYTHONPATH%"
-%PYTHON% -m tools.launch %*
+if defined PYTHONPATH set "PYTHONPATH=;%PYTHONPATH%"
+set "PYTHONPATH=%~dp0%PYTHONPATH%"
+%PYTHON% "%~dp0tools\launch.py" %*
 exit /b %ERRORLEVEL%
 
 :old

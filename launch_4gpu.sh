@@ -20,4 +20,4 @@ if ! "$python" -c "import sys; sys.exit(sys.version_info < (3, 10))"; then
     exit 2
 fi
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" # the package need not be installed
-exec "$python" -m tools.launch "$@"
+exec "$python" "$here/tools/launch.py" "$@" # by path: a module named tools in the current folder is not ours

@@ -224,7 +224,7 @@ def check_checkpointing(bench: Bench) -> str:
     return text
 
 
-def check_renderer(bench: Bench) -> str:
+def check_renderer(bench: Bench, line_integrals=line_integrals) -> str:
     """A water sphere at the isocentre: every ray's integral is its chord times mu."""
     geometry, radius, size = bench.geometry, bench.geometry.fov_mm * 0.3, 65
     axis = geometry.voxel_centres_mm(size, device=bench.device)
@@ -351,8 +351,7 @@ def check_split(bench: Bench, split: str) -> str:
     config = bench.config
     size, xray_size = config.model.volume_size[0], config.model.xray_size
     with tempfile.TemporaryDirectory() as cache:
-        common = {"cache_dir": cache, "max_patients": PATIENTS}
-        common["xray_normalization"] = config.data.xray_normalization
+        common = {"cache_dir": cache, "max_patients": PATIENTS, "xray_normalization": config.data.xray_normalization}
         data = PatientDataset(bench.data, split, size, xray_size, **common)
         fine = min(max(size, 128), data.cube_size)
         sources = PatientDataset(bench.data, split, fine, None, **common)
@@ -361,14 +360,15 @@ def check_split(bench: Bench, split: str) -> str:
             item, source = data[index], sources[index]["ct_volume"][None]
             _check_item(item, size, xray_size)
             rendered = data.acquisition.render(source, (xray_size, xray_size))[0]
-            worst = max(worst, _difference(item["xrays"], rendered))
+            differences = (item["xrays"] - rendered).abs().mean(dim=(1, 2)) / rendered.mean(dim=(1, 2))  # per view
+            worst = max(worst, differences.max().item())
         pairs = PairMaker(data.acquisition, (size,) * 3, xray_size, config.augment)
         batch = pairs(source.to(bench.device), torch.ones_like(source, device=bench.device), [0])
     require(all(torch.isfinite(v).all() for v in batch.values()), "an augmented pair has NaN or infinity")
     text = f"X-rays differ from rendered ones by {worst:.1%} at most"
     if data.has_manifest:
         require(worst < XRAY_TOLERANCE, f"{text}; expected below {XRAY_TOLERANCE:.0%}")
-    return f"{len(data)} patient(s) looked at, {text}"
+    return f"{len(data)} patient(s) checked, {text}"
 
 
 def _check_item(item, size, xray_size):
@@ -381,11 +381,6 @@ def _check_item(item, size, xray_size):
         require(value.min() >= 0 and value.max() <= 1, f"{patient}: {name} outside [0, 1]")
         require(name == "mask" or value.std() > 0.01, f"{patient}: {name} is constant")
     require(item["mask"].any(), f"{item['id']}: the scan mask is empty")
-
-
-def _difference(xrays, rendered) -> float:
-    """Mean absolute difference over the mean, the larger one of the two views."""
-    return ((xrays - rendered).abs().mean(dim=(1, 2)) / rendered.mean(dim=(1, 2))).max().item()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -416,9 +411,9 @@ def list_checks(bench: Bench) -> list[tuple[str, Callable[[Bench], str]]]:
     return checks
 
 
-def run_checks(bench: Bench) -> int:
+def run_checks(bench: Bench, checks: list[tuple[str, Callable[[Bench], str]]]) -> int:
     """Run all checks, a line each; returns how many failed."""
-    failed, checks = 0, list_checks(bench)
+    failed = 0
     for name, check in checks:
         started = time.monotonic()
         try:
@@ -433,20 +428,21 @@ def run_checks(bench: Bench) -> int:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="JSON settings (default: config_enhanced.json beside this script)")
+    parser.add_argument("--config", help="JSON settings (default: config_enhanced.json next to this script)")
     parser.add_argument("--data", help="data set to look at (default: none)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> int:
+def main(argv=None, list_checks=list_checks) -> int:
     args = parse_args(argv)
     config = load_config(EnhancedConfig, resolve_config_path(args.config, "config_enhanced.json"), args.set)
     if args.data and not Path(args.data).is_dir():
         raise InputError(f"--data {args.data}: no such folder")
     geometry = PatientDataset(args.data, "all", config.model.volume_size[0], None).geometry if args.data else Geometry()
-    return 1 if run_checks(Bench(config, torch.device(args.device), geometry, args.data)) else 0
+    bench = Bench(config, torch.device(args.device), geometry, args.data)
+    return 1 if run_checks(bench, list_checks(bench)) else 0
 
 
 if __name__ == "__main__":

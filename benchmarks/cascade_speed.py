@@ -10,15 +10,11 @@ forward, both losses, backward, AdamW and the moving average; data and the sampl
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from model_speed import machine, median_seconds, peak_memory
-
+from benchmarks.model_speed import machine, median_seconds, peak_memory
 from hybrid_vit_cascade.cascade import Stage
 from hybrid_vit_cascade.models import CascadeStage
 from hybrid_vit_cascade.settings import load_cascade_config, stage_run

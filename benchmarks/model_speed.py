@@ -20,8 +20,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from losses import EnhancedLoss
 from model_enhanced import EnhancedDirectModel
 from xray2ct.files import run_cli

@@ -5,22 +5,19 @@
 
 Needs: pip install nanodrr. The relative error (mean absolute difference over mean, per view) compares
 the built-in renderer with nanodrr reading the same cube from a NIfTI file, with its own conversion of HU
-and its own cameras; the timings compare ``render_xrays`` with its nanodrr backend.
+and its own cameras; the timings compare ``render_xrays`` with ``render_xrays_nanodrr``.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.nanodrr_backend import SAMPLES_PER_VOXEL, render_xrays_nanodrr

@@ -12,14 +12,10 @@ import argparse
 import itertools
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from model_speed import machine, median_seconds, peak_memory
-
+from benchmarks.model_speed import machine, median_seconds, peak_memory
 from losses import EnhancedLoss
 from model_enhanced import EnhancedDirectModel, RefinementNetwork
 from xray2ct.files import run_cli
@@ -52,7 +48,10 @@ def inference(args) -> None:
     """Every case in a fresh process, so that peaks of memory do not mix."""
     for name, (guided, tile) in itertools.product(("float32", "bfloat16"), ((1, 0), (1, 16), (0, 0))):
         case = ["--case", str(guided), name, str(tile), "--device", args.device]
-        subprocess.run([sys.executable, __file__, *case, "--repetitions", str(args.repetitions)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.refinement_speed", *case, "--repetitions", str(args.repetitions)],
+            check=True,
+        )
 
 
 def training_step(network, criterion, batch: int, patch: int, precision: Precision, device):

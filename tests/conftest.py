@@ -9,7 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads: the 
 def pytest_configure(config):
     try:
         from hypothesis import HealthCheck, settings
-    except ImportError:  # test_fuzz.py says so
+    except ImportError:  # the fuzz targets skip themselves
         return
     common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
     settings.register_profile("quick", max_examples=25, derandomize=True, **common)

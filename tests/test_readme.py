@@ -1,64 +1,88 @@
-"""The README and the benchmarks' page name only files, options and settings that exist."""
+"""Every page names only files, options and settings that exist."""
 
 import re
 import shlex
 
 import pytest
 
+from hybrid_vit_cascade.settings import load_cascade_config
 from tests.helpers.paths import ROOT
 from xray2ct.files import InputError
 from xray2ct.training.config import EnhancedConfig, RefinementConfig, load_config
 
-NAMES = ("README.md", "benchmarks/README.md", "docs/results.md", "docs/architecture.md", "docs/clusters.md")
-PAGES = [ROOT / name for name in NAMES]
-
-
+CASCADE = ROOT / "hybrid_vit_cascade"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted(CASCADE.glob("*.md"))]
 # Modules that add options to several commands.
 SHARED_OPTIONS = ("training/cli.py", "training/monitors.py", "inference/system.py", "inference/batch.py")
+NOT_OURS = ("venv", "pip", "pytest")
+# Files of the projects whose data and scores docs/datasets.md and docs/protocols.md explain.
+OTHERS = {"0_dicom2mhd.py", "3DGAN/lib/utils/metrics_np.py", "3DGAN/test.py", "code/evaluate.py", "ctpro.py"}
+OTHERS |= {"fix_metadata.py", "main_test.py", "utils/metrics.py", "validate_eval_setup.py"}
 
 
-def accepts(kind, setting: str) -> bool:
-    """True when ``key=value`` is a setting of this configuration."""
+def load_settings(script, settings):
+    """Raises :class:`InputError` where the script's configuration has no such setting."""
+    if "progressive" in script:
+        load_cascade_config(CASCADE / "config" / "quick_2stage.json", settings)
+    else:
+        load_config(RefinementConfig if "refinement" in script else EnhancedConfig, None, settings)
+
+
+def accepts(script, setting: str) -> bool:
     try:
-        load_config(kind, None, [setting])
+        load_settings(script, [setting])
     except InputError:
         return False
     return True
 
 
+def called(words):
+    """``(path, options)`` of a command line that starts a program of this project; None for any other."""
+    if words[:1] in (["python"], ["torchrun"]) and "-m" in words:
+        at = words.index("-m") + 1
+        if words[at] in NOT_OURS:
+            return None
+        path = words[at].replace(".", "/")
+        return f"{path}/__main__.py" if (ROOT / path).is_dir() else f"{path}.py", words[at + 1 :]
+    scripts = [word for word in words if word.endswith((".py", ".sh"))]
+    return (scripts[0], words[words.index(scripts[0]) + 1 :]) if scripts else None
+
+
 def commands():
-    """``(script, words)`` of every python, torchrun and bash line in the pages' shell blocks."""
+    """``(folder, script, words)`` of every line in the pages' shell blocks that starts a program of this project."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
+            folder = "."
+            for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
                 words = shlex.split(line, comments=True)
-                if words[:2] == ["python", "-m"] and words[2] not in ("venv", "pip", "pytest"):
-                    found.append((f"{words[2].replace('.', '/')}.py", words[3:]))
-                scripts = [word for word in words if word.endswith((".py", ".sh"))]
-                if scripts:
-                    found.append((scripts[0], words[words.index(scripts[0]) + 1 :]))
+                if words[:1] == ["cd"]:
+                    folder = "." if words[1] == ".." else words[1]
+                command = called(words)
+                if command:
+                    found.append((folder, *command))
     return found
 
 
-@pytest.mark.parametrize(("script", "words"), commands(), ids=lambda v: v if isinstance(v, str) else " ".join(v))
-def test_commands_name_existing_scripts_options_and_settings(script, words):
-    path = ROOT / script
+@pytest.mark.parametrize(
+    ("folder", "script", "words"), commands(), ids=lambda v: v if isinstance(v, str) else " ".join(v)
+)
+def test_commands_name_existing_scripts_options_and_settings(folder, script, words):
+    path = ROOT / folder / script
     assert path.exists()
     files = [path, *(ROOT / "xray2ct" / name for name in SHARED_OPTIONS)]
     source = "".join(file.read_text(encoding="utf-8") for file in files)
     for option in (word for word in words if word.startswith("--")):
         assert f'"{option}"' in source, option
+    load_settings(script, [words[index + 1] for index, word in enumerate(words) if word == "--set"])
     for index, word in enumerate(words):
-        if word == "--set":
-            kind = RefinementConfig if "refinement" in script else EnhancedConfig
-            load_config(kind, None, [words[index + 1]])
         if word == "--config":
-            assert (ROOT / words[index + 1]).exists()
+            assert (ROOT / folder / words[index + 1]).exists()
 
 
 def test_pages_have_commands():
-    assert len(commands()) > 12
+    assert len(commands()) > 40
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -67,14 +91,26 @@ def test_links_and_named_files_exist(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (page.parent / target).exists(), target
     for name in re.findall(r"`([\w/]+\.(?:py|sh|bat))`", text):
-        assert (ROOT / name).exists(), name
+        assert name in OTHERS or any((folder / name).exists() for folder in (ROOT, page.parent)), name
 
 
-def test_settings_named_in_the_troubleshooting_exist():
-    text = PAGES[0].read_text(encoding="utf-8")
-    for setting in re.findall(r"--set ([\w.]+=[\w.\-]+)", text):
+@pytest.mark.parametrize(
+    ("page", "scripts"), [(PAGES[0], ("enhanced", "refinement")), (CASCADE / "README.md", ("progressive",))]
+)
+def test_settings_named_in_the_troubleshooting_exist(page, scripts):
+    named = re.findall(r"--set ([\w.]+=[\w.\-]+)", page.read_text(encoding="utf-8"))
+    assert len(named) > 5
+    for setting in named:
         if not setting.endswith("=PATH") and setting != "key=value":
-            assert any(accepts(kind, setting) for kind in (EnhancedConfig, RefinementConfig)), setting
+            assert any(accepts(script, setting) for script in scripts), setting
+
+
+def test_what_the_architecture_page_names_in_a_module_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", text)
+    assert len(named) > 6
+    for module, name in named:
+        assert re.search(rf"\b{name.split('.')[-1]}\b", (ROOT / module).read_text(encoding="utf-8")), (module, name)
 
 
 def test_the_onnx_script_shown_is_the_one_that_is_tested():

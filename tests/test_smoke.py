@@ -10,7 +10,7 @@ from PIL import Image
 import test_enhanced
 from test_enhanced import Bench, CheckError
 from tests.helpers.tiny_data import TINY_MODEL, make_dataset
-from xray2ct.geometry.projector import Geometry
+from xray2ct.geometry.projector import Geometry, line_integrals
 from xray2ct.imaging.read_xray import write_png16
 from xray2ct.training.config import EnhancedConfig, load_config
 
@@ -25,9 +25,9 @@ def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("smoke") / "data")
 
 
-def make_bench(data=None, *settings) -> Bench:
+def make_bench(data=None, *settings, kind=Bench) -> Bench:
     config = load_config(EnhancedConfig, None, [*TINY, "augment.source_size=64", *settings])
-    return Bench(config, torch.device("cpu"), Geometry(), data)
+    return kind(config, torch.device("cpu"), Geometry(), data)
 
 
 def test_a_sound_project_and_data_set_pass(data, capsys):
@@ -40,9 +40,8 @@ def test_a_sound_project_and_data_set_pass(data, capsys):
     assert not (data / ".cache").exists()  # looking does not change the data
 
 
-def test_a_failing_check_is_named_the_others_run_and_the_status_is_1(monkeypatch, capsys):
-    monkeypatch.setattr(test_enhanced, "list_checks", lambda bench: CHECKS)
-    assert test_enhanced.main([]) == 1
+def test_a_failing_check_is_named_the_others_run_and_the_status_is_1(capsys):
+    assert test_enhanced.main([], lambda bench: CHECKS) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line[:10].strip() for line in lines[:3]] == ["FAIL one", "FAIL two", "ok   three"]
     assert "too large" in lines[0]
@@ -62,35 +61,38 @@ CHECKS = [("one", _too_large), ("two", _no_memory), ("three", lambda bench: "fin
 
 
 @pytest.mark.parametrize("kind", ["cone", "parallel"])
-def test_renderer_check_sees_a_wrong_scale(monkeypatch, kind):
+def test_renderer_check_sees_a_wrong_scale(kind):
     bench = make_bench()
     bench.geometry = Geometry(kind)
     assert kind in test_enhanced.check_renderer(bench)
-    right = test_enhanced.line_integrals
-    monkeypatch.setattr(test_enhanced, "line_integrals", lambda *a: 1.04 * right(*a))
     with pytest.raises(CheckError, match="chords"):
-        test_enhanced.check_renderer(bench)
+        test_enhanced.check_renderer(bench, lambda *a: 1.04 * line_integrals(*a))
 
 
-def test_parameter_check_counts_the_default_model(monkeypatch):
-    bench = Bench(EnhancedConfig(), torch.device("cpu"), Geometry(), None)
-    monkeypatch.setattr(test_enhanced, "PARAMETERS", (1, 2))
-    with pytest.raises(CheckError, match=r"1[5-9]\.\d+ M; expected"):
-        test_enhanced.check_parameters(bench)
+class Narrow(Bench):
+    """A model of other than the configured width, as after a slip in the network."""
+
+    def build_model(self, **changes):
+        return super().build_model(base_channels=32, **changes)
 
 
-def test_backward_check_sees_a_parameter_without_gradient(monkeypatch):
-    bench = make_bench()
-    build = bench.build_model
+def test_parameter_check_counts_the_default_model():
+    with pytest.raises(CheckError, match=r"^[4-6]\.\d+ M; expected 15 to 20 M"):
+        test_enhanced.check_parameters(Narrow(EnhancedConfig(), torch.device("cpu"), Geometry(), None))
 
-    def frozen(**settings):
-        model = build(**settings)
+
+class Frozen(Bench):
+    """A model with a parameter that no gradient reaches."""
+
+    def build_model(self, **changes):
+        model = super().build_model(**changes)
         model.prior.requires_grad_(False)
         return model
 
-    monkeypatch.setattr(bench, "build_model", frozen)
+
+def test_backward_check_sees_a_parameter_without_gradient():
     with pytest.raises(CheckError, match="prior"):
-        test_enhanced.check_backward(bench)
+        test_enhanced.check_backward(make_bench(kind=Frozen))
 
 
 def test_loss_check_sees_a_loss_that_is_not_zero_for_a_perfect_prediction(monkeypatch):
@@ -99,7 +101,7 @@ def test_loss_check_sees_a_loss_that_is_not_zero_for_a_perfect_prediction(monkey
         test_enhanced.check_losses(make_bench())
 
 
-def test_learning_check_sees_a_loss_that_does_not_fall(monkeypatch):
+def test_learning_check_sees_a_loss_that_does_not_fall():
     with pytest.raises(CheckError, match="expected it to fall"):
         test_enhanced.check_learning(make_bench(None, "training.learning_rate=0"))
 

@@ -5,7 +5,7 @@
 
 Phantoms -> prepared data -> both stages, 32^3 and 128^3, an eighth of the real volumes' voxels -> scores on held-out
 phantoms -> a reconstruction from two PNG files as NIfTI, and a picture of it. The same command skips what is
-done and goes on where it was stopped.
+done and resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -35,7 +36,7 @@ CUBE_SIZE, XRAY_SIZE = 128, 256
 
 
 def split_of(patients: int) -> dict[str, list[str]]:
-    """The last sixth of the phantoms is held out for the scores, a twelfth before it chooses the checkpoint."""
+    """The last sixth of the phantoms is the test set; the twelfth before it validates and chooses the checkpoint."""
     ids = [f"phantom_{index:04d}" for index in range(patients)]
     test, val = max(1, patients // 6), max(1, patients // 12)
     return {"train": ids[: -test - val], "val": ids[-test - val : -test], "test": ids[-test:]}
@@ -104,7 +105,9 @@ class Demo:
         xrays = {view: self.data / patient / f"{patient}_{view}_drr.png" for view in ("pa", "lat")}
         options = {"pa": xrays["pa"], "lateral": xrays["lat"], **self.checkpoints, "output": self.reconstruction}
         status = reconstruct.main(arguments(options))
-        hu = np.asarray(nib.load(self.reconstruction).dataobj).transpose(2, 1, 0)  # (W, H, D) on disk
+        hu = np.asarray(nib.Nifti1Image.from_filename(self.reconstruction).dataobj).transpose(
+            2, 1, 0
+        )  # (W, H, D) there
         data = PatientDataset(self.data, "test", hu.shape[0], XRAY_SIZE)
         item = data[data.ids.index(patient)]
         prediction = hu_to_unit(hu.astype(np.float32), data.hu_window)
@@ -112,7 +115,7 @@ class Demo:
         return status
 
     def conclude(self, seconds: float) -> None:
-        """Say where to look, and the scores."""
+        """Print the scores and where the results are."""
         methods = read_json(self.results / "summary.json")["methods"]
         names = ("refined", scoring.TRILINEAR, scoring.BASELINE)
         model, coarse, mean = (methods[name]["psnr_strict"] for name in names)
@@ -128,6 +131,16 @@ class Demo:
         print(f"  {self.results}: scores per phantom, pictures")
         print(f"  {self.training}, {self.refinement_training}: checkpoints, logs")
         print("Phantoms show that everything works; scores on them say nothing about patients.")
+
+
+def run_steps(steps: dict[str, Callable[[], int]]) -> int:
+    """Run steps by name until one returns a status other than 0, which is returned."""
+    for number, (name, step) in enumerate(steps.items(), start=1):
+        print(f"\n[{number}/{len(steps)}] {name}", flush=True)
+        status = step()
+        if status:
+            return status
+    return 0
 
 
 def arguments(options: dict) -> list[str]:
@@ -167,13 +180,10 @@ def main(argv=None) -> int:
         "scores on held-out phantoms": demo.evaluate,
         "reconstruction from two PNG files": demo.reconstruct,
     }
-    for number, (name, step) in enumerate(steps.items(), start=1):
-        print(f"\n[{number}/{len(steps)}] {name}", flush=True)
-        status = step()
-        if status:
-            return status
-    demo.conclude(time.monotonic() - started)
-    return 0
+    status = run_steps(steps)
+    if not status:
+        demo.conclude(time.monotonic() - started)
+    return status
 
 
 if __name__ == "__main__":

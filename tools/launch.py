@@ -1,6 +1,6 @@
-"""What ``launch_4gpu.sh`` and ``launch_4gpu.bat`` do: see that the environment is there, then start the job.
+"""What ``launch_4gpu.sh`` and ``launch_4gpu.bat`` do: prepare the environment, then start the job.
 
-    python -m tools.launch [demo | test | smoke | stage1 | stage2] [options of the job ...]
+    launch_4gpu.sh [demo | test | smoke | stage1 | stage2] [options of the job ...]
 
 Without a word it trains both stages in sequence, the second on the first one's best checkpoint. The running
 Python is used as it is when it satisfies requirements.txt; otherwise ``.venv`` is made in the repository, once.
@@ -22,7 +22,7 @@ from xray2ct.training.signals import PASSED_ON, exit_status, passed_on
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING = {"stage1": "train_enhanced_4gpu.py", "stage2": "train_refinement_4gpu.py"}
-JOBS = {"demo": "tools.demo", "smoke": "test_enhanced.py", **TRAINING}
+JOBS = {"demo": "tools/demo.py", "smoke": "test_enhanced.py", **TRAINING}
 BOTH = "train"
 MAX_GPUS = 4
 WINDOWS = os.name == "nt"
@@ -62,8 +62,8 @@ def read_requirements(path: Path) -> list[tuple[str, str]]:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """Comparable numbers of a version: ``2.13.0+cu130`` -> (2, 13); trailing zeros say nothing."""
-    numbers = [int(n) for n in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
+    """Comparable numbers of a version: ``2.13.0+cu130`` -> (2, 13), without trailing zeros."""
+    numbers = [int(n) for n in re.split(r"[^\d.]", version)[0].strip(".").split(".")]
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
@@ -88,14 +88,14 @@ def venv_python(venv: Path) -> Path:
     return venv / ("Scripts/python.exe" if WINDOWS else "bin/python")
 
 
-def works(python: Path) -> bool:
+def works(python: Path, call=subprocess.call) -> bool:
     """True when ``python`` runs and has pip: not so where making the environment was interrupted."""
     if not python.exists():
         return False
-    return subprocess.call([str(python), "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0
+    return call([str(python), "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0
 
 
-def make_environment(venv: Path, requirements: Path, constraints: Path) -> Path:
+def make_environment(venv: Path, requirements: Path, constraints: Path, call=subprocess.call) -> Path:
     """Make or complete ``venv`` and return its interpreter; instant when it is up to date.
 
     A copy of the requirements is left inside when everything is installed: an interrupted or outdated
@@ -108,22 +108,22 @@ def make_environment(venv: Path, requirements: Path, constraints: Path) -> Path:
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted and python.exists():
         return python
     print(f"Installing {requirements.name} into {venv} (once)", flush=True)
-    if not works(python) and subprocess.call([sys.executable, "-m", "venv", "--clear", str(venv)]):
+    if not works(python, call) and call([sys.executable, "-m", "venv", "--clear", str(venv)]):
         sys.exit(f"error: {venv} could not be made (on Debian and Ubuntu: apt install python3-venv)")
     install = [str(python), "-m", "pip", "install", "-r", str(requirements), "-c", str(constraints)]
-    if subprocess.call(install):
+    if call(install):
         sys.exit(f"error: installing {requirements} failed; the same command tries again")
     stamp.write_text(wanted, encoding="utf-8")
     return python
 
 
-def find_python(requirements: Path) -> Path:
+def find_python(requirements: Path, make=make_environment) -> Path:
     """The running Python where it satisfies ``requirements``, otherwise that of ``.venv``."""
     missing = missing_requirements(requirements)
     if not missing:
         return Path(sys.executable)
     print(f"{sys.executable} lacks {', '.join(missing)}: using .venv", flush=True)
-    return make_environment(ROOT / ".venv", requirements, ROOT / "constraints.txt")
+    return make(ROOT / ".venv", requirements, ROOT / "constraints.txt")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def find_python(requirements: Path) -> Path:
 
 
 def gpu_count(python: Path) -> int:
-    """GPUs that torch can use; says so when there is a driver but torch was built without CUDA."""
+    """GPUs that torch can use; warns when there is a driver but torch was built without CUDA."""
     code = "import torch; print(torch.cuda.device_count(), torch.version.cuda or torch.version.hip or '-')"
     count, cuda = subprocess.check_output([str(python), "-c", code], encoding="utf-8").split()
     if cuda == "-" and shutil.which("nvidia-smi"):
@@ -143,7 +143,7 @@ def gpu_count(python: Path) -> int:
     return int(count)
 
 
-def job_command(python: Path, word: str, options: list[str]) -> list[str]:
+def job_command(python: Path, word: str, options: list[str], count_gpus=gpu_count, windows=WINDOWS) -> list[str]:
     """Command line of a job. Training uses torchrun for several GPUs, except on Windows.
 
     Windows builds of torch lack libuv, which torchrun needs; the script starts the processes itself there.
@@ -152,18 +152,17 @@ def job_command(python: Path, word: str, options: list[str]) -> list[str]:
         return [str(python), "-m", "pytest", "-n", "auto", "--maxprocesses", "8", *options]
     command = [str(python)]
     if word in TRAINING:
-        gpus = min(MAX_GPUS, gpu_count(python))
+        gpus = min(MAX_GPUS, count_gpus(python))
         processes = 2 if gpus == 3 else gpus  # the default global batch is a multiple of 1, 2 and 4 processes
         if gpus == 3:
             print("note: 2 of 3 GPUs are used; for all: torchrun --nproc_per_node 3 ... --set world_size=3", flush=True)
-        if processes >= 2 and not WINDOWS:
+        if processes >= 2 and not windows:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    job = ["-m", JOBS[word]] if word == "demo" else [str(ROOT / JOBS[word])]
-    return [*command, *job, *options]
+    return [*command, str(ROOT / JOBS[word]), *options]
 
 
-def train_both(python: Path, options: list[str]) -> int:
-    """Both stages, one after the other; a stage that is done ends at once, one that was stopped goes on.
+def train_both(python: Path, options: list[str], command=job_command) -> int:
+    """Both stages, one after the other; a stage that is finished ends at once, one that was stopped resumes.
 
     Runs as the parent of the two jobs: signals to this process are passed on. The first stage that does not end
     with 0 ends the sequence with its exit status.
@@ -174,7 +173,7 @@ def train_both(python: Path, options: list[str]) -> int:
         return 2
     for word in TRAINING:
         print(f"[{word}] {JOBS[word]}", flush=True)
-        status = run_child(job_command(python, word, options))
+        status = run_child(command(python, word, options))
         if status:
             return status
     return 0

@@ -52,7 +52,7 @@ def read_log(path: Path) -> list[dict]:
 def read_run(path: str | Path) -> Run:
     """The curves of a run, given by its folder or its ``log.jsonl``.
 
-    Epochs that a resumed run did again count as done the last time. Raises :class:`InputError` as
+    An epoch that a resumed run repeated counts once, as of its last time. Raises :class:`InputError` as
     :func:`read_log`, and when no epoch was finished.
     """
     path = Path(path)
@@ -71,7 +71,7 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
-def names_of(runs: list[Run]) -> list[str]:
+def legend_names(runs: list[Run]) -> list[str]:
     """The runs' names, numbered where two are the same."""
     names = [run.name for run in runs]
     return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
@@ -85,13 +85,13 @@ def draw(runs: list[Run]):
         raise InputError("drawing curves needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     losses, psnrs = figure.subplots(1, 2)
-    for name, run, index in zip(names_of(runs), runs, range(len(runs))):
+    for name, run, index in zip(legend_names(runs), runs, range(len(runs))):
         colour = f"C{index % 10}"
         losses.plot(*_curve(run.loss), color=colour, label=name)
         losses.plot(*_curve(run.validation_loss), color=colour, linestyle="--")
         psnrs.plot(*_curve(run.psnr), color=colour, label=name)
         if run.psnr:
-            best = max(run.psnr, key=run.psnr.get)
+            best = max(run.psnr, key=run.psnr.__getitem__)
             psnrs.plot(best, run.psnr[best], "o", color=colour)
             psnrs.annotate(
                 f"{run.psnr[best]:.2f}", (best, run.psnr[best]), (0, 6), textcoords="offset points", ha="center"
@@ -124,10 +124,10 @@ def main(argv=None) -> int:
     figure = draw(runs)
     with atomic_path(args.output) as temporary:
         figure.savefig(temporary, dpi=130)
-    for name, run in zip(names_of(runs), runs):
+    for name, run in zip(legend_names(runs), runs):
         best = max(run.psnr.items(), key=lambda item: item[1], default=None)
-        said = f"best PSNR {best[1]:.2f} dB at epoch {best[0]}" if best else "no validation yet"
-        print(f"{name}: {len(run.loss)} epochs, {said}")
+        result = f"best PSNR {best[1]:.2f} dB at epoch {best[0]}" if best else "no validation yet"
+        print(f"{name}: {len(run.loss)} epochs, {result}")
     print(f"drawn in {args.output}")
     return 0
 

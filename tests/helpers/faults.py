@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -23,10 +24,23 @@ from xray2ct.training.distributed import Processes, process_group
 
 SECONDS = 600  # for anything that is waited for, on a machine with much else to do
 REPORT = ("report", 2)
-server = multiprocessing.get_context("forkserver") if os.name != "nt" else None
 
 
 # -- runs in processes of their own ----------------------------------------------------------------
+@functools.cache
+def server():
+    """Forks processes in which torch is loaded already, with one thread and without GPU: starting one is instant."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # the latter is imported by any optimizer
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            patch.setenv(name, "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("PYTHONPATH", str(ROOT))  # until Python 3.13 the server has no other way to find this module
+        forkserver.ensure_running()
+    return context
+
+
 def die(number=signal.SIGKILL):
     os.kill(os.getpid(), number)
 
@@ -58,7 +72,7 @@ def install(fault, pipe):
         }[name]
         around(*where, functools.partial(then_die, Countdown(values[0]), values[1]))
     if "stop_answering" in fault:
-        limited = functools.partial(process_group, timeout_minutes=0.5)
+        limited = functools.partial(process_group, timeout_minutes=0.2)
         cli.process_group = limited
 
 
@@ -126,9 +140,9 @@ class Run:
 
     def __init__(self, output, fault=("none",), overrides=(), target=child, extra=()):
         self.console = output.parent / f"console{''.join(f'-{value}' for value in extra)}"
-        self.pipe, other = server.Pipe(duplex=False)
+        self.pipe, other = server().Pipe(duplex=False)
         words = toy_task.words(output, *overrides)
-        self.process = server.Process(target=target, args=(*extra, words, str(self.console), fault, other))
+        self.process = server().Process(target=target, args=(*extra, words, str(self.console), fault, other))
         self.process.start()
         other.close()
 
@@ -143,17 +157,6 @@ class Run:
 
     def text(self):
         return self.console.read_text(encoding="utf-8", errors="replace") if self.console.exists() else ""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forks():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            patch.setenv(name, "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("PYTHONPATH", str(ROOT))
-        server.set_forkserver_preload(["test_faults", "torch._dynamo"])  # the latter is imported by any optimizer
-        yield
 
 
 def toy(output, *overrides):

@@ -70,10 +70,9 @@ def test_a_folder_of_another_demo_is_refused(options):
         demo.main([*options, "--seed", "5"])
 
 
-def test_a_step_that_fails_ends_the_demo_with_its_status(options, monkeypatch):
-    monkeypatch.setattr(demo.evaluate, "main", lambda argv: 3)
-    monkeypatch.setattr(demo.reconstruct, "main", lambda argv: pytest.fail("went on"))
-    assert demo.main(options) == 3
+def test_a_step_that_fails_ends_the_demo_with_its_status():
+    steps = {"one": lambda: 0, "two": lambda: 3, "three": lambda: pytest.fail("went on")}
+    assert demo.run_steps(steps) == 3
 
 
 @pytest.mark.parametrize("patients", [3, 4, 24, 100])

@@ -66,8 +66,8 @@ def test_the_project_s_own_requirements_are_read():
 
 
 @pytest.fixture
-def installer(monkeypatch):
-    """Records what would be run; making a .venv leaves an interpreter that works."""
+def installer():
+    """Stands in for subprocess.call: records the commands, and an environment that is made has an interpreter."""
     calls = []
 
     def call(command, **_):
@@ -76,44 +76,40 @@ def installer(monkeypatch):
             python = launch.venv_python(Path(command[-1]))
             python.parent.mkdir(parents=True, exist_ok=True)
             python.touch()
-        return call.status
+        return int(call.fails in command)
 
-    call.status = 0
+    call.fails = None
     call.calls = calls
-    monkeypatch.setattr(subprocess, "call", call)
     return call
 
 
 def test_environment_is_installed_once_and_again_when_the_requirements_change(tmp_path, installer):
     requirements = write_requirements(tmp_path, "numpy>=1\n")
     constraints = write_requirements(tmp_path, "numpy==2\n", "constraints.txt")
-    python = launch.make_environment(tmp_path / ".venv", requirements, constraints)
+    python = launch.make_environment(tmp_path / ".venv", requirements, constraints, installer)
     assert python == launch.venv_python(tmp_path / ".venv")
     assert installer.calls[0][1:] == ["-m", "venv", "--clear", str(tmp_path / ".venv")]
     assert installer.calls[1][1:] == ["-m", "pip", "install", "-r", str(requirements), "-c", str(constraints)]
 
     installer.calls.clear()
-    launch.make_environment(tmp_path / ".venv", requirements, constraints)
+    launch.make_environment(tmp_path / ".venv", requirements, constraints, installer)
     assert installer.calls == []
 
     constraints.write_text("numpy==3\n")
-    launch.make_environment(tmp_path / ".venv", requirements, constraints)
+    launch.make_environment(tmp_path / ".venv", requirements, constraints, installer)
     assert [call[3] for call in installer.calls] == ["--version", "install"]
 
 
-def test_an_installation_that_failed_is_done_again(tmp_path, installer, monkeypatch):
+def test_an_installation_that_failed_is_done_again(tmp_path, installer):
     requirements = write_requirements(tmp_path, "numpy>=1\n")
     constraints = write_requirements(tmp_path, "", "constraints.txt")
-    launch.venv_python(tmp_path / ".venv").parent.mkdir(parents=True)
-    launch.venv_python(tmp_path / ".venv").touch()
-    monkeypatch.setattr(launch, "works", lambda python: True)
-    installer.status = 1
+    installer.fails = "install"
     with pytest.raises(SystemExit, match="installing"):
-        launch.make_environment(tmp_path / ".venv", requirements, constraints)
-    installer.status = 0
+        launch.make_environment(tmp_path / ".venv", requirements, constraints, installer)
+    installer.fails = None
     installer.calls.clear()
-    launch.make_environment(tmp_path / ".venv", requirements, constraints)
-    assert [call[3] for call in installer.calls] == ["install"]
+    launch.make_environment(tmp_path / ".venv", requirements, constraints, installer)
+    assert [call[3] for call in installer.calls] == ["--version", "install"]
 
 
 def test_a_half_made_environment_does_not_work(tmp_path):
@@ -121,32 +117,30 @@ def test_a_half_made_environment_does_not_work(tmp_path):
     assert launch.works(Path(sys.executable))
 
 
-def test_the_running_python_is_used_where_it_satisfies_the_requirements(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "make_environment", lambda *_: Path("other"))
-    assert launch.find_python(write_requirements(tmp_path, "pytest>=1\n")) == Path(sys.executable)
-    assert launch.find_python(write_requirements(tmp_path, "pytest>=999\n")) == Path("other")
+@pytest.mark.parametrize(("text", "found"), [("pytest>=1\n", sys.executable), ("pytest>=999\n", "other")])
+def test_the_running_python_is_used_where_it_satisfies_the_requirements(tmp_path, text, found):
+    requirements = write_requirements(tmp_path, text)
+    assert launch.find_python(requirements, make=lambda *_: Path("other")) == Path(found)
 
 
 @pytest.mark.parametrize(("gpus", "processes"), [(0, 0), (1, 0), (2, 2), (3, 2), (4, 4), (8, 4)])
-def test_training_uses_up_to_four_gpus(monkeypatch, gpus, processes):
-    monkeypatch.setattr(launch, "gpu_count", lambda python: gpus)
-    command = launch.job_command(Path("py"), "stage1", ["--set", "a=1"])
+def test_training_uses_up_to_four_gpus(gpus, processes):
+    command = launch.job_command(Path("py"), "stage1", ["--set", "a=1"], lambda python: gpus, windows=False)
     assert command[0] == "py"
     assert command[-3:] == [str(ROOT / "train_enhanced_4gpu.py"), "--set", "a=1"]
     started_by_torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     assert command[1:-3] == (started_by_torchrun if processes else [])
 
 
-def test_windows_starts_the_processes_without_torchrun(monkeypatch):
-    monkeypatch.setattr(launch, "gpu_count", lambda python: 4)
-    monkeypatch.setattr(launch, "WINDOWS", True)
-    assert launch.job_command(Path("py"), "stage1", []) == ["py", str(ROOT / "train_enhanced_4gpu.py")]
-    assert launch.job_command(Path("py"), "stage2", []) == ["py", str(ROOT / "train_refinement_4gpu.py")]
+@pytest.mark.parametrize("word", launch.TRAINING)
+def test_windows_starts_the_processes_without_torchrun(word):
+    command = launch.job_command(Path("py"), word, [], lambda python: 4, windows=True)
+    assert command == ["py", str(ROOT / launch.TRAINING[word])]
 
 
 @pytest.fixture
-def jobs(tmp_path, monkeypatch):
-    """Stands in for the two training scripts: each notes its name and options, and ends as its file says."""
+def jobs(tmp_path):
+    """Stand-ins for the two training scripts: each notes its name and options, and ends as its file says."""
     for word in launch.TRAINING:
         script = tmp_path / f"{word}.py"
         script.write_text(
@@ -158,19 +152,23 @@ def jobs(tmp_path, monkeypatch):
             f"status = pathlib.Path({str(tmp_path / (word + '.status'))!r})\n"
             "sys.exit(int(status.read_text()) if status.exists() else 0)\n"
         )
-    commands = {word: [sys.executable, str(tmp_path / f"{word}.py")] for word in launch.TRAINING}
-    monkeypatch.setattr(launch, "job_command", lambda python, word, options: [*commands[word], *options])
     return tmp_path
 
 
+def train_both(jobs, *options):
+    return launch.train_both(
+        Path(sys.executable), list(options), lambda python, word, o: [python, jobs / f"{word}.py", *o]
+    )
+
+
 def test_both_stages_are_trained_in_sequence_with_the_same_options(jobs):
-    assert launch.train_both(Path("py"), ["--data", "ROOT"]) == 0
+    assert train_both(jobs, "--data", "ROOT") == 0
     assert (jobs / "calls").read_text() == "stage1 --data ROOT\nstage2 --data ROOT\n"
 
 
 def test_the_second_stage_waits_for_a_first_one_that_ended_well(jobs):
     (jobs / "stage1.status").write_text("7")
-    assert launch.train_both(Path("py"), []) == 7
+    assert train_both(jobs) == 7
     assert (jobs / "calls").read_text() == "stage1 \n"
 
 
@@ -187,14 +185,14 @@ def test_sigterm_is_passed_on_and_ends_the_sequence(jobs):
 
     sender = threading.Thread(target=send)
     sender.start()
-    assert launch.train_both(Path("py"), []) == 143
+    assert train_both(jobs) == 143
     sender.join()
     assert (jobs / "calls").read_text() == "stage1 \n"
 
 
 @pytest.mark.parametrize("option", ["--output", "--config=a.json"])
 def test_options_of_one_stage_are_refused_for_both(jobs, option, capsys):
-    assert launch.train_both(Path("py"), [option, "x"]) == 2
+    assert train_both(jobs, option, "x") == 2
     assert option in capsys.readouterr().err
     assert not (jobs / "calls").exists()
 
@@ -202,24 +200,22 @@ def test_options_of_one_stage_are_refused_for_both(jobs, option, capsys):
 @pytest.mark.parametrize(
     ("answer", "driver", "warned"), [("0 -", True, True), ("0 -", False, False), ("2 13.0", True, False)]
 )
-def test_a_torch_without_cuda_beside_a_driver_is_said(monkeypatch, capsys, answer, driver, warned):
-    monkeypatch.setattr(subprocess, "check_output", lambda *_, **__: answer + "\n")
-    monkeypatch.setattr(launch.shutil, "which", lambda name: "nvidia-smi" if driver else None)
-    assert launch.gpu_count(Path("py")) == int(answer[0])
+@pytest.mark.skipif(launch.WINDOWS, reason="scripts of sh")
+def test_a_torch_without_cuda_next_to_a_driver_is_reported(tmp_path, monkeypatch, capsys, answer, driver, warned):
+    for name, wanted in (("py", True), ("nvidia-smi", driver)):
+        if wanted:
+            (tmp_path / name).write_text(f"#!/bin/sh\necho {answer}\n")
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch.gpu_count(tmp_path / "py") == int(answer[0])
     assert ("without CUDA" in capsys.readouterr().err) == warned
 
 
 def test_every_word_starts_a_file_that_exists():
     for word, script in launch.JOBS.items():
-        path = script if script.endswith(".py") else f"{script.replace('.', '/')}.py"
-        assert (ROOT / path).is_file(), word
-    assert launch.job_command(Path("py"), "demo", ["--seed", "1"]) == [
-        "py",
-        "-m",
-        "tools.demo",
-        "--seed",
-        "1",
-    ]
+        assert (ROOT / script).is_file(), word
+    command = launch.job_command(Path("py"), "demo", ["--seed", "1"])
+    assert command == ["py", str(ROOT / "tools" / "demo.py"), "--seed", "1"]
     assert launch.job_command(Path("py"), "test", ["-x"])[:3] == ["py", "-m", "pytest"]
 
 
@@ -254,6 +250,12 @@ class TestShell:
         assert result.returncode == 2
         assert "config.json: unknown key modle" in result.stderr
 
+    def test_a_module_of_the_same_name_in_the_current_folder_is_not_taken(self, tmp_path):
+        (tmp_path / "tools.py").write_text("raise SystemExit('another project')")
+        result = start("demo", "--patients", "2", cwd=tmp_path)
+        assert result.returncode == 2
+        assert "--patients is 2" in result.stderr
+
     def test_an_old_python_is_refused(self, tmp_path):
         (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
         (tmp_path / "python3").chmod(0o755)
@@ -274,11 +276,11 @@ def test_batch_file_is_the_shell_script_for_windows():
     raw = (ROOT / "launch_4gpu.bat").read_bytes()
     assert raw.count(b"\n") == raw.count(b"\r\n") > 0
     text = raw.decode("ascii")  # a batch file is read in the console's own code page
-    assert re.search(r"^%PYTHON% -m tools\.launch %\*\r\nexit /b %ERRORLEVEL%\r$", text, re.MULTILINE)
+    assert re.search(r'^%PYTHON% "%~dp0tools\\launch\.py" %\*\r\nexit /b %ERRORLEVEL%\r$', text, re.MULTILINE)
     labels = set(re.findall(r"^:(\w+)", text, re.MULTILINE))
     assert set(re.findall(r"goto (\w+)", text)) == labels
     shell = (ROOT / "launch_4gpu.sh").read_text()
-    for name in re.findall(r"[\w/]+\.(?:py|sh)\b", text.replace("%~dp0", "")):
+    for name in re.findall(r"[\w/]+\.(?:py|sh)\b", text.replace("%~dp0", "").replace("\\", "/")):
         assert (ROOT / name).is_file(), name
     usage = re.compile(r"^(?:rem|#)   (?:bash )?launch_4gpu\.(?:bat|sh) (\w+) ", re.MULTILINE)
     assert usage.findall(text) == usage.findall(shell) == ["demo", "test", "smoke", "stage1", "stage2"]

@@ -30,7 +30,7 @@ def test_curves_hold_the_logs_values(tmp_path):
         plot_run.read_run(write_log(tmp_path / "a", [20.0, 23.5, 22.0])),
         plot_run.read_run(tmp_path / "a/log.jsonl"),
     ]
-    assert plot_run.names_of(runs) == ["a (1)", "a (2)"]
+    assert plot_run.legend_names(runs) == ["a (1)", "a (2)"]
     losses, psnrs = plot_run.draw(runs).axes
     training, validation = losses.lines[:2]
     assert list(training.get_xdata()) == [1, 2, 3]

@@ -172,7 +172,8 @@ def by_the_launcher(words, console, fault, pipe):
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    sys.exit(launch.run_child([*torchrun, str(ROOT / "tests" / "helpers" / "toy_task.py"), *words]))
+    os.chdir(ROOT)
+    sys.exit(launch.run_child([*torchrun, "-m", "tests.helpers.toy_task", *words]))
 
 
 def test_a_signal_to_launcher_and_torchrun_leaves_the_state(tmp_path):
