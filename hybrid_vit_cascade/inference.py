@@ -19,11 +19,10 @@ from pathlib import Path
 if not __package__:  # started by path: the package lies one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from hybrid_vit_cascade.cascade import DEFAULT_STEPS, Cascade
+from hybrid_vit_cascade.cascade import DEFAULT_STEPS
+from hybrid_vit_cascade.system import load_cascade_system
 
 # isort: split
 from xray2ct.files import InputError, run_cli
@@ -36,83 +35,15 @@ from xray2ct.inference.batch import (
     reconstruct_one,
 )
 from xray2ct.inference.reconstruction import Pipeline
-from xray2ct.inference.system import pick_device
 
 
-class CascadeSystem:
-    """A cascade with a way of using it, as :class:`reconstruction.Pipeline` wants a system.
-
-    samples: None for the one-step posterior mean, else the number of samples to average, of ``steps`` steps each.
-    After :meth:`predict`, ``std`` is the standard deviation (B, 1, D, H, W) of two or more samples in units of [0, 1],
-    else None. The same seed gives the same volume.
-    """
-
-    def __init__(self, cascade: Cascade, samples: int | None = None, steps: int = DEFAULT_STEPS, seed: int = 0):
-        self.cascade, self.samples, self.steps, self.seed = cascade, samples, steps, seed
-        self.xray_size, self.geometry = cascade.xray_size, cascade.geometry
-        self.hu_window, self.volume_size = cascade.hu_window, cascade.volume_size
-        self.notes: list[str] = []
-        self.std: torch.Tensor | None = None
-        self.progress = None  # wraps the iterable of steps
-
-    def predict(self, xrays: torch.Tensor) -> torch.Tensor:
-        """``(B, num_views, S, S)`` in [0, 1] -> volume ``(B, 1, D, H, W)`` in [0, 1], float32 on the CPU."""
-        generator = torch.Generator().manual_seed(self.seed)
-        options = {"steps": self.steps, "generator": generator, "progress": self.progress}
-        self.std = None
-        if self.samples is None:
-            return self.cascade.posterior_mean(xrays, generator=generator).cpu()
-        if self.samples == 1:
-            return self.cascade.sample(xrays, **options).cpu()
-        volume, std = self.cascade.statistics(xrays, self.samples, **options)
-        self.std = std.cpu()
-        return volume.cpu()
-
-    def __str__(self) -> str:
-        if self.samples is None:
-            return "posterior mean in one step"
-        draws = "a single sample" if self.samples == 1 else f"mean of {self.samples} samples"
-        return f"{draws} of {self.steps} steps, seed {self.seed}"
-
-
-class CascadePipeline(Pipeline):
-    """Two X-rays, or PA alone for a cascade of one view -> a volume; ``pipeline("PA.png", "LAT.png")``."""
-
-    system: CascadeSystem
-
-    def read(self, pa, lateral=None, normalization="manifest", invert=False, check=True, exposure=None):
-        """X-ray files or arrays -> ``(num_views, S, S)``; as :meth:`Pipeline.read`, with PA alone for one view."""
-        self.system.cascade.check_views(1 if lateral is None else 2)
-        if lateral is not None:
-            return super().read(pa, lateral, normalization, invert, check, exposure)
-        stand_in = np.eye(self.system.xray_size, dtype=np.float32)  # any array passes for a second view; dropped
-        return super().read(pa, stand_in, normalization, invert, False, exposure)[:1]
-
-    def __call__(self, pa, lateral=None, **options):
-        """Two X-rays -> ``(HU int16 (D, H, W), affine)``; as :meth:`Pipeline.__call__`."""
-        return super().__call__(pa, lateral, **options)
-
-    def std_hu(self) -> np.ndarray:
-        """Standard deviation of the last prediction's samples in HU, float32 (D, H, W)."""
-        low, high = self.hu_window
-        return (self.system.std[0, 0] * (high - low)).numpy()
-
-
-def load_cascade_pipeline(
-    checkpoint,
-    samples: int | None = None,
-    steps: int = DEFAULT_STEPS,
-    seed: int = 0,
-    max_stages: int | None = None,
-    device: str = "auto",
-    precision: str = "float32",
-) -> CascadePipeline:
+def load_cascade_pipeline(checkpoint, *args, **options) -> Pipeline:
     """Load a cascade's checkpoint folder for reconstruction: ``volume_hu, affine = pipeline("PA.png", "LAT.png")``.
 
-    Arguments as those of the command line; raises :class:`InputError` naming what cannot be used.
+    PA alone for a cascade of one view. Options: ``samples``, ``steps``, ``seed``, ``max_stages``, ``device``,
+    ``precision``, as :func:`system.load_cascade_system`.
     """
-    cascade = Cascade.load(checkpoint, pick_device(device), max_stages, precision)
-    return CascadePipeline(CascadeSystem(cascade, samples, steps, seed))
+    return Pipeline(load_cascade_system(checkpoint, *args, **options))
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -151,14 +82,15 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     check_args(args)
     steps = DEFAULT_STEPS if args.steps is None else args.steps
-    pipeline = load_cascade_pipeline(
+    system = load_cascade_system(
         args.checkpoint, args.samples, steps, args.seed, args.max_stages, args.device, args.precision
     )
-    pipeline.system.progress = partial(tqdm, desc="Sampling", unit="step", leave=False, disable=None)
+    system.progress = partial(tqdm, desc="Sampling", unit="step", leave=False, disable=None)
+    pipeline = Pipeline(system)
     if args.folder:
-        return reconstruct_folder(pipeline, args, views=pipeline.system.cascade.num_views)
+        return reconstruct_folder(pipeline, args)
     hu, affine = reconstruct_one(pipeline, args.pa, args.lateral, args.output, args.picture, args)
-    print(f"{describe_volume(pipeline, args.output, hu)}; {pipeline.system}")
+    print(f"{describe_volume(pipeline, args.output, hu)}; {system}")
     if args.save_std:
         std = pipeline.std_hu()
         write_volume(args.save_std, std, affine)

@@ -8,7 +8,8 @@ import torch
 
 import evaluate
 from dataset import PatientDataset
-from hybrid_vit_cascade.cascade import Cascade, predictors
+from hybrid_vit_cascade.cascade import Cascade
+from hybrid_vit_cascade.system import CascadeSystem
 from tests.helpers.tiny_cascade import make_cascade
 from tests.helpers.tiny_data import make_dataset
 from xray2ct.evaluation.statistics import coverage
@@ -33,14 +34,14 @@ def run(root, folder, output, *more):
     return evaluate.main([str(word) for word in options])
 
 
-def test_posterior_mean_sample_and_mean_of_samples_beside_the_baseline(root, folder, tmp_path, capsys):
+def test_posterior_mean_sample_and_mean_of_samples_are_compared_with_the_baseline(root, folder, tmp_path, capsys):
     assert run(root, folder, tmp_path, "--steps", "2", "--samples", "3") == 0
     with open(tmp_path / "per_patient.csv", newline="") as stream:
         rows = {(r["method"], r["id"]): r for r in csv.DictReader(stream)}
     methods = ("cascade_mean", "cascade_mean_of_3", "cascade_sample", "trilinear", "mean_volume")
     assert set(rows) == {(m, i) for m in methods for i in ("p4", "p5")}
     item, cascade = PatientDataset(root, "test", 32, 32)[0], Cascade.load(folder)
-    for method, predict in predictors(cascade, 2, 3).items():
+    for method, predict in CascadeSystem(cascade, 3, 2).methods().items():
         score = psnr(predict(item), item["ct_volume"][0])
         assert float(rows[method, "p4"]["psnr_strict"]) == pytest.approx(score, abs=1e-3), method
     first_stage = cascade.posterior_mean(item["xrays"][None], stages=1)
@@ -58,7 +59,7 @@ def test_posterior_mean_sample_and_mean_of_samples_beside_the_baseline(root, fol
     assert summary["coverage"]["expected"]["coverage_1sd"] == pytest.approx(0.5, abs=0.1)
     shares = []
     for item in PatientDataset(root, "test", 32, 32):
-        mean_of = predictors(cascade, 2, 3)["cascade_mean_of_3"]
+        mean_of = CascadeSystem(cascade, 3, 2).methods()["cascade_mean_of_3"]
         volume, target = mean_of(item), item["ct_volume"][0]
         body = torch.from_numpy(body_mask(unit_to_hu(target, cascade.hu_window).numpy(), 360 / 32))
         shares.append(coverage(volume, mean_of.std, target, body & (item["mask"][0] > 0))["coverage_2sd"])

@@ -14,8 +14,9 @@ from PIL import Image
 
 from dataset import PatientDataset
 from hybrid_vit_cascade import inference
-from hybrid_vit_cascade.cascade import Cascade, Stage, predictors, to_signed, to_unit
+from hybrid_vit_cascade.cascade import Cascade, Stage, to_signed, to_unit
 from hybrid_vit_cascade.diffusion import Schedule, draw_noise, resolution_shift, sample
+from hybrid_vit_cascade.system import CascadeSystem
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_cascade import make_cascade
 from tests.helpers.tiny_data import make_checkpoint, make_dataset
@@ -486,10 +487,10 @@ def test_it_runs_from_its_own_folder_and_as_a_module_from_the_root(root, folder,
 # Evaluation
 
 
-def test_predictors_are_the_three_ways_of_the_cascade(folder, root):
+def test_its_methods_are_the_three_ways_of_the_cascade(folder, root):
     cascade = Cascade.load(folder, max_stages=1)
     data = PatientDataset(root, "test", 16, 32)
-    methods = predictors(cascade, steps=2, samples=3, seed=7)
+    methods = CascadeSystem(cascade, samples=3, steps=2, seed=7).methods()
     assert list(methods) == ["cascade_mean", "cascade_mean_of_3", "cascade_sample"]
     volumes = {name: predict(data[0]) for name, predict in methods.items()}
     for volume in volumes.values():
@@ -498,7 +499,7 @@ def test_predictors_are_the_three_ways_of_the_cascade(folder, root):
         assert volume.max() <= 1
     assert torch.equal(volumes["cascade_mean"], cascade.posterior_mean(data[0]["xrays"][None])[0, 0])
     # The noise belongs to the patient, not to the order of the calls; two patients have different noise.
-    again = predictors(cascade, steps=2, samples=3, seed=7)
+    again = CascadeSystem(cascade, samples=3, steps=2, seed=7).methods()
     other = again["cascade_sample"](data[1])
     assert torch.equal(again["cascade_mean_of_3"](data[0]), volumes["cascade_mean_of_3"])
     assert torch.equal(again["cascade_sample"](data[0]), volumes["cascade_sample"])
@@ -508,13 +509,13 @@ def test_predictors_are_the_three_ways_of_the_cascade(folder, root):
     mean_of_samples = methods["cascade_mean_of_3"]
     scores = coverage(volumes["cascade_mean_of_3"], mean_of_samples.std, data[0]["ct_volume"][0], data[0]["mask"][0])
     assert 0 <= scores["coverage_1sd"] <= scores["coverage_2sd"] <= 1
-    assert list(predictors(cascade)) == ["cascade_mean"]
-    assert list(predictors(cascade, samples=1)) == ["cascade_mean", "cascade_sample"]
+    assert list(CascadeSystem(cascade).methods()) == ["cascade_mean"]
+    assert list(CascadeSystem(cascade, samples=1).methods()) == ["cascade_mean", "cascade_sample"]
 
 
 def test_a_cascade_of_one_view_is_evaluated_on_the_pa_view(single_view, root):
     item = PatientDataset(root, "test", 16, 32)[0]
-    predict = predictors(Cascade.load(single_view))["cascade_mean"]
+    predict = CascadeSystem(Cascade.load(single_view)).methods()["cascade_mean"]
     changed = item["xrays"].clone()
     changed[1] = 0
     assert torch.equal(predict(item), predict({**item, "xrays": changed}))

@@ -16,10 +16,11 @@ from dataset import PatientDataset, mean_volume
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_model
 from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
-from xray2ct.evaluation import scoring, tables
+from xray2ct.evaluation import run, scoring, tables
 from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS
 from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.projector import Geometry
+from xray2ct.inference.predictor import LoadedCheckpoint
 from xray2ct.models.loading import load_base_model
 from xray2ct.training.config import config_hash
 
@@ -142,17 +143,12 @@ def test_the_summary_names_configuration_split_and_weights_of_the_checkpoint(roo
     }
 
 
-def subject_of(header):
-    weights = {"c.pt": "0" * 16}
-    return scoring.Subject({}, {"c.pt": header}, weights, (16,) * 3, 64, "manifest", torch.device("cpu"), "float32", {})
-
-
 @pytest.mark.parametrize(
     ("more", "expected"),
     [({"config_hash": "abc", "config": {"a": 1}}, "abc"), ({"config": {"a": 1}}, config_hash({"a": 1})), ({}, None)],
 )
 def test_the_configuration_hash_is_the_stored_one_or_computed(more, expected):
-    (entry,) = scoring.provenance(subject_of({"epoch": 1, "split_hash": "f", **more}))
+    entry = run.provenance(LoadedCheckpoint("c.pt", {"epoch": 1, "split_hash": "f", **more}, "0" * 16))
     assert entry["config_hash"] == expected
     assert entry["file"] == "c.pt"
 
@@ -259,7 +255,7 @@ def test_both_spellings_allow_seen_patients(spelling):
 
 def test_a_perfect_method_beats_the_mean_volume(root):
     data = PatientDataset(root, "all", 16, 64)
-    mean = scoring.mean_predictor(PatientDataset(root, "train", 16, None))
+    mean = scoring.mean_method(PatientDataset(root, "train", 16, None))
     rows = scoring.score_patients(data, {"perfect": lambda item: item["ct_volume"][0], "mean_volume": mean})
     summary = scoring.summary_of(rows)
     assert summary["methods"]["perfect"]["psnr_strict"]["mean"] == 100
@@ -290,7 +286,7 @@ def test_checkpoints_of_other_data_are_refused(root, tmp_path, changes, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_another_split_is_said_with_what_it_means(root, base, tmp_path, capsys):
+def test_another_split_is_noted_with_what_it_means(root, base, tmp_path, capsys):
     arguments = command(root, make_checkpoint(tmp_path / "other.pt", root, split_hash="0" * 64), tmp_path / "out")
     assert evaluate.main([*arguments, "--pictures", "0"]) == 0
     assert (
@@ -336,7 +332,7 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_nothing_of_an_earlier_evaluation_stays_and_nothing_else_goes(root, base, tmp_path, monkeypatch):
+def test_an_earlier_evaluation_is_removed_and_nothing_else(root, base, tmp_path, monkeypatch):
     output = tmp_path / "out"
     evaluate.main(command(root, base, output, "--report", "--pictures", "2"))
     (output / "pictures" / "mine.png").write_bytes(b"precious")
@@ -348,7 +344,7 @@ def test_nothing_of_an_earlier_evaluation_stays_and_nothing_else_goes(root, base
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:  # the last file of all
-        patch.setattr(evaluate, "write_json", fail)
+        patch.setattr(run, "write_json", fail)
         with pytest.raises(OSError, match=r"No space left on device.*out"):
             evaluate.main(command(root, base, output, "--pictures", "1"))
         with pytest.raises(OSError, match="No space"):
@@ -393,6 +389,17 @@ def test_gains_stand_apart_from_their_names_and_few_patients_are_no_proof(result
         statistics["n"] = 10
     tables.print_table(summary)
     assert "does not show" not in capsys.readouterr().out
+
+
+def test_volumes_made_otherwise_than_those_of_training_are_noted(root, tmp_path, capsys):
+    """The data set's couch_removed is False; the checkpoint knows nothing of assume_ras."""
+    path = make_checkpoint(tmp_path / "other.pt", root, volumes={"cube_size": 64, "couch_removed": True})
+    assert evaluate.main(command(root, path, tmp_path / "out", "--pictures", "0", "--report")) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    expected = "other.pt was trained on volumes of couch_removed True, these are of couch_removed False"
+    assert len(notes) == 1
+    assert expected in notes[0]
+    assert expected in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_missing_files_and_devices_are_named(root, base, tmp_path):

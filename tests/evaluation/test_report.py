@@ -325,7 +325,7 @@ def test_clicks_and_keys_link_the_planes(page, written):
     assert f"truth {HU_WINDOW[0] + STEP_HU * level:.0f} HU".replace("-", "\u2212") in text
 
 
-def test_xrays_are_shown_beside_those_of_the_prediction(page, written):
+def test_xrays_are_shown_next_to_those_of_the_prediction(page, written):
     _, prediction, inputs = written[1][EVIL]
     rendered = render_xrays(torch.from_numpy(prediction)[None, None], Geometry(), (64, 64))[0].numpy()
     for view in range(2):
@@ -371,7 +371,7 @@ def test_the_patient_table_sorts_by_its_headers(page):
     assert page.run("[...byId('patients').tBodies[0].rows].filter(r => !r.hidden).length") == 3
 
 
-def test_scores_beside_the_main_ones_are_shown_on_request(page):
+def test_scores_other_than_the_main_ones_are_shown_on_request(page):
     def shown():
         hidden = "[...document.querySelectorAll('.more')].map(e => getComputedStyle(e).display === 'none')"
         return page.run(f"{hidden}.filter(gone => !gone).length")

@@ -58,7 +58,7 @@ def test_the_nifti_has_the_models_values_in_the_right_place(root, base, tmp_path
     assert "16 x 16 x 16 voxels of 22.5 mm" in capsys.readouterr().out
 
 
-def test_pictures_of_other_sizes_and_kinds_are_converted_and_said(root, base, tmp_path, capsys):
+def test_pictures_of_other_sizes_and_kinds_are_converted_with_a_note(root, base, tmp_path, capsys):
     pa, lateral = files(root)
     reconstruct.main(command(pa, lateral, base, tmp_path / "plain.nii.gz"))
     arrays = [np.asarray(Image.open(p)) / 65535.0 for p in (pa, lateral)]
@@ -187,7 +187,7 @@ def test_options_that_cannot_work_are_named(root, base, tmp_path):
         reconstruct.main(command(*files(root), tmp_path / "none.pt", tmp_path / "out.nii"))
 
 
-def test_inverted_pictures_work_when_said(root, base, tmp_path):
+def test_inverted_pictures_work_with_the_option(root, base, tmp_path):
     path, lateral = damaged(tmp_path, root, "inverted")
     other = tmp_path / "lateral.png"
     Image.fromarray(65535 - np.asarray(Image.open(lateral))).save(other)

@@ -87,7 +87,7 @@ class TestSystem:
         blind = make_refinement_checkpoint(tmp_path / "u.pt", root, base, settings={"xray_size": 128, "guided": False})
         assert DirectSystem(base, blind, "cpu").xray_size == 64
 
-    def test_another_stage_1_than_trained_with_is_said(self, root, refinement, tmp_path):
+    def test_another_stage_1_than_trained_with_is_noted(self, root, refinement, tmp_path):
         other = make_checkpoint(tmp_path / "other.pt", root, make_model(seed=1))
         (note,) = DirectSystem(other, refinement, "cpu").notes
         assert "was trained on another stage 1" in note
@@ -174,7 +174,7 @@ def results(root, base, refinement, tmp_path_factory):
 
 
 class TestEvaluate:
-    def test_every_method_beside_its_baselines(self, root, base, refinement, results):
+    def test_every_method_is_compared_with_its_baselines(self, root, base, refinement, results):
         with open(results / "per_patient.csv", newline="") as stream:
             rows = {(r["method"], r["id"]): r for r in csv.DictReader(stream)}
         methods = ("refined", "trilinear", "perfect_16", "mean_volume")

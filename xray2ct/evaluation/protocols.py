@@ -3,18 +3,18 @@
     python -m xray2ct.evaluation.protocols              # the list
     python -m xray2ct.evaluation.protocols --example    # one prediction, every protocol
 
-    from protocols import Case, score
+    from xray2ct.evaluation.protocols import Case, score
     row = score(Case(prediction, target, mask, body, xrays))    # {column: value} of every protocol
 
 "PSNR" means several things in this field, 20 dB apart for one and the same volume (docs/protocols.md): a number
-without its protocol says nothing. Formulas are in metrics.py; here is what each protocol feeds them.
+without its protocol means nothing. Formulas are in metrics.py; here is what each protocol feeds them.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -48,7 +48,7 @@ TISSUES = {
 
 
 # ------------------------------------------------------------------------------------------------
-# One prediction beside the truth
+# One prediction and the truth
 
 
 @dataclass
@@ -117,11 +117,11 @@ def scanned_body(target: torch.Tensor, mask: torch.Tensor, hu_window, fov_mm: fl
 # Protocols
 
 
-def strict(case: Case) -> dict[str, float]:
+def strict(case: Case) -> dict[str, float | None]:
     """The plain definitions over the whole cube: nothing clipped, the peak is the width of the data's HU window.
 
     PSNR = 20 log10(width / RMSE in HU); SSIM 3D with a Gaussian window of sigma 1.5 and data range 1 (Wang et al.
-    2004, in 3D); MAE and RMSE in HU. Inflates: nothing but the air around the patient, which is easy and counts.
+    2004, in 3D); MAE and RMSE in HU. Raised by the air around the patient, which is easy to predict and counts.
     """
     errors = error_statistics(case.error_hu)
     return {
@@ -144,8 +144,8 @@ def body(case: Case) -> dict[str, float | None]:
     """MAE, RMSE and signed bias (prediction - truth) in HU inside the body, and in each band of ``TISSUES``.
 
     Bands are of the true volume: a prediction cannot choose where it is scored. Voxels that mix two tissues fall into
-    whichever band their mean lies in (lung beside soft tissue: fat, or none), vessels with contrast agent into bone. A
-    band without voxels has None. Deflates: against whole-cube figures, since no air helps. Source: this project.
+    whichever band their mean lies in (lung next to soft tissue: fat, or none), vessels with contrast agent into bone. A
+    band without voxels has None. Worse than whole-cube figures, since no air helps. Source: this project.
     """
     regions = ("body", *TISSUES)
     if case.body is None:
@@ -164,7 +164,7 @@ def x2ct(case: Case) -> dict[str, float]:
     Prediction clipped to [-1024, 1476] HU, both cut to integers of 1 HU; PSNR of each slice with peak 4095, mean over
     the slices of each axis, then over the axes. A slice without any error scores 100 dB, as in that code (one with a
     single voxel off scores more: 108 dB at 64^2). SSIM in 2D, 7 x 7 uniform window, data range 1, likewise averaged.
-    Inflates: 20 log10(4095 / 2500) = 4.29 dB by the peak, and the mean over slices: empty ones count 100 dB.
+    Raised by the peak, 20 log10(4095 / 2500) = 4.29 dB, and by the mean over slices: empty ones count 100 dB.
     """
     return {key: case.slicewise[key] for key in ("psnr_x2ct", "ssim_slices")}
 
@@ -175,7 +175,7 @@ def perx2ct(case: Case) -> dict[str, float]:
     PSNR as :func:`x2ct` with the prediction not clipped: the same where it stays in the window. SSIM in 3D, 7 x 7 x 7
     uniform window, data range 2: the code gives none, and scikit-image 0.19.1, which it pins, then takes that of a
     float image, [-1, 1]. There the three axes are three separately decoded stacks; here all are cut from one volume.
-    Inflates: PSNR as x2ct; SSIM by the doubled range, which lets four times the deviation pass for noise.
+    PSNR is raised as in x2ct; SSIM by the doubled range, which lets four times the deviation pass for noise.
     """
     return {key: case.slicewise[key] for key in ("psnr_perx2ct", "ssim_perx2ct")}
 
@@ -185,7 +185,7 @@ def pm1024(case: Case) -> dict[str, float]:
 
     The window of SPARC and LiftXR; computed as in github.com/xmed-lab/DIF-Gaussian, code/evaluate.py (prediction
     clipped; scikit-image's defaults, so SSIM with a uniform window of 7^3), which takes [-1000, 1024] HU.
-    Deflates PSNR by 20 log10(2500 / 2048) = 1.73 dB against strict, less what clipping dense bone hides.
+    Lowers PSNR by 20 log10(2500 / 2048) = 1.73 dB against strict, less what clipping dense bone hides.
     """
     prediction, target = case.in_window(PM1024_WINDOW)
     prediction = prediction.clamp(0, 1)
@@ -217,7 +217,7 @@ def projection(case: Case) -> dict[str, float | None]:
 class Protocol:
     """A function from a :class:`Case` to its columns, what these are, and which of them a short table shows."""
 
-    score: Callable[[Case], dict[str, float | None]]
+    score: Callable[[Case], Mapping[str, float | None]]
     columns: dict[str, str]
     main: tuple[str, ...]
 

@@ -7,7 +7,7 @@
 The page opens from disk in any browser of the last years. Its content security policy lets nothing but its own style
 and script run (both by hash) and no request leave.
 
-Size: a patient takes at most :data:`CASE_BYTES` (4.8 MB), five therefore at most 24 MB beside the tables (about
+Size: a patient takes at most :data:`CASE_BYTES` (4.8 MB), five therefore at most 24 MB, without the tables (about
 0.6 kB per row). Volumes are rounded to :data:`STEP_HU` (an error of 2 HU at most); a pair of volumes that does not
 fit is shown at the first resolution of :data:`SIZES` that does, and the page says which. Measured on five real chest
 CTs (2026-11-22): 22.0 MB at 256^3, all five shown at 160^3 (truths smoothed to 64^3 as predictions, one with noise of
@@ -196,7 +196,7 @@ class ReportCollector:
 
         summary: of ``evaluate.py``: ``methods`` and ``minus_*`` become tables, ``protocols`` explains their scores,
         all else is listed. rows: ``{"method", "id", <scores>}``. notes: shown at the top; that patients were seen in
-        training is said there, too.
+        training is noted there, too.
         """
         if summary.get("seen_in_training"):
             seen = ", ".join(map(str, summary["seen_in_training"]))
@@ -233,7 +233,7 @@ def fill_template(**parts: str) -> str:
     template = TEMPLATE.read_text(encoding="utf-8")
     hashes = {}
     for tag in ("style", "script"):
-        content = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL).group(1)
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
         hashes[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
     policy = "; ".join(
         [
@@ -264,7 +264,7 @@ def _number(column: str, value, signed: bool = False) -> str:
 
 
 def _more(column: str) -> str:
-    """Attribute of what is shown only on request: a protocol's columns beside its main ones."""
+    """Attribute of what is shown only on request: a protocol's columns other than its main ones."""
     return ' class="more"' if column in COLUMNS and column not in MAIN else ""
 
 
@@ -358,7 +358,7 @@ def _patients(rows: list[dict], method: str, cases: dict[str, int]) -> str:
 
 
 def _run(summary: dict) -> str:
-    """All that the summary says beside the tables: checkpoints, hashes, split, geometry, precision, versions."""
+    """All of the summary but the tables: checkpoints, hashes, split, geometry, precision, versions."""
     left_out = {"methods", "protocols", "protocol_columns"}
     kept = {key: value for key, value in summary.items() if key not in left_out and not key.startswith("minus_")}
     return _listing(kept)

@@ -1,4 +1,4 @@
-"""Statistics of scores over patients: mean, sd, n, 95 % interval, paired differences."""
+"""Statistics of scores over patients: mean, sd, n, 95 % interval, paired differences, coverage of a spread."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from scipy.special import stdtr, stdtrit
 
+FEW = 10  # patients; below it an interval alone does not show that two methods differ
+
 # ------------------------------------------------------------------------------------------------
-# Evaluation
+# Calibration of a standard deviation
 
 
 def coverage(
@@ -47,9 +49,6 @@ def expected_coverage(samples: int) -> dict[str, float]:
     return {f"coverage_{k}sd": float(2 * stdtr(samples - 1, k * scale) - 1) for k in (1, 2)}
 
 
-FEW = 10  # patients; below it an interval alone does not show that two methods differ
-
-
 # ------------------------------------------------------------------------------------------------
 # Statistics over patients
 
@@ -61,13 +60,13 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
     skewed ones; a percentile bootstrap of six patients covers 0.87 instead of 0.95. None for fewer than two values: one
     patient says nothing about spread. Values that are not finite raise ``ValueError``.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not np.isfinite(values).all():
-        raise ValueError(f"expected a list of finite numbers, got {values.tolist()}")
-    if len(values) < 2:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise ValueError(f"expected a list of finite numbers, got {array.tolist()}")
+    if len(array) < 2:
         return None
-    mean = values.mean()
-    half = stdtrit(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / math.sqrt(len(values))
+    mean = array.mean()
+    half = stdtrit(len(array) - 1, (1 + confidence) / 2) * array.std(ddof=1) / math.sqrt(len(array))
     return float(mean - half), float(mean + half)
 
 

@@ -20,7 +20,7 @@ GAINS = ("psnr_strict", "ssim_3d", "mae_hu", "body_mae_hu", "psnr_x2ct", "projec
 def read_rows(path, method: str, patients: list[str]) -> list[dict]:
     """Another run's rows of one method, in the order of ``patients``, from its ``per_patient.csv``.
 
-    Columns that an earlier version did not write are said and left out; an empty cell is None.
+    Columns that an earlier version did not write are named in a note and left out; an empty cell is None.
     Raises :class:`InputError` naming the file when it is missing, of another kind, or lacks the method or a patient.
     """
     try:
@@ -59,18 +59,18 @@ def _cell(path, row: dict, column: str) -> float | None:
 
 
 def note_other_truth(path, summary: dict) -> None:
-    """Say where the other run's ``summary.json`` (beside its CSV, if there) scored against other volumes than this."""
-    beside = Path(path).with_name("summary.json")
-    if not beside.exists():
+    """Print a note where the other run (``summary.json`` next to its CSV) was scored against other volumes."""
+    other_summary = Path(path).with_name("summary.json")
+    if not other_summary.exists():
         return
-    other = read_json(beside)
+    other = read_json(other_summary)
     for key in ("volume_size", "hu_window", "geometry"):
         if key in other and other[key] != summary[key]:
             print(f"note: {path} was scored with {key} {other[key]}, this with {summary[key]}: not the same task")
 
 
 # ------------------------------------------------------------------------------------------------
-# Where the weights come from
+# This run
 
 
 def write_rows(path, rows: list[dict]) -> None:
@@ -117,10 +117,6 @@ def _gain(column: str, statistics: dict) -> str:
     )
     limits = f" ({' to '.join(interval)})" if interval else ""
     return f"{mean}{limits}, n = {statistics['n']}"
-
-
-# ------------------------------------------------------------------------------------------------
-# What is seen while scoring
 
 
 def print_coverage(statistics: dict) -> None:

@@ -1,4 +1,4 @@
-"""Reconstruction from the command line: options, one pair, a folder of pairs."""
+"""Reconstruction from the command line: options, one pair of X-rays, a folder of pairs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_common_arguments(args) -> None:
     """Raise :class:`InputError`, before anything is loaded, for what cannot be read or written."""
-    Exposure(args.pixel_spacing_mm, args.sdd_mm, args.sid_mm)
+    _exposure(args)
     if args.folder:
         if args.pa or args.lateral:
             raise InputError("--folder stands for --pa and --lateral; expected one or the other")
@@ -78,6 +78,11 @@ def check_common_arguments(args) -> None:
     check_output(args.output, "--output", kind=args.format)
     if args.picture:
         _check_picture(args.picture, (args.pa, args.lateral))
+
+
+def _exposure(args) -> Exposure:
+    """How the X-rays were taken, as far as the options say; :class:`InputError` for impossible lengths."""
+    return Exposure(args.pixel_spacing_mm, args.sdd_mm, args.sid_mm)
 
 
 def _check_picture(path, xrays) -> None:
@@ -99,7 +104,7 @@ def reconstruct_one(pipeline: Pipeline, pa, lateral, output, picture, args) -> t
         args.xray_normalization,
         args.invert,
         check=not args.no_check,
-        exposure=Exposure(args.pixel_spacing_mm, args.sdd_mm, args.sid_mm),
+        exposure=_exposure(args),
     )
     for note in pipeline.notes:
         tqdm.write(f"note: {note}", file=sys.stderr)
@@ -112,18 +117,19 @@ def reconstruct_one(pipeline: Pipeline, pa, lateral, output, picture, args) -> t
     return hu, affine
 
 
-def reconstruct_folder(pipeline: Pipeline, args, views: int = 2) -> int:
+def reconstruct_folder(pipeline: Pipeline, args) -> int:
     """Every pair of ``--folder``, with a progress bar; returns the exit status.
 
     Memory does not grow with the number of pairs. Whatever goes wrong with one pair, the others are done; at the end
     those that failed and the X-rays that belong to no pair are named (status 1).
     """
-    args.format = args.format or "nifti"
+    args.format, views = args.format or "nifti", pipeline.system.num_views
     pairs, unused = find_pairs(args.folder, (args.output, args.picture))
     pictures = {patient: Path(args.picture) / f"{patient}.png" for patient in pairs if args.picture}
     unused = [path for path in unused if path not in pictures.values()]
     if views == 1 and any(lateral for _, lateral in pairs.values()):
-        tqdm.write("note: lateral X-rays are not used: the cascade was trained with the PA view alone", file=sys.stderr)
+        why = f"{pipeline.system.name} was trained with the PA view alone"
+        tqdm.write(f"note: lateral X-rays are not used: {why}", file=sys.stderr)
     failed, done, skipped = {}, 0, 0
     for patient, pair in tqdm(pairs.items(), desc="Reconstructing", unit="pair", disable=None):
         output = Path(args.output) / f"{patient}{FORMATS[args.format]}"

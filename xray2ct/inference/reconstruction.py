@@ -1,4 +1,4 @@
-"""Two X-rays -> a volume in Hounsfield units, with a loaded system: :class:`Pipeline`.
+"""Two X-rays (or one) -> a volume in Hounsfield units, with any loaded system: :class:`Pipeline`.
 
 from reconstruct import load_pipeline
 volume_hu, affine = load_pipeline("best_model.pt", "best_refinement.pt")("PA.png", "LATERAL.png")
@@ -18,19 +18,17 @@ from xray2ct.imaging.cube import cube_affine
 from xray2ct.imaging.dicom_xray import Exposure
 from xray2ct.imaging.film import check_spacings, check_views
 from xray2ct.imaging.read_xray import REFERENCE_PERCENTILES, read_xray
+from xray2ct.inference.predictor import Predictor, check_view_count
 from xray2ct.inference.system import DirectSystem
 
 XraySource = str | PathLike | np.ndarray | torch.Tensor  # a file, or an array (H, H) in [0, 1]
+VIEW_ARGUMENTS = ("pa", "lateral")
 
 
 class Pipeline:
-    """A loaded system that turns two X-rays into a volume; see :func:`load_pipeline`.
+    """A loaded system that turns X-ray files or arrays into a volume; see :func:`load_pipeline`."""
 
-    system: :class:`DirectSystem`, or another with its ``predict``, ``xray_size``, ``geometry``, ``hu_window`` and
-        ``notes``.
-    """
-
-    def __init__(self, system: DirectSystem):
+    def __init__(self, system: Predictor):
         self.system = system
         self.hu_window = tuple(system.hu_window)
         self.notes: list[str] = []
@@ -38,22 +36,25 @@ class Pipeline:
     def read(
         self,
         pa: XraySource,
-        lateral: XraySource,
+        lateral: XraySource | None = None,
         normalization: str = "manifest",
         invert: bool = False,
         check: bool = True,
         exposure: Exposure | None = None,
     ) -> torch.Tensor:
-        """Two X-ray files or arrays (H, W) in [0, 1] -> ``(2, S, S)`` float32 at the model's resolution.
+        """X-ray files or arrays (H, W) in [0, 1] -> ``(num_views, S, S)`` float32 at the model's resolution.
 
-        normalization, invert: see :func:`read_xray`. exposure: pixel spacing and distances of the files, in
-        place of what a DICOM header says; an array shows what the model's detector sees. Raises :class:`InputError`
-        naming the file for anything unusable, for a pixel spacing that is known of one file only, and for swapped views
-        (``check``). What was done to the pictures is left in ``notes``.
+        lateral: None for a system of one view. normalization, invert: see :func:`read_xray`. exposure: pixel
+        spacing and distances of the files, in place of what a DICOM header says; an array shows what the model's
+        detector sees. Raises :class:`InputError` naming the file for anything unusable, for a pixel spacing that is
+        known of one file only, for swapped views (``check``), and for another number of views than the system's. What
+        was done to the pictures is left in ``notes``.
         """
+        sources = (pa,) if lateral is None else (pa, lateral)
+        check_view_count(self.system.name, self.system.num_views, len(sources))
         size = self.system.xray_size
         self.notes, images, xrays = list(self.system.notes), [], {}
-        for view, source in enumerate((pa, lateral)):
+        for view, source in enumerate(sources):
             if isinstance(source, np.ndarray | torch.Tensor):
                 images.append(_array_view(source, view, size))
                 continue
@@ -66,13 +67,13 @@ class Pipeline:
             if normalization == "manifest":
                 self.notes += [f"{source}: {note}" for note in _brightness_notes(xray.pixels, view)]
         check_spacings(xrays)
-        if check:
-            names = [str(s) if isinstance(s, str | Path) else n for s, n in zip((pa, lateral), ("pa", "lateral"))]
+        if check and len(sources) == 2:
+            names = [str(s) if isinstance(s, str | Path) else n for s, n in zip(sources, VIEW_ARGUMENTS)]
             self.notes += check_views(images[0], images[1], names)
         return torch.from_numpy(np.stack(images).astype(np.float32))
 
     def predict(self, xrays: torch.Tensor) -> torch.Tensor:
-        """``(2, S, S)`` -> volume ``(D, H, W)`` in [0, 1], float32 on the CPU; NaN is an :class:`InputError`."""
+        """``(num_views, S, S)`` -> volume ``(D, H, W)`` in [0, 1], float32 on the CPU; :class:`InputError` for NaN."""
         return self.system.predict(xrays.unsqueeze(0))[0, 0]
 
     def to_hu(self, volume: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -84,10 +85,16 @@ class Pipeline:
         hu = np.rint(unit_to_hu(volume.numpy(), self.hu_window)).astype(np.int16)
         return hu, cube_affine((0.0, 0.0, 0.0), self.system.geometry.fov_mm, hu.shape[0])
 
-    def __call__(self, pa: XraySource, lateral: XraySource, **options) -> tuple[np.ndarray, np.ndarray]:
-        """Two X-rays -> ``(HU int16 (D, H, W), affine)``; options as in :meth:`read`.
+    def std_hu(self) -> np.ndarray:
+        """Standard deviation of the last prediction in HU, float32 (D, H, W), of a system that has one."""
+        assert self.system.std is not None, "the last prediction has no standard deviation"
+        low, high = self.hu_window
+        return (self.system.std[0, 0] * (high - low)).numpy()
 
-        ``volume_output.write_volume("ct.nii.gz", hu, affine)`` writes them.
+    def __call__(self, pa: XraySource, lateral: XraySource | None = None, **options) -> tuple[np.ndarray, np.ndarray]:
+        """X-rays -> ``(HU int16 (D, H, W), affine)``; options as in :meth:`read`.
+
+        :func:`xray2ct.imaging.write_volume.write_volume` writes them.
         """
         return self.to_hu(self.predict(self.read(pa, lateral, **options)))
 
@@ -110,7 +117,7 @@ def load_pipeline(
 
 def _array_view(source, view: int, size: int) -> np.ndarray:
     array = np.asarray(source, dtype=np.float32)
-    name = ("pa", "lateral")[view]
+    name = VIEW_ARGUMENTS[view]
     if array.ndim != 2 or array.shape[0] != array.shape[1]:
         raise InputError(f"{name}: array of shape {array.shape}; expected a square (H, H), padded and not stretched")
     if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:

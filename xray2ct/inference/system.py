@@ -1,17 +1,23 @@
 """The trained direct system: one or two checkpoints that fit together, on a device, with tiles as memory allows.
 
-from pipeline import DirectSystem
+from xray2ct.inference.system import DirectSystem
 system = DirectSystem("best_model.pt", "best_refinement.pt")
 volume = system.predict(xrays)      # (B, 2, S, S) -> (B, 1, 256, 256, 256) in [0, 1]
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from model_enhanced import RefinementNetwork
 from xray2ct.checkpoints import check_compatible, weights_fingerprint
 from xray2ct.files import InputError
+from xray2ct.inference.predictor import TRILINEAR, LoadedCheckpoint, Method, Predictor
+from xray2ct.models.blocks import upsample
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.memory import TILES, choose_tile
 from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
@@ -45,15 +51,16 @@ def check_finite(volume: torch.Tensor, origin: str, precision: str = "float32") 
     raise InputError(f"{origin}: the predicted volume holds NaN or infinite values; {hint}")
 
 
-class DirectSystem:
+class DirectSystem(Predictor):
     """Stage 1 and, when given, stage 2, ready for inference.
 
-    base, refinement: checkpoint files. device: auto, cpu, cuda, ... precision: float32, bfloat16, float16 or
-    auto. tile: coarse voxels per axis that stage 2 refines at once; "auto" looks at the free memory, 0 forces the
-    whole volume. Raises :class:`InputError` naming the file when a checkpoint is missing, damaged or of
-    another kind, or when the two are of different geometries or sizes; its methods raise it for weights that
-    predict NaN or infinity.
+    base, refinement: checkpoint files; base may be a baseline's. device: auto, cpu, cuda, ... precision: float32,
+    bfloat16, float16 or auto. tile: coarse voxels per axis that stage 2 refines at once; "auto" looks at the free
+    memory, 0 forces the whole volume. Raises :class:`InputError` naming the file when a checkpoint is missing, damaged
+    or of another kind, or when the two are of different geometries or sizes.
     """
+
+    name = "the direct system"
 
     def __init__(self, base, refinement=None, device="auto", precision="float32", tile: int | str = "auto"):
         if tile != "auto" and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 0):
@@ -62,49 +69,40 @@ class DirectSystem:
         self.base, self.refined_by = str(base), str(refinement)
         self.precision = Precision(precision, self.device)
         self.model, self.checkpoint = load_base_model(base, self.device)
-        self.refinement, self.refinement_checkpoint = None, None
-        self.notes: list[str] = []
+        self.refinement, self.refinement_checkpoint = None, {}
+        self.notes = []
         if refinement is not None:
             self.refinement, self.refinement_checkpoint = load_refinement(refinement, self.device)
-            self._check_pair(base, refinement)
+            self._check_pair()
+        self.geometry, self.hu_window = self.model.geometry, tuple(self.checkpoint["hu_window"])
+        self.xray_scale = self.checkpoint["xray_scale"]
+        settings = self.checkpoint.get("config", {}).get("data", {})
+        self.xray_normalization = settings.get("xray_normalization", "percentile")
+        scale = 1 if self.refinement is None else RefinementNetwork.scale
+        self.volume_size = tuple(scale * n for n in self.model.volume_size)
+        guides = [self.refinement_checkpoint] if self.guided else []
+        self.xray_size = max(header["xray_size"] for header in (self.checkpoint, *guides))  # the finest trained at
         if self.device.type == "cpu":
             keep_freed_memory()  # page faults were over a quarter of the time of a 256^3 volume
             for network in (self.model, self.refinement):
                 if network is not None:
                     to_channels_last(network)
 
-    def _check_pair(self, base, refinement) -> None:
+    @property
+    def guided(self) -> bool:
+        """Whether stage 2 sees the X-rays, too."""
+        return self.refinement is not None and self.refinement.guidance is not None
+
+    def _check_pair(self) -> None:
         expected = {key: self.checkpoint[key] for key in ("geometry", "hu_window", "xray_scale")}
-        check_compatible(refinement, self.refinement_checkpoint, **expected)
+        check_compatible(self.refined_by, self.refinement_checkpoint, **expected)
         found, wanted = list(self.model.volume_size), list(self.refinement_checkpoint["coarse_size"])
         if found != wanted:
-            raise InputError(f"{refinement} refines volumes of {wanted} voxels; those of {base} have {found}")
+            raise InputError(f"{self.refined_by} refines volumes of {wanted} voxels; those of {self.base} have {found}")
         if weights_fingerprint(self.model.state_dict()) != self.refinement_checkpoint["base_fingerprint"]:
-            self.notes.append(f"{refinement} was trained on another stage 1 than {base}: expect a little less of it")
-
-    @property
-    def geometry(self):
-        """Geometry of the X-rays and the cube."""
-        return self.model.geometry
-
-    @property
-    def hu_window(self) -> tuple[float, float]:
-        """Hounsfield units of 0 and 1."""
-        return tuple(self.checkpoint["hu_window"])
-
-    @property
-    def volume_size(self) -> tuple[int, int, int]:
-        """``(D, H, W)`` of the result."""
-        scale = 1 if self.refinement is None else RefinementNetwork.scale
-        return tuple(scale * n for n in self.model.volume_size)
-
-    @property
-    def xray_size(self) -> int:
-        """Resolution at which X-rays should be read: the finest that a stage was trained at."""
-        sizes = [self.checkpoint["xray_size"]]
-        if self.refinement is not None and self.refinement.guidance is not None:
-            sizes.append(self.refinement_checkpoint["xray_size"])
-        return max(sizes)
+            self.notes.append(
+                f"{self.refined_by} was trained on another stage 1 than {self.base}: expect a little less of it"
+            )
 
     def coarse(self, xrays: torch.Tensor) -> torch.Tensor:
         """Stage 1: ``(B, 2, S, S)`` in [0, 1] -> ``(B, 1, 64, 64, 64)`` in [0, 1], float32 on the device."""
@@ -117,7 +115,8 @@ class DirectSystem:
 
         Out of GPU memory, smaller tiles are tried; the values do not depend on the tile.
         """
-        xrays = xrays.to(self.device) if self.refinement.guidance is not None else None
+        assert self.refinement is not None
+        xrays = xrays.to(self.device) if self.guided else None
         for tile in self._tiles(coarse):
             try:
                 with torch.inference_mode(), self.precision.autocast():
@@ -141,9 +140,66 @@ class DirectSystem:
         return [first, *(tile for tile in TILES if tile < limit)]
 
     def predict(self, xrays: torch.Tensor) -> torch.Tensor:
-        """``(B, 2, S, S)`` in [0, 1] -> volume ``(B, 1, D, H, W)`` in [0, 1], float32 on the CPU."""
         coarse = self.coarse(xrays)
         return coarse.cpu() if self.refinement is None else self.refine(coarse, xrays)
+
+    def methods(self) -> dict[str, Method]:
+        """Stage 1 alone, or stage 2 with plain upsampling of the same stage-1 volume and its ceiling.
+
+        The ceiling ``perfect_64`` upsamples the true volume at stage 1's resolution: what interpolation alone would
+        reach after a perfect stage 1.
+        """
+        if self.refinement is None:
+            return super().methods()
+
+        def trilinear(item: dict) -> torch.Tensor:
+            return upsample(self.coarse(item["xrays"].unsqueeze(0)))[0, 0].cpu()
+
+        def perfect(item: dict) -> torch.Tensor:
+            return upsample(F.avg_pool3d(item["ct_volume"].unsqueeze(0), RefinementNetwork.scale))[0, 0]
+
+        size = self.volume_size[0] // RefinementNetwork.scale
+        return {"refined": self.predict_item, TRILINEAR: trilinear, f"perfect_{size}": perfect}
+
+    def checkpoints(self) -> list[LoadedCheckpoint]:
+        weights = weights_fingerprint(self.checkpoint["model_state_dict"])
+        loaded = [LoadedCheckpoint(self.base, self.checkpoint, weights)]
+        if self.refinement is not None:
+            weights = weights_fingerprint(self.refinement_checkpoint["refinement_state_dict"])
+            loaded.append(LoadedCheckpoint(self.refined_by, self.refinement_checkpoint, weights))
+        return loaded
+
+    def summary(self) -> dict:
+        entries = {
+            "checkpoint": Path(self.base).name,
+            "epoch": self.checkpoint["epoch"],
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        if self.refinement is not None:
+            entries |= {
+                "refinement": Path(self.refined_by).name,
+                "refinement_epoch": self.refinement_checkpoint["epoch"],
+                "refinement_parameters": sum(p.numel() for p in self.refinement.parameters()),
+                "guided": self.guided,
+            }
+        return entries
+
+    def export_module(self) -> nn.Module:
+        return DirectPath(self)
+
+
+class DirectPath(nn.Module):
+    """Both stages as one: X-rays ``(B, 2, S, S)`` in [0, 1] -> volume ``(B, 1, D, H, W)`` in [0, 1]."""
+
+    def __init__(self, system: DirectSystem):
+        super().__init__()
+        self.model, self.refinement, self.guided = system.model, system.refinement, system.guided
+
+    def forward(self, xrays):
+        coarse, _ = self.model(xrays)
+        if self.refinement is None:
+            return coarse
+        return self.refinement(coarse, xrays if self.guided else None)
 
 
 def add_tile_argument(parser) -> None:

@@ -1,0 +1,143 @@
+"""The trained cascade with a way of using it, for reconstruction, evaluation and export: :class:`CascadeSystem`."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hybrid_vit_cascade.cascade import DEFAULT_STEPS, Cascade
+from hybrid_vit_cascade.one_step import OneStepPath
+from xray2ct.checkpoints import weights_fingerprint
+from xray2ct.evaluation.statistics import expected_coverage
+from xray2ct.inference.predictor import TRILINEAR, LoadedCheckpoint, Method, Predictor
+from xray2ct.inference.system import pick_device
+from xray2ct.models.blocks import upsample
+
+
+class CascadeSystem(Predictor):
+    """A cascade that predicts its posterior mean, a sample, or the mean of several.
+
+    samples: None for the one-step posterior mean, else the number of samples to average, of ``steps`` steps each.
+    After :meth:`predict`, ``std`` is the standard deviation (B, 1, D, H, W) of two or more samples in units of [0, 1],
+    else None. The same seed gives the same volume. progress: wraps the iterable of steps.
+    """
+
+    name = "the cascade"
+
+    def __init__(self, cascade: Cascade, samples: int | None = None, steps: int = DEFAULT_STEPS, seed: int = 0):
+        self.cascade, self.samples, self.steps, self.seed = cascade, samples, steps, seed
+        self.geometry, self.hu_window, self.xray_scale = cascade.geometry, cascade.hu_window, cascade.xray_scale
+        self.xray_size, self.num_views, self.volume_size = cascade.xray_size, cascade.num_views, cascade.volume_size
+        settings = cascade.header.get("cascade_config", {}).get("data", {})
+        self.xray_normalization = settings.get("xray_normalization", "percentile")
+        self.device, self.precision = cascade.device, cascade.precision
+        self.notes, self.std = [], None
+        self.expected_coverage = expected_coverage(samples) if samples and samples > 1 else None
+        self.progress: Callable[[Iterable], Iterable] | None = None
+
+    def predict(self, xrays: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        self.std = None
+        if self.samples is None:
+            return self.cascade.posterior_mean(xrays, generator=generator).cpu()
+        if self.samples == 1:
+            return self.cascade.sample(xrays, self.steps, generator, progress=self.progress).cpu()
+        volume, std = self.cascade.statistics(xrays, self.samples, self.steps, generator, progress=self.progress)
+        self.std = std.cpu()
+        return volume.cpu()
+
+    def __str__(self) -> str:
+        if self.samples is None:
+            return "posterior mean in one step"
+        draws = "a single sample" if self.samples == 1 else f"mean of {self.samples} samples"
+        return f"{draws} of {self.steps} steps, seed {self.seed}"
+
+    def methods(self) -> dict[str, Method]:
+        """The ways of using the cascade.
+
+        ``cascade_mean`` (one step) always, ``cascade_sample`` (one draw) with ``samples`` of 1 or more, and
+        ``cascade_mean_of_K`` (K = ``samples``, with ``std``) with 2 or more; with several stages also ``trilinear``,
+        the one-step mean of the stage before the last, upsampled: what the last stage must beat. A patient's noise
+        follows from ``seed`` and the patient's id, whatever the order of patients.
+        """
+        cascade = self.cascade
+
+        def one_step(item: dict) -> torch.Tensor:
+            return cascade.posterior_mean(self.item_xrays(item))[0, 0].cpu()
+
+        def draw(item: dict) -> torch.Tensor:
+            return cascade.sample(self.item_xrays(item), self.steps, self.item_generator(item))[0, 0].cpu()
+
+        def without_last(item: dict) -> torch.Tensor:
+            coarse = cascade.posterior_mean(self.item_xrays(item), stages=len(cascade.stages) - 1)
+            return upsample(coarse, self.volume_size[0] // coarse.shape[2])[0, 0].cpu()
+
+        methods: dict[str, Method] = {"cascade_mean": one_step}
+        if self.samples and self.samples > 1:
+            methods[f"cascade_mean_of_{self.samples}"] = SamplesMean(self, self.samples)
+        if self.samples:
+            methods["cascade_sample"] = draw
+        if len(cascade.stages) > 1:
+            methods[TRILINEAR] = without_last
+        return methods
+
+    def item_xrays(self, item: dict) -> torch.Tensor:
+        """X-rays ``(1, num_views, H, W)`` of a data set's item, which always has both views: PA first."""
+        return item["xrays"][None, : self.num_views]
+
+    def item_generator(self, item: dict) -> torch.Generator:
+        """Generator that follows from the seed and the patient's id alone."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(str(item.get("id", "")).encode()))
+
+    def checkpoints(self) -> list[LoadedCheckpoint]:
+        weights = {stage.name: weights_fingerprint(stage.model.state_dict()) for stage in self.cascade.stages}
+        return [LoadedCheckpoint(self.cascade.origin, self.cascade.header, weights)]
+
+    def summary(self) -> dict:
+        return {
+            "cascade": Path(self.cascade.origin).resolve().name,
+            "stages": self.cascade.stage_names,
+            "epoch": self.cascade.header["epoch"],
+            "parameters": sum(p.numel() for p in self.cascade.parameters()),
+            "steps": self.steps,
+            "samples": self.samples or 0,
+            "seed": self.seed,
+        }
+
+    def export_module(self) -> nn.Module:
+        return OneStepPath(self.cascade)
+
+
+class SamplesMean:
+    """Method: the mean of several samples of an item; ``std`` holds the standard deviation of the last one."""
+
+    def __init__(self, system: CascadeSystem, samples: int):
+        self.system, self.samples = system, samples
+        self.std: torch.Tensor | None = None
+
+    def __call__(self, item: dict) -> torch.Tensor:
+        system = self.system
+        xrays, generator = system.item_xrays(item), system.item_generator(item)
+        mean, std = system.cascade.statistics(xrays, self.samples, system.steps, generator)
+        self.std = std[0, 0].cpu()
+        return mean[0, 0].cpu()
+
+
+def load_cascade_system(
+    checkpoint,
+    samples: int | None = None,
+    steps: int = DEFAULT_STEPS,
+    seed: int = 0,
+    max_stages: int | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+) -> CascadeSystem:
+    """Load a cascade's checkpoint folder; arguments as those of inference.py's command line.
+
+    Raises :class:`InputError` naming what cannot be used.
+    """
+    return CascadeSystem(Cascade.load(checkpoint, pick_device(device), max_stages, precision), samples, steps, seed)
