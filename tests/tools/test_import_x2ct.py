@@ -19,6 +19,7 @@ from tools import import_x2ct
 from tools.import_x2ct import axes_by_anatomy, check_axes, make_split, read_ct_cube, read_list
 from xray2ct.data.checks.dataset_check import check_dataset
 from xray2ct.data.checks.findings import FAILED, OK, SIDES
+from xray2ct.data.splits import split_by_hash
 from xray2ct.files import InputError, read_json
 from xray2ct.imaging.find_cts import find_cts
 from xray2ct.imaging.read_ct import CtImage, read_ct
@@ -331,5 +332,5 @@ def test_without_a_split_file_two_scans_of_a_patient_can_part(tmp_path):
     for i in range(30):
         save_nifti(tmp_path / f"cts/P{i // 2}_{'ab'[i % 2]}.nii.gz", small_ct(0))
     ids = [source.patient_id for source in find_cts(tmp_path / "cts")]
-    found = sides(prepare_data.split_by_hash(ids, 0.3, 0.3), lambda scan: scan.split("_")[0])
+    found = sides(split_by_hash(ids, 0.3, 0.3), lambda scan: scan.split("_")[0])
     assert any(len(names) > 1 for names in found.values())
