@@ -79,7 +79,8 @@ class Cascade:
     @property
     def volume_size(self) -> tuple[int, int, int]:
         """``(D, H, W)`` of the last stage."""
-        return (self.stages[-1].model.volume_size,) * 3
+        size = self.stages[-1].model.volume_size
+        return size, size, size
 
     @property
     def geometry(self) -> Geometry:

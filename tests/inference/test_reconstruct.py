@@ -88,6 +88,8 @@ def test_the_pipeline_takes_files_and_arrays(root, base):
         pipeline(arrays[0] * 255, arrays[1])
     with pytest.raises(InputError, match="lateral: the X-ray is constant"):
         pipeline(arrays[0], np.zeros((64, 64)))
+    with pytest.raises(InputError, match="the direct system was trained with two views, but got 1"):
+        pipeline(arrays[0])
 
 
 def test_the_views_are_not_interchangeable_and_the_sides_matter(root, base):

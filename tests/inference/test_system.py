@@ -16,7 +16,6 @@ from model_enhanced import RefinementNetwork
 from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_model, make_refinement_checkpoint
 from xray2ct.files import InputError
 from xray2ct.inference import reconstruction
-from xray2ct.inference import system as system_module
 from xray2ct.inference.system import DirectSystem, check_finite, pick_device
 from xray2ct.models import memory
 
@@ -115,25 +114,24 @@ class TestSystem:
         with pytest.raises(InputError, match="'enhanced_direct'; expected 'refinement'"):
             DirectSystem(base, base, "cpu")
 
-    def test_smaller_tiles_are_tried_when_memory_runs_out(self, base, refinement, xrays, monkeypatch):
+    @pytest.mark.parametrize("largest", [12, 0])
+    def test_smaller_tiles_are_tried_when_memory_runs_out(self, base, refinement, xrays, largest):
         system = DirectSystem(base, refinement, "cpu", tile=0)
-        whole, tried, real = system.predict(xrays), [], RefinementNetwork.refine
+        whole, tried, real = system.predict(xrays), [], system.refinement.refine
 
-        def refine(network, coarse, xrays, tile, device):
+        def refine(coarse, xrays, tile, device):
             tried.append(tile)
-            if tile is None or tile > 12:
+            if tile is None or tile > largest:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return real(network, coarse, xrays, tile, device)
+            return real(coarse, xrays, tile, device)
 
-        monkeypatch.setattr(RefinementNetwork, "refine", refine)
-        monkeypatch.setattr(system_module.torch.cuda, "empty_cache", lambda: None)
-        assert torch.allclose(system.predict(xrays), whole, atol=2e-6)
+        system.refinement.refine = refine
+        if largest:
+            assert torch.allclose(system.predict(xrays), whole, atol=2e-6)
+        else:
+            with pytest.raises(InputError, match="does not fit this GPU's memory even in tiles of 8; use --device cpu"):
+                system.predict(xrays)
         assert tried == [None, 8]
-
-        monkeypatch.setattr(memory, "TILES", (15, 14))
-        monkeypatch.setattr(system_module, "TILES", (15, 14))
-        with pytest.raises(InputError, match="does not fit this GPU's memory even in tiles of 14; use --device cpu"):
-            system.predict(xrays)
 
 
 class TestMemory:

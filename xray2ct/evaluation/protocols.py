@@ -326,8 +326,10 @@ def explain(case: Case, scores: dict[str, float]) -> list[tuple[str, float]]:
     window = 20 * math.log10((PM1024_WINDOW[1] - PM1024_WINDOW[0]) / (HU_WINDOW[1] - HU_WINDOW[0]))
     x2ct_gap, pm1024_gap = (scores[name] - scores["psnr_strict"] for name in ("psnr_x2ct", "psnr_pm1024"))
     margin = len(case.target) // 8
-    padded = Case(*(F.pad(v, (0, 0, 0, 0, margin, margin)) for v in (case.prediction, case.target)))
-    truth = projection(replace(case, prediction=case.target))
+    prediction, target = (F.pad(v, (0, 0, 0, 0, margin, margin)) for v in (case.prediction, case.target))
+    padded = Case(prediction, target)
+    truth = projection(replace(case, prediction=case.target))["projection_relative"]
+    assert truth is not None
     return [
         ("psnr_x2ct - psnr_strict, dB", x2ct_gap),
         ("    by peak 4095 instead of 2500", peak),
@@ -338,7 +340,7 @@ def explain(case: Case, scores: dict[str, float]) -> list[tuple[str, float]]:
         ("    by clipping", pm1024_gap - window),
         ("ssim_perx2ct - ssim_pm1024", scores["ssim_perx2ct"] - scores["ssim_pm1024"]),
         ("body_mae_hu / mae_hu", scores["body_mae_hu"] / scores["mae_hu"]),
-        ("projection_relative of the truth itself", truth["projection_relative"]),
+        ("projection_relative of the truth itself", truth),
         (f"with {margin} slices of air added above and below: psnr_strict, dB", psnr(padded.prediction, padded.target)),
         ("    psnr_x2ct, dB", x2ct(padded)["psnr_x2ct"]),
     ]
@@ -354,7 +356,7 @@ def print_example(size: int, blur_mm: float, offset_hu: float, seed: int) -> Non
         for column, text in protocol.columns.items():
             print(f"{name:14}{column:20}{format_score(column, scores[column]):>8}  {text}")
     print()
-    for words, value in explain(case, scores):
+    for words, value in explain(case, {name: value for name, value in scores.items() if value is not None}):
         print(f"{words:64}{value:8.3f}")
 
 

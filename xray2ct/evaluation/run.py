@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,10 +81,11 @@ def open_data(
     Raises :class:`InputError` when a checkpoint does not fit the data, or was trained on a patient to score.
     """
     # X-rays of a data set without manifest are read as they were in training.
-    common = {"cache_dir": cache_dir, "xray_normalization": predictor.xray_normalization}
+    common: dict[str, Any] = {"cache_dir": cache_dir, "xray_normalization": predictor.xray_normalization}
     size = predictor.volume_size[0]
     data = PatientDataset(root, split, size, predictor.xray_size, **common)
-    seen, notes = set(), []
+    seen: set[str] = set()
+    notes: list[str] = []
     for loaded in predictor.checkpoints():
         check_compatible(loaded.path, loaded.header, **data.acquisition.to_dict())
         seen |= set(check_patients(data, loaded, split, allow_seen))

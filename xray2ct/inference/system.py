@@ -18,6 +18,7 @@ from xray2ct.checkpoints import check_compatible, weights_fingerprint
 from xray2ct.files import InputError
 from xray2ct.inference.predictor import TRILINEAR, LoadedCheckpoint, Method, Predictor
 from xray2ct.models.blocks import upsample
+from xray2ct.models.coarse import CoarseModel
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.memory import TILES, choose_tile
 from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
@@ -68,18 +69,24 @@ class DirectSystem(Predictor):
         self.device, self.tile = pick_device(device), tile
         self.base, self.refined_by = str(base), str(refinement)
         self.precision = Precision(precision, self.device)
-        self.model, self.checkpoint = load_base_model(base, self.device)
-        self.refinement, self.refinement_checkpoint = None, {}
+        model, self.checkpoint = load_base_model(base, self.device)
+        assert isinstance(model, CoarseModel)
+        self.model = model
+        self.refinement: RefinementNetwork | None = None
+        self.refinement_checkpoint: dict = {}
         self.notes = []
         if refinement is not None:
-            self.refinement, self.refinement_checkpoint = load_refinement(refinement, self.device)
+            network, self.refinement_checkpoint = load_refinement(refinement, self.device)
+            assert isinstance(network, RefinementNetwork)
+            self.refinement = network
             self._check_pair()
         self.geometry, self.hu_window = self.model.geometry, tuple(self.checkpoint["hu_window"])
         self.xray_scale = self.checkpoint["xray_scale"]
         settings = self.checkpoint.get("config", {}).get("data", {})
         self.xray_normalization = settings.get("xray_normalization", "percentile")
         scale = 1 if self.refinement is None else RefinementNetwork.scale
-        self.volume_size = tuple(scale * n for n in self.model.volume_size)
+        depth, height, width = (scale * n for n in self.model.volume_size)
+        self.volume_size = depth, height, width
         guides = [self.refinement_checkpoint] if self.guided else []
         self.xray_size = max(header["xray_size"] for header in (self.checkpoint, *guides))  # the finest trained at
         if self.device.type == "cpu":
@@ -116,11 +123,11 @@ class DirectSystem(Predictor):
         Out of GPU memory, smaller tiles are tried; the values do not depend on the tile.
         """
         assert self.refinement is not None
-        xrays = xrays.to(self.device) if self.guided else None
+        guide = xrays.to(self.device) if self.guided else None
         for tile in self._tiles(coarse):
             try:
                 with torch.inference_mode(), self.precision.autocast():
-                    volume = self.refinement.refine(coarse.to(self.device), xrays, tile, device="cpu")
+                    volume = self.refinement.refine(coarse.to(self.device), guide, tile, device="cpu")
                 return check_finite(volume, self.refined_by, self.precision.name)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
@@ -131,7 +138,7 @@ class DirectSystem(Predictor):
 
     def _tiles(self, coarse) -> list[int | None]:
         """Tile sizes to try, the preferred one first."""
-        if self.tile == "auto":
+        if isinstance(self.tile, str):  # auto
             size = self.precision.dtype.itemsize
             first = choose_tile(self.refinement, coarse.shape[2:], self.device, size)
         else:
