@@ -240,7 +240,7 @@ def test_volumes_of_a_folder_made_by_hand_are_used_in_every_format_that_is_read(
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.98  # located and resampled, where it is no such cube
     changed = max((tmp_path / "data" / "a").rglob("*.*"), key=lambda path: path.stat().st_size)
     stamp = changed.stat().st_mtime_ns + 10**9
-    os.utime(changed, ns=(stamp, stamp))  # the voxels' file, beside a header or in a series
+    os.utime(changed, ns=(stamp, stamp))  # the voxels' file, next to a header or in a series
     before = len(list((tmp_path / "data" / ".cache").rglob("volume*")))
     assert torch.equal(quiet(tmp_path / "data", "all", 16, None)[0]["ct_volume"], found)
     assert len(list((tmp_path / "data" / ".cache").rglob("volume*"))) == before + 1  # read anew
@@ -257,11 +257,11 @@ def test_nothing_of_a_folder_made_by_hand_is_left_out_without_a_word(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = PatientDataset(tmp_path, "all", 16, None)
-    said = "\n".join(str(w.message) for w in caught)
+    messages = "\n".join(str(w.message) for w in caught)
     assert data.ids == ["a", "b"]
     named = ("no volume in empty", "flat.nii.gz: outside", "not used: a/lesions.nii.gz", "missing ones rendered (b)")
     for words in named:
-        assert words in said
+        assert words in messages
     (tmp_path / "a" / "a_PA.png").touch()
     with pytest.raises(InputError, match="more than one PA X-ray"):
         quiet(tmp_path, "all", 16, None)
@@ -375,7 +375,7 @@ def test_a_bad_manifest_is_named(root, changes, words):
     assert "dataset.json" in str(error.value)
 
 
-def test_unlisted_folders_are_left_out_and_said(root):
+def test_unlisted_folders_are_left_out_and_reported(root):
     by_hand(root, "stranger", xrays=False)
     shutil.copy(root / "stranger" / "stranger.nii.gz", root / "stranger" / "stranger.nii")  # two: no matter there
     (root / "nothing").mkdir()

@@ -601,7 +601,7 @@ def test_torchvision_imports_and_names_the_layers_as_expected():
 
 
 def test_torchvision_without_its_compiled_operators_still_imports(tmp_path):
-    """A stand-in that, as a CUDA build beside a CPU-only torch, gives shapes to operators nobody defined."""
+    """A stand-in that, as a CUDA build next to a CPU-only torch, gives shapes to operators nobody defined."""
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text(

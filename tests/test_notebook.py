@@ -75,7 +75,7 @@ def test_it_runs_and_shows_and_writes_what_the_pipeline_gives(tmp_path):
     assert np.allclose(image.affine, affine)
     data = PatientDataset(root, "test", 64, None)
     truth = unit_to_hu(data[data.ids.index("p5")]["ct_volume"][0].numpy(), data.hu_window)
-    said = "".join(part.get("text", "") for part in outputs)
-    assert f"mean absolute error {np.abs(hu - truth).mean():.1f} HU" in said
+    printed = "".join(part.get("text", "") for part in outputs)
+    assert f"mean absolute error {np.abs(hu - truth).mean():.1f} HU" in printed
     rms = np.sqrt(np.square((hu - truth) / 2500).mean())
-    assert float(said.split("PSNR (strict) ")[1].split()[0]) == pytest.approx(-20 * np.log10(rms), abs=0.02)
+    assert float(printed.split("PSNR (strict) ")[1].split()[0]) == pytest.approx(-20 * np.log10(rms), abs=0.02)
