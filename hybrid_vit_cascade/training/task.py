@@ -74,7 +74,6 @@ class StageTask(PatientTask):
 
     kind = KIND
     best_name = "best.pt"
-    criterion: StageLoss
 
     def __init__(self, cascade: CascadeConfig, run: StageRun, earlier: Cascade | None, processes: Processes):
         self.cascade, self.config, self.earlier = cascade, run, earlier
