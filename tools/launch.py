@@ -182,7 +182,9 @@ def train_both(python: Path, options: list[str], command=job_command) -> int:
 def run_child(command: list[str]) -> int:
     """Run a job to its end; SIGTERM and SIGINT are passed on, so that it saves before it ends.
 
-    Returns its exit status, after a signal as :func:`signals.exit_status` has it.
+    The job gets a session of its own, so that a signal to this process's group reaches it once: torchrun takes a second
+    one for an order to leave its workers before they have saved. Returns its exit status, after a signal as
+    :func:`signals.exit_status` has it.
     """
     jobs: list[subprocess.Popen] = []
 
@@ -191,7 +193,7 @@ def run_child(command: list[str]) -> int:
             job.send_signal(number)
 
     with passed_on(send) as received:
-        jobs.append(subprocess.Popen(command))
+        jobs.append(subprocess.Popen(command, start_new_session=not WINDOWS))
         for number in set(received) & set(PASSED_ON):  # while it was being started
             send(number)
         return exit_status(jobs[0].wait(), received)

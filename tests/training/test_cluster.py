@@ -82,7 +82,7 @@ def start_node(hosts, index, training, log):
 def wait_for(what, condition, *logs):
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        printed = "\n".join(path.read_text() for path in logs)
+        printed = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in logs)
         assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_S} s\n{printed}"
         time.sleep(0.02)
 
@@ -97,15 +97,15 @@ def test_a_lost_node_comes_back_and_both_end_with_the_result_of_one_host(hosts, 
     training = command(root, both, *LONGER)
     nodes = [start_node(hosts, i, training, logs[i]) for i in range(2)]
     wait_for("six steps", lambda: steps_logged(both) >= 6 or nodes[0].poll() is not None, *logs)
-    assert nodes[0].poll() is None, logs[0].read_text()
+    assert nodes[0].poll() is None, logs[0].read_text(encoding="utf-8", errors="replace")
     lose_node(hosts[1])
     assert nodes[1].wait(timeout=60) == -signal.SIGKILL
     before = steps_logged(both)
     assert before < 18  # it was lost in the middle
     nodes[1] = start_node(hosts, 1, training, logs[1])
     for node, log in zip(nodes, logs):
-        assert node.wait(timeout=PATIENCE_S) == 0, log.read_text()
-    printed = logs[0].read_text()
+        assert node.wait(timeout=PATIENCE_S) == 0, log.read_text(encoding="utf-8", errors="replace")
+    printed = logs[0].read_text(encoding="utf-8", errors="replace")
     assert "Processes: 2 on cpu" in printed
     assert "Resumed" in printed
 

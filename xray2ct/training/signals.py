@@ -1,4 +1,10 @@
-"""SIGTERM and SIGINT: the step is finished and the state saved before the process ends."""
+"""SIGTERM and SIGINT: the step in progress is finished and saved, and one request is never taken for two.
+
+A signal reaches a worker more than once. Ctrl-C on a terminal, Slurm and ``kill -- -GROUP`` signal every process, and
+each parent (plain python, launch.py, torchrun's agent) passes on what it got, because it cannot know whether its
+children got it too. So parents always pass signals on, and whoever saves takes all signals within ``REPEAT_SECONDS``
+as one; a later one stops at once. Standard library only: launch.py runs before anything is installed.
+"""
 
 from __future__ import annotations
 
