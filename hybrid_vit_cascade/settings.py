@@ -15,6 +15,7 @@ from hybrid_vit_cascade import PACKAGE
 from hybrid_vit_cascade.diffusion import PREDICTIONS, resolution_shift
 from xray2ct.data.augment import AugmentConfig
 from xray2ct.files import InputError, is_plain_name, shown
+from xray2ct.settings import setting
 from xray2ct.training.config import (
     CommonData,
     CommonTraining,
@@ -23,7 +24,6 @@ from xray2ct.training.config import (
     TrainingConfig,
     check_config,
     load_config,
-    setting,
     weight,
 )
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
+from xray2ct.settings import setting
 
 
 @dataclass
@@ -23,19 +24,21 @@ class AugmentConfig:
     """Ranges of the random changes; 0 switches one off."""
 
     enabled: bool = True
-    source_size: int = 256  # resolution of the volume that is warped and rendered
-    rotation_deg: float = 6.0  # each axis, uniform in +-
-    scale: float = 0.10  # each axis, uniform in 1 +-
-    translation_mm: float = 15.0  # each axis, uniform in +-
+    source_size: int = setting(256, minimum=16)  # resolution of the volume that is warped and rendered
+    rotation_deg: float = setting(6.0, minimum=0.0)  # each axis, uniform in +-
+    scale: float = setting(0.10, minimum=0.0, maximum=0.9)  # each axis, uniform in 1 +-
+    translation_mm: float = setting(15.0, minimum=0.0)  # each axis, uniform in +-
     # Standard deviation of the control points' displacement along each axis; interpolation between them averages
     # that to about half within the cube (it is kept at the corners).
-    elastic_mm: float = 8.0
-    elastic_points: int = 5  # control points per axis
-    hu_shift: float = 20.0  # offset of everything but air, uniform in +- HU
-    hu_scale: float = 0.03  # stretch of HU + 1000 (density), uniform in 1 +-
-    mirror_probability: float = 0.5  # left-right: turns the anatomy into situs inversus, which the PA view shows
-    xray_noise: float = 0.003  # standard deviation added to X-ray pixels
-    xray_gain: float = 0.0  # exposure-like gain of each X-ray, uniform in 1 +- (breaks the absolute scale)
+    elastic_mm: float = setting(8.0, minimum=0.0)
+    elastic_points: int = setting(5, minimum=2)  # control points per axis
+    hu_shift: float = setting(20.0, minimum=0.0)  # offset of everything but air, uniform in +- HU
+    hu_scale: float = setting(0.03, minimum=0.0, maximum=1.0)  # stretch of HU + 1000 (density), uniform in 1 +-
+    # Left-right: turns the anatomy into situs inversus, which the PA view shows.
+    mirror_probability: float = setting(0.5, minimum=0.0, maximum=1.0)
+    xray_noise: float = setting(0.003, minimum=0.0)  # standard deviation added to X-ray pixels
+    # Exposure-like gain of each X-ray, uniform in 1 +- (breaks the absolute scale).
+    xray_gain: float = setting(0.0, minimum=0.0, maximum=1.0)
 
 
 def random_affine(config: AugmentConfig, fov_mm: float, generator: torch.Generator) -> torch.Tensor:

@@ -1,4 +1,9 @@
-"""Read a DICOM CT series, one file per slice or multi-frame: each slice is placed by its own header."""
+"""Read one CT from a folder of DICOM files: single slices and multi-frame files take the same path.
+
+Needs pydicom (compressed pixels may need SimpleITK, too). Every frame is placed by its own position, orientation and
+spacing and scaled by its own slope and intercept; frames that do not stack into one evenly spaced volume of one scan
+are refused. Header texts never get into a message.
+"""
 
 from __future__ import annotations
 

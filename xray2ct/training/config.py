@@ -12,11 +12,7 @@ from pathlib import Path
 
 from xray2ct.data.augment import AugmentConfig
 from xray2ct.files import InputError, parse_json, read_json, shown, shown_name
-
-
-def setting(default, **limits):
-    """A field with limits: ``minimum``, ``maximum``, ``between`` (both, in one message) or ``choices``."""
-    return field(default=default, metadata=limits)
+from xray2ct.settings import setting
 
 
 def weight(default: float):
@@ -154,22 +150,6 @@ class RefinementConfig:
     world_size: int = setting(4, minimum=1)
 
 
-# Limits of AugmentConfig, whose fields have none yet.
-AUGMENT_LIMITS = {
-    "source_size": {"minimum": 16},
-    "rotation_deg": {"minimum": 0.0},
-    "scale": {"minimum": 0.0, "maximum": 0.9},
-    "translation_mm": {"minimum": 0.0},
-    "elastic_mm": {"minimum": 0.0},
-    "elastic_points": {"minimum": 2},
-    "hu_shift": {"minimum": 0.0},
-    "hu_scale": {"minimum": 0.0, "maximum": 1.0},
-    "mirror_probability": {"minimum": 0.0, "maximum": 1.0},
-    "xray_noise": {"minimum": 0.0},
-    "xray_gain": {"minimum": 0.0, "maximum": 1.0},
-}
-
-
 def load_config(cls, path=None, overrides=()):
     """Build ``cls`` from its defaults, a JSON file and ``key=value`` strings (dotted keys, JSON values).
 
@@ -209,14 +189,13 @@ def check_config(config, origin: str, prefix: str = "") -> None:
     """Raise :class:`InputError` naming ``origin`` and the key of a value beyond the limits that stand at its field."""
     for entry in fields(config):
         name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
-        limits = AUGMENT_LIMITS.get(entry.name, {}) if isinstance(config, AugmentConfig) else entry.metadata
         if is_dataclass(value):
             check_config(value, origin, f"{name}.")
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if is_dataclass(item):
                     check_config(item, origin, f"{name}.{index}.")
-        elif value is not None and (expected := _expected(value, **limits)):
+        elif value is not None and (expected := _expected(value, **entry.metadata)):
             raise InputError(f"{origin}: {name} is {value!r}; expected {expected}")
 
 
