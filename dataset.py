@@ -29,7 +29,7 @@ from xray2ct.data.splits import SPLITS, split_hash
 from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
-from xray2ct.geometry.projector import HU_WINDOW, hu_to_unit, render_xrays
+from xray2ct.geometry.projector import HU_WINDOW, hu_to_unit
 from xray2ct.imaging.cube import cube_affine
 from xray2ct.imaging.cube_files import read_array_cube, read_cube
 from xray2ct.imaging.film import check_spacings, check_views
@@ -229,7 +229,7 @@ class PatientDataset(Dataset):
                     hu = self._read_cube(patient)[0]
                     volume = torch.from_numpy(hu_to_unit(hu, self.hu_window))[None, None]
                     pixels = (max(RENDER_SIZE, size),) * 2
-                    rendered = render_xrays(volume, self.geometry, pixels, self.hu_window, self.xray_scale)
+                    rendered = self.acquisition.render(volume, pixels)
                     rendered = averaged_to(rendered, (size, size))[0].clip(0, 1).numpy()
                 images.append(rendered[view])
             else:

@@ -17,6 +17,7 @@ from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_hu
 from xray2ct.evaluation import report
 from xray2ct.evaluation.report import STEP_HU, ReportCollector, choose_cases, level_count, pack, pack_volumes, quantise
 from xray2ct.files import InputError
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import HU_WINDOW, Geometry, hu_to_unit, render_xrays, unit_to_hu
 
 EVIL = '<script>document.title = "pwned"</script>{{cases}}"\'&'
@@ -78,7 +79,7 @@ def make_summary() -> dict:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The page's path, and what went into it: ``{id: (truth, prediction, xrays)}``."""
-    collector = ReportCollector(CASES, "model", Geometry(), HU_WINDOW)
+    collector = ReportCollector(CASES, "model", Acquisition())
     given = {}
     for seed, name in enumerate([*CASES, "p2"]):
         item, prediction = make_item(name, seed)
@@ -135,7 +136,7 @@ def test_a_patient_stays_within_its_share_whatever_the_volume():
     random = np.random.default_rng(0)
     noise = torch.from_numpy(random.random((1, 64, 64, 64), np.float32))
     xrays = torch.from_numpy(random.random((2, 256, 256), np.float32))
-    collector = ReportCollector(["a"], "model", Geometry())
+    collector = ReportCollector(["a"], "model", Acquisition())
     collector.observe("model", {"id": "a", "ct_volume": noise, "xrays": xrays}, noise[0].flip(0), {})
     shown = collector._shown["a"]
     assert shown["info"]["size"] == 64
@@ -189,7 +190,9 @@ def test_every_table_is_there_without_javascript(written):
 
 def test_a_page_without_cases_or_statistics_can_be_written(tmp_path):
     path = tmp_path / "report.html"
-    ReportCollector([], "model", Geometry()).write(path, {"methods": {}}, [{"method": "model", "id": "a", "x": None}])
+    ReportCollector([], "model", Acquisition()).write(
+        path, {"methods": {}}, [{"method": "model", "id": "a", "x": None}]
+    )
     page = path.read_text(encoding="utf-8")
     assert '<script type="application/json" id="cases">[]</script>' in page
     assert "{{" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)

@@ -17,6 +17,20 @@ from xray2ct.imaging.read_ct import CtImage
 AIR, TISSUE, LUNG = -1000.0, 40.0, -800.0
 
 
+# The header of an NRRD file of 5 x 4 x 3 voxels of 2 x 3 x 4 mm, whose first one lies at LPS (1, 2, 3) mm.
+NRRD_FIELDS = {
+    "type": "int16",
+    "dimension": "3",
+    "space": "left-posterior-superior",
+    "sizes": "5 4 3",
+    "space directions": "(2,0,0) (0,3,0) (0,0,4)",
+    "space origin": "(1,2,3)",
+    "kinds": "domain domain domain",
+    "encoding": "raw",
+    "endian": "little",
+}
+
+
 def grid_affine(shape, spacing_mm, centre_mm=(0, 0, 0), rotation=None) -> np.ndarray:
     """Affine of a grid of ``shape`` whose centre lies at ``centre_mm``; ``rotation`` 3 x 3."""
     affine = np.eye(4)

@@ -15,6 +15,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.ct_cases import NRRD_FIELDS
 from tests.helpers.fuzzing import DAMAGE, damaged, outcome
 from xray2ct.imaging.cube import resample_cube
 from xray2ct.imaging.read_ct import read_ct
@@ -294,19 +295,6 @@ def test_any_metaimage(folder, changes, damage, damages):
         if not changes and not damages:  # MetaImage positions are LPS
             assert ct.data[1, 0, 0] == -1000
             assert np.allclose(ct.affine, [[-2, 0, 0, -1], [0, -3, 0, -2], [0, 0, 4, 3], [0, 0, 0, 1]])
-
-
-NRRD_FIELDS = {
-    "type": "int16",
-    "dimension": "3",
-    "space": "left-posterior-superior",
-    "sizes": "5 4 3",
-    "space directions": "(2,0,0) (0,3,0) (0,0,4)",
-    "space origin": "(1,2,3)",
-    "kinds": "domain domain domain",
-    "encoding": "raw",
-    "endian": "little",
-}
 
 
 @given(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.helpers.ct_cases import rotation
+from tests.helpers.ct_cases import NRRD_FIELDS, rotation
 from xray2ct.files import InputError
 from xray2ct.imaging.read_ct import read_ct
 
@@ -20,17 +20,6 @@ META = {
     "DimSize": "5 4 3",
     "ElementType": "MET_SHORT",
 }
-NRRD = {
-    "type": "int16",
-    "dimension": "3",
-    "space": "left-posterior-superior",
-    "sizes": "5 4 3",
-    "space directions": "(2,0,0) (0,3,0) (0,0,4)",
-    "space origin": "(1,2,3)",
-    "kinds": "domain domain domain",
-    "encoding": "raw",
-    "endian": "little",
-}
 AFFINE = [[-2, 0, 0, -1], [0, -3, 0, -2], [0, 0, 4, 3], [0, 0, 0, 1]]
 
 
@@ -42,7 +31,7 @@ def write_meta(path, **changes):
 
 
 def write_nrrd(path, changes=()):
-    fields = {**NRRD, **dict(changes)}
+    fields = {**NRRD_FIELDS, **dict(changes)}
     text = "".join(f"{key}: {value}\n" for key, value in fields.items() if value is not None)
     path.write_bytes(b"NRRD0004\n# comment: none\n" + text.encode() + b"key:=space: x\n\n" + DATA.tobytes())
     return path

@@ -1,6 +1,6 @@
 """One self-contained ``report.html`` of an evaluation: tables and a viewer for chosen patients, no network.
 
-    collector = ReportCollector(["patient1", "patient2"], "model", geometry, hu_window)
+    collector = ReportCollector(["patient1", "patient2"], "model", data.acquisition)
     collector.observe("model", item, volume, scores)        # for each method and patient; others are passed over
     collector.write("evaluation/report.html", summary, rows)
 
@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS, format_score
 from xray2ct.evaluation.statistics import FEW
 from xray2ct.files import InputError, atomic_path
-from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry, render_xrays, unit_to_hu
+from xray2ct.geometry.acquisition import Acquisition
+from xray2ct.geometry.projector import unit_to_hu
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 CASE_BYTES = 4_800_000  # of the page, for one patient: 5 x 4.8 MB and the tables stay below 25 MB
@@ -124,20 +125,12 @@ def choose_cases(wanted: Sequence[str], ids: Sequence[str]) -> list[str]:
 class ReportCollector:
     """Keeps what the viewer shows of the chosen patients (packed: a few MB each), then writes the page.
 
-    cases: ids of the patients to show. method: whose predictions to show. geometry, hu_window, xray_scale: the data
-    set's, for the re-rendered X-rays.
+    cases: ids of the patients to show. method: whose predictions to show. acquisition: the data set's, for
+    the re-rendered X-rays.
     """
 
-    def __init__(
-        self,
-        cases: Iterable[str],
-        method: str,
-        geometry: Geometry,
-        hu_window: tuple[float, float] = HU_WINDOW,
-        xray_scale: float = XRAY_SCALE,
-    ):
-        self.cases, self.method = list(cases), method
-        self.geometry, self.hu_window, self.xray_scale = geometry, tuple(hu_window), xray_scale
+    def __init__(self, cases: Iterable[str], method: str, acquisition: Acquisition):
+        self.cases, self.method, self.acquisition = list(cases), method, acquisition
         self._shown: dict[str, dict] = {}
 
     def observe(self, method: str, item: dict, volume: torch.Tensor, scores: dict) -> None:
@@ -149,9 +142,9 @@ class ReportCollector:
             return
         volume = volume.detach().float().cpu()
         xray_text, xrays = self._xrays(item["xrays"].float(), volume)
-        both = unit_to_hu(torch.stack([volume, item["ct_volume"][0].float()]), self.hu_window)
-        text, size = pack_volumes(both, self.hu_window, CASE_BYTES - len(xray_text))
-        low, high = self.hu_window
+        low, high = window = self.acquisition.hu_window
+        both = unit_to_hu(torch.stack([volume, item["ct_volume"][0].float()]), window)
+        text, size = pack_volumes(both, window, CASE_BYTES - len(xray_text))
         info = {
             "id": item["id"],
             "about": self._about(volume.shape[-1], size, scores),
@@ -160,14 +153,14 @@ class ReportCollector:
             "high": high,
             "step": STEP_HU,
             "levels": level_count(low, high, STEP_HU),
-            "fov_mm": self.geometry.fov_mm,
+            "fov_mm": self.acquisition.geometry.fov_mm,
             "xrays": xrays,
         }
         self._shown[item["id"]] = {"info": info, "volumes": text, "xrays": xray_text}
 
     def _xrays(self, inputs: torch.Tensor, volume: torch.Tensor) -> tuple[str, dict]:
         """Both input X-rays, each followed by the one rendered from the prediction, as text; and how to show them."""
-        rendered = render_xrays(volume[None, None], self.geometry, inputs.shape[1:], self.hu_window, self.xray_scale)[0]
+        rendered = self.acquisition.render(volume[None, None], inputs.shape[1:])[0]
         images = torch.stack([inputs, rendered], dim=1).reshape(1, 4, *inputs.shape[1:])
         size = min(XRAY_SIZE, inputs.shape[-1])
         images = F.adaptive_avg_pool2d(images, size)[0].numpy()
@@ -188,7 +181,7 @@ class ReportCollector:
     def _about(self, full: int, size: int, scores: dict) -> str:
         values = ", ".join(f"{c} {_number(c, value)}" for c, value in scores.items() if not _more(c))
         reduced = f", reduced from {full}\u00b3 to bound this file" if size < full else ""
-        resolution = f"{size}\u00b3 voxels of {self.geometry.fov_mm / size:.3g} mm{reduced}"
+        resolution = f"{size}\u00b3 voxels of {self.acquisition.geometry.fov_mm / size:.3g} mm{reduced}"
         return f"{self.method}. Shown: {resolution}; HU to \u00b1{STEP_HU / 2:g}. Scores: {values}."
 
     def write(self, path, summary: dict, rows: list[dict], notes: Sequence[str] = ()) -> None:

@@ -53,7 +53,7 @@ def evaluate(
     report = None
     if report_cases is not None:
         cases = choose_cases(report_cases, data.ids)
-        report = ReportCollector(cases, first, data.geometry, data.hu_window, data.xray_scale)
+        report = ReportCollector(cases, first, data.acquisition)
     methods[BASELINE] = mean_method(training)
     with replaced_together(output, lambda: earlier_files(output)) as folder:
         observer = Observer(folder, data, methods, pictures, report)

@@ -69,13 +69,7 @@ class RefinementTask(RegressionTask):
     def _check_base(self, processes: Processes) -> None:
         """Refuse a stage 1 of another acquisition, or one that has seen the patients of validation or test."""
         path, data = self.config.base_checkpoint, self.val_data
-        check_compatible(
-            path,
-            self.base_checkpoint,
-            geometry=data.geometry.to_dict(),
-            hu_window=list(data.hu_window),
-            xray_scale=data.xray_scale,
-        )
+        check_compatible(path, self.base_checkpoint, **data.acquisition.to_dict())
         couch = [entry.get("volumes", {}).get("couch_removed") for entry in (self.base_checkpoint, self.data_header)]
         if None not in couch:  # unknown for data without a manifest, and in checkpoints of earlier versions
             check_compatible(path, {"couch_removed": couch[0]}, couch_removed=couch[1])

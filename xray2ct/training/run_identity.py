@@ -30,9 +30,7 @@ def data_header(data: PatientDataset) -> dict:
     """Checkpoint entries that describe a data set: acquisition, split, how its volumes were made, their content."""
     manifest = read_json(data.root / MANIFEST) if data.has_manifest else {"cube_size": data.cube_size}
     return {
-        "geometry": data.geometry.to_dict(),
-        "hu_window": list(data.hu_window),
-        "xray_scale": data.xray_scale,
+        **data.acquisition.to_dict(),
         "split_hash": data.split_hash,
         "volumes": {key: manifest[key] for key in VOLUMES if key in manifest},
         "data_fingerprint": _fingerprint(data, manifest),

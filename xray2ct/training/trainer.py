@@ -122,8 +122,9 @@ class Trainer(RunState):
     def step(self, iterator) -> dict[str, float]:
         """One optimiser step over all micro-batches; returns losses averaged over them and the ranks."""
         training, task = self.config.training, self.task
+        rate = self._learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, torch.Tensor] = {}
         for micro in range(self.plan.accumulation):
