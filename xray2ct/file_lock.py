@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import socket
+import time
 from collections.abc import Generator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,10 +31,11 @@ _held: set[str] = set()  # files that this process has locked: record locks do n
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike, what: str) -> Generator[None]:
+def locked(path: str | os.PathLike, what: str, wait: bool = False) -> Generator[None]:
     """Hold a lock on the file ``path`` (made, with its folder, when missing) until the block ends.
 
-    what: says in a message what the lock protects ("another run is using this folder"). Raises :class:`InputError`
+    what: says in a message what the lock protects ("another run is using this folder"). wait: for another process to
+    give it back, instead of an error. Raises :class:`InputError`
     naming the file's folder and who holds the lock while another process does, and :class:`checkpoints.WriteError` when
     it cannot be written to. On a file system without locks a note is printed.
     """
@@ -47,20 +49,29 @@ def locked(path: str | os.PathLike, what: str) -> Generator[None]:
     except OSError as error:
         raise WriteError(f"{path}: could not be written ({error})") from error
     with open(path, "r+b", buffering=0) as stream:  # closing it gives the lock back
-        try:
-            _lock(stream)
-        except OSError as error:
-            if error.errno in HELD:
-                raise _in_use(path, what, _holder(stream)) from None
-            if error.errno not in NO_LOCKS:
-                raise WriteError(f"{path}: could not be locked ({error})") from error
-            print(f"note: {path}: this file system has no locks; start no second run in {path.parent}", flush=True)
+        while not _try_lock(stream, path):
+            if not wait:
+                raise _in_use(path, what, _holder(stream))
+            time.sleep(0.5)
         _sign(stream)
         _held.add(key)
         try:
             yield
         finally:
             _held.discard(key)
+
+
+def _try_lock(stream, path: Path) -> bool:
+    """False while another process has the lock; True with it, and (noted) on a file system without locks."""
+    try:
+        _lock(stream)
+    except OSError as error:
+        if error.errno in HELD:
+            return False
+        if error.errno not in NO_LOCKS:
+            raise WriteError(f"{path}: could not be locked ({error})") from error
+        print(f"note: {path}: this file system has no locks; start no second run in {path.parent}", flush=True)
+    return True
 
 
 def _lock(stream) -> None:
