@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from xray2ct.conventions import MANIFEST
-from xray2ct.data.cache import UNREADABLE, open_cached, write_cached
+from xray2ct.data.cache import UNREADABLE, complete, open_cached, write_cached
 from xray2ct.data.manifest import Manifest, check_patients, find_patients
 from xray2ct.data.patient_files import HEADERS, PatientFolder, some, visible
 from xray2ct.data.splits import SPLITS, split_hash
@@ -87,6 +87,7 @@ class PatientDataset(Dataset):
             manifest.xray_scale,
             manifest.cube_size,
         )
+        self._geometry = manifest.geometry.to_dict()  # made once: part of every cache key
         self.hu_window = tuple(hu_window or manifest.hu_window)
         self.splits = manifest.split
         self.split_hash = split_hash(manifest.split)
@@ -140,29 +141,44 @@ class PatientDataset(Dataset):
         indices = range(rank, len(self), world_size)
         for index in progress(indices) if progress else indices:
             patient = self._patients[self.ids[index]]
-            self._volume(patient)
-            if self.xray_size is not None:
-                self._xrays(patient, self.xray_size)
+            if not all(complete(*entry) for entry in self._entries(patient)):
+                self._volume(patient)
+                if self.xray_size is not None:
+                    self._xrays(patient, self.xray_size)
 
     # -- cached arrays ---------------------------------------------------------------------------
 
-    def _cached(self, patient: PatientFolder, name: str, shape, dtype, sources, make):
-        """Memory-map an array of the cache; make it when it is absent, stale or damaged (with a warning).
+    def _entry(self, patient: PatientFolder, name: str, shape, sources) -> Path:
+        """Where an array of the cache lies.
 
         The key covers the source files' size and time, so that a changed source is read anew. Two
         ranks that build the same entry write the same bytes, each under its own temporary name.
         """
         stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _files_of(sources)]
-        settings = [
-            CACHE_VERSION,
-            name,
-            list(shape),
-            self.geometry.to_dict(),
-            self.hu_window,
-            self._normalization,
-        ]
+        settings = [CACHE_VERSION, name, list(shape), self._geometry, self.hu_window, self._normalization]
         key = hashlib.sha256(json.dumps([settings, stamps], sort_keys=True).encode()).hexdigest()[:16]
-        path = self.cache / patient.id / f"{name}-{key}.npy"
+        return self.cache / patient.id / f"{name}-{key}.npy"
+
+    def _entries(self, patient: PatientFolder):
+        """``(path, shape, dtype)`` of all arrays of a patient, to see whether they are there without reading them."""
+        for name, shape, dtype in self._volume_arrays():
+            yield self._entry(patient, name, shape, patient.volume_files), shape, dtype
+        if self.xray_size is not None:
+            name, shape = f"xrays{self.xray_size}", (2, self.xray_size, self.xray_size)
+            yield self._entry(patient, name, shape, patient.xray_sources), shape, np.uint16
+
+    def _volume_arrays(self):
+        size = self.volume_size
+        cube = (size, size, size)
+        return (
+            (f"volume{size}", cube, np.uint16),
+            (f"mask{size}", cube, np.uint8),
+            (f"affine{size}", (4, 4), np.float64),
+        )
+
+    def _cached(self, patient: PatientFolder, name: str, shape, dtype, sources, make):
+        """Memory-map an array of the cache; make it when it is absent, stale or damaged (with a warning)."""
+        path = self._entry(patient, name, shape, sources)
         array = open_cached(path, tuple(shape), dtype)
         if array is None:
             array = np.ascontiguousarray(self._made(patient, sources, make), dtype=dtype)
@@ -181,20 +197,17 @@ class PatientDataset(Dataset):
             raise InputError(f"patient {patient.id}: {files}: could not be read ({what})") from error
 
     def _volume(self, patient):
-        size = self.volume_size
-        sources = [p for p in (patient.volume, patient.mask) if p is not None]
-        made: dict[str, np.ndarray] = {}
+        sources, made = patient.volume_files, {}
 
         def make(part):
             if not made:
                 made.update(self._read_volume(patient))
             return made[part]
 
-        cube = (size, size, size)
-        volume = self._cached(patient, f"volume{size}", cube, np.uint16, sources, lambda: make("volume"))
-        mask = self._cached(patient, f"mask{size}", cube, np.uint8, sources, lambda: make("mask"))
-        affine = self._cached(patient, f"affine{size}", (4, 4), np.float64, sources, lambda: make("affine"))
-        return volume, mask, affine
+        return tuple(
+            self._cached(patient, name, shape, dtype, sources, partial(make, name.removesuffix(str(self.volume_size))))
+            for name, shape, dtype in self._volume_arrays()
+        )
 
     def _read_volume(self, patient) -> dict[str, np.ndarray]:
         """Window first, then average: the mean of clipped values, as the multi-scale target has it."""
@@ -217,7 +230,7 @@ class PatientDataset(Dataset):
         return read_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
 
     def _xrays(self, patient, size: int):
-        sources = [p for p in (*patient.xrays, patient.volume) if p is not None]
+        sources = patient.xray_sources
         shape, make = (2, size, size), partial(self._read_xrays, patient, size)
         return self._cached(patient, f"xrays{size}", shape, np.uint16, sources, make)
 

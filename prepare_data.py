@@ -3,6 +3,9 @@
     python prepare_data.py --input CTS --output data/prepared
     python prepare_data.py --input CTS --output data/prepared --split split.json --remove-couch --workers 8
 
+    python prepare_data.py --input CTS --output data/prepared --shard 3/8      # job 3 of 8, on any machine
+    python prepare_data.py --output data/prepared --merge                      # when all eight are done
+
 CTS may hold NIfTI files, folders of DICOM files (with pydicom installed), .mhd/.mha and .nrrd (with SimpleITK). Every
 patient folder gets ``ID.nii.gz`` (int16 HU), ``ID_mask.nii.gz``, ``ID_pa_drr.png``, ``ID_lat_drr.png`` and, last,
 ``prepared.json`` (settings and checksums): the same command run again skips what is done and goes on where it
@@ -20,16 +23,19 @@ import os
 from pathlib import Path
 
 from xray2ct.conventions import MANIFEST
-from xray2ct.data.prepare_folder import Splitter, prepare_folder
+from xray2ct.data.prepare_folder import Prepared, Splitter, merge_shards, prepare_folder
+from xray2ct.data.shards import Shard
 from xray2ct.data.splits import SPLITS
 from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.projector import FOV_MM, HU_WINDOW, KINDS, MU_WATER, XRAY_SCALE, Geometry
 from xray2ct.imaging.read_xray import MAX_EDGE
 
+SPLIT_OPTIONS = {"split", "val_fraction", "test_fraction", "seed"}
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, help="folder of CTs, searched with its sub-folders")
+    parser.add_argument("--input", type=Path, help="folder of CTs, searched with its sub-folders")
     parser.add_argument("--output", type=Path, required=True, help="data set folder to make or complete")
     parser.add_argument("--geometry", choices=KINDS, default="cone")
     parser.add_argument("--sdd-mm", type=float, help="source to detector (default 1800; scout: 949)")
@@ -45,7 +51,26 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the split by hash (default %(default)s)")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="default %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="do everything again, whatever is there")
-    return parser.parse_args(argv)
+    parser.add_argument("--rescan", action="store_true", help="search for CTs again, whatever an earlier run found")
+    parser.add_argument("--shard", metavar="I/N", help="prepare every N-th CT only, as job I of N; then --merge")
+    parser.add_argument(
+        "--merge", action="store_true", help="write the manifest of all shards; takes --split and the like"
+    )
+    args = parser.parse_args(argv)
+    used = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.merge:
+        _refuse(used - {"output", "merge", *SPLIT_OPTIONS}, "--merge: the shards were prepared with them")
+    elif args.input is None:
+        parser.error("the following arguments are required: --input")
+    if args.shard:
+        _refuse(used & SPLIT_OPTIONS, "--shard: give it to --merge")
+    return args
+
+
+def _refuse(names: set[str], reason: str) -> None:
+    if names:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+        raise InputError(f"{options}: cannot go with {reason}")
 
 
 def _check_args(args):
@@ -64,6 +89,10 @@ def _check_args(args):
         raise InputError(
             "--sdd-mm and --sid-mm belong to --geometry cone or scout; parallel rays have no source distance"
         )
+    if args.merge:
+        if not args.output.is_dir():
+            raise InputError(f"--output {args.output}: no such folder")
+        return
     if not args.input.is_dir():
         raise InputError(f"--input {args.input}: no such folder")
     if args.output.resolve().is_relative_to(args.input.resolve()):
@@ -90,12 +119,22 @@ def settings_of(args) -> dict:
     }
 
 
+def _prepared(args) -> Prepared:
+    splitter = Splitter(args.split, args.val_fraction, args.test_fraction, args.seed)
+    if args.merge:
+        return merge_shards(args.output, splitter)
+    shard = Shard.parse(args.shard) if args.shard else None
+    settings = settings_of(args)
+    return prepare_folder(args.input, args.output, settings, splitter, args.workers, args.overwrite, shard, args.rescan)
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
     _check_args(args)
-    splitter = Splitter(args.split, args.val_fraction, args.test_fraction, args.seed)
-    done = prepare_folder(args.input, args.output, settings_of(args), splitter, args.workers, args.overwrite)
-    if done.entries:
+    done = _prepared(args)
+    if args.shard:
+        print(f"shard {args.shard}: {len(done.entries)} of its {done.found} CTs are in {args.output}")
+    elif done.entries:
         counts = ", ".join(f"{len(done.split[name])} {name}" for name in SPLITS)
         place = f"{args.output}; settings and split in {args.output / MANIFEST}"
         print(f"{len(done.entries)} patients ({counts}) in {place}")

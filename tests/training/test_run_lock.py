@@ -16,6 +16,7 @@ from tests.helpers.faults import toy
 from tests.helpers.runs import TINY
 from tests.helpers.tiny_data import make_dataset
 from tools import baselines
+from xray2ct import file_lock
 from xray2ct.checkpoints import remove_leftovers, save_checkpoint
 from xray2ct.files import InputError, write_json
 from xray2ct.training import run_lock
@@ -88,7 +89,7 @@ def test_a_file_system_without_locks_is_noted(tmp_path, monkeypatch, capsys):
     def unsupported(_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(run_lock, "_lock", unsupported)
+    monkeypatch.setattr(file_lock, "_lock", unsupported)
     with locked_folder(tmp_path, Processes()):
         assert "has no locks; start no second run" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
 from pathlib import Path
@@ -37,6 +38,14 @@ def open_cached(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray | None:
         pass
     warnings.warn(f"{path}: damaged, or of an earlier version without checksum: made again", stacklevel=4)
     return None
+
+
+def complete(path: Path, shape: tuple[int, ...], dtype) -> bool:
+    """True when a cached array is there in its full length: what it holds is verified when it is used."""
+    try:
+        return path.stat().st_size > np.dtype(dtype).itemsize * math.prod(shape) + CHECKSUM_BYTES
+    except OSError:
+        return False
 
 
 def _checksum(stream, end: int) -> bytes:

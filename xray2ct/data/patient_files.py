@@ -121,6 +121,16 @@ class PatientFolder:
         """True when there is anything in it that could be a patient's: not only text, tables and other folders."""
         return self.volume is not None or any(path.is_file() for path in self._all)
 
+    @property
+    def volume_files(self) -> list[Path]:
+        """The volume and its scan mask, as far as they are there."""
+        return [path for path in (self.volume, self.mask) if path is not None]
+
+    @property
+    def xray_sources(self) -> list[Path]:
+        """X-rays and volume, as far as they are there: what X-rays in use come from."""
+        return [path for path in (*self.xrays, self.volume) if path is not None]
+
     def names(self, path: Path | None) -> bool:
         """True for a file that is called after the patient: what a manifest speaks of always is."""
         return path is not None and path.name.lower().startswith(self.id.lower())

@@ -75,7 +75,8 @@ def _prepare(source, folder, settings):
         "scan_fraction": round(float(mask.mean()), 4),
         "files": {name: sha256(folder / name) for name in names},
     }
-    record = {"complete": True, "settings": settings, "signature": signature, "patient": entry}
+    written = {name: _stamp(folder / name) for name in names}
+    record = {"complete": True, "settings": settings, "signature": signature, "written": written, "patient": entry}
     write_json(folder / RECORD, record)
     return entry, notes
 
@@ -119,6 +120,12 @@ def _state(source):
     return digest.hexdigest()
 
 
+def _stamp(path) -> list[int]:
+    """Size and time of a file's last change, which spare reading it again: dataset.py --check compares checksums."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
 def _unchanged(source, signature) -> bool:
     if not isinstance(signature, dict):  # of an earlier version, which did not look at all files
         return False
@@ -133,7 +140,7 @@ def read_record(folder) -> dict:
 
 
 def finished_entry(source: CtSource, folder: Path) -> dict | None:
-    """The manifest entry of a patient that is done: source unchanged, all files there with their checksums."""
+    """The manifest entry of a patient that is done: source unchanged, all files there and as they were written."""
     if not (folder / RECORD).exists():
         return None
     record = read_record(folder)
@@ -146,7 +153,10 @@ def finished_entry(source: CtSource, folder: Path) -> dict | None:
     files = entry.get("files") if isinstance(entry, dict) else None
     if not isinstance(files, dict) or set(files) != set(patient_files(source.patient_id)):
         return None
+    written = record.get("written")
+    stamps = written if isinstance(written, dict) else {}  # none of an earlier version
     for name, checksum in files.items():
-        if not (folder / name).exists() or sha256(folder / name) != checksum:
+        path = folder / name
+        if not path.exists() or (stamps.get(name) != _stamp(path) and sha256(path) != checksum):
             return None
     return entry

@@ -18,9 +18,12 @@ from tqdm import tqdm
 
 from xray2ct.conventions import MANIFEST, MANIFEST_VERSION, RECORD
 from xray2ct.data.prepare import finished_entry, patient_files, prepare_patient, read_record
+from xray2ct.data.shards import Shard, read_shards, write_shard
 from xray2ct.data.splits import SPLITS, check_split, split_by_hash, split_hash
+from xray2ct.data.work_list import find_work, fingerprint, save_work
+from xray2ct.file_lock import locked
 from xray2ct.files import InputError, read_json, shown, write_json
-from xray2ct.imaging.find_cts import CtSource, search_cts
+from xray2ct.imaging.find_cts import CtSource
 
 
 class Splitter(NamedTuple):
@@ -36,7 +39,7 @@ class Splitter(NamedTuple):
 class Prepared:
     """What became of a folder. entries: of the manifest, by patient; failures: messages by patient.
 
-    found: number of CTs; left_out: sentences about files that may hold a CT but are not read.
+    found: number of CTs; left_out: sentences about files that may hold a CT but are not read. split: empty for a shard.
     """
 
     entries: dict[str, dict]
@@ -47,35 +50,72 @@ class Prepared:
 
 
 def prepare_folder(
-    folder: Path, output: Path, settings: dict, splitter: Splitter, workers: int, overwrite: bool = False
+    folder: Path,
+    output: Path,
+    settings: dict,
+    splitter: Splitter,
+    workers: int,
+    overwrite: bool = False,
+    shard: Shard | None = None,
+    rescan: bool = False,
 ) -> Prepared:
     """Prepare every CT below ``folder`` that is not done yet, and write the manifest.
 
-    settings: as in the manifest. A CT that cannot be used is in ``failures``; the others are done. Raises
-    :class:`InputError` before any work: no CT, a split that does not fit, an output of other settings or origin.
+    settings: as in the manifest. A CT that cannot be used is in ``failures``; the others are done. shard: this share
+    of the CTs only, and no manifest: :func:`merge_shards` writes it. rescan: search for CTs even where an earlier
+    list holds. Raises :class:`InputError` before any work: no CT, a split that does not fit, an output of other
+    settings or origin, an output or a shard that another process works on.
     """
-    sources, left_out = search_cts(folder)
+    sources, left_out = find_work(folder, output, rescan, shared=shard is not None)
     for text in left_out:  # before hours of work, and again at the end
         print(f"left out: {text}")
     _check_apart(output, sources)
     ids = [source.patient_id for source in sources]
-    given = check_split(read_json(splitter.file), ids, splitter.file) if splitter.file else None
+    given = check_split(read_json(splitter.file), ids, splitter.file) if splitter.file and not shard else None
+    job, everything = shard or Shard(), sources
+    sources = job.share(sources)
     check_output(output, sources, settings, overwrite)
-    output.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        (output / MANIFEST).unlink(missing_ok=True)  # if this run is killed, it would describe a mixture
+    what = f"another process prepares shard {shard} here" if shard else "another process prepares CTs here"
+    with locked(job.file(output, "lock"), what):
+        save_work(folder, output, everything, left_out)
+        if overwrite:
+            (output / MANIFEST).unlink(missing_ok=True)  # if this run is killed, it would describe a mixture
+        job.file(output, "json").unlink(missing_ok=True)  # the merge must not take it for finished
+        entries, failures = prepare_all(sources, output, settings, workers, overwrite)
+        for source in sources:
+            if source.patient_id in entries:
+                entries[source.patient_id]["source"] = source.path.relative_to(folder).as_posix()
+        if shard:
+            counted = {"found": len(sources), "left_out": left_out}
+            done = {"list": fingerprint(everything), "entries": entries, "failures": failures, **counted}
+            write_shard(output, shard, {"settings": settings, **done})
+            return Prepared(entries, {}, failures, len(sources), left_out)
+        return _finished(output, settings, splitter, given, Prepared(entries, {}, failures, len(sources), left_out))
 
-    entries, failures = prepare_all(sources, output, settings, workers, overwrite)
-    for source in sources:
-        if source.patient_id in entries:
-            entries[source.patient_id]["source"] = source.path.relative_to(folder).as_posix()
+
+def merge_shards(output: Path, splitter: Splitter) -> Prepared:
+    """Write the manifest of an output whose shards are all done; raises as :func:`shards.read_shards` does."""
+    results = read_shards(output)
+    entries = {patient: entry for result in results for patient, entry in result["entries"].items()}
+    failures = {patient: text for result in results for patient, text in result["failures"].items()}
+    given = None
+    if splitter.file:
+        given = check_split(read_json(splitter.file), [*entries, *failures], splitter.file)
+    found = sum(result["found"] for result in results)
+    done = Prepared(entries, {}, failures, found, results[0]["left_out"])
+    with locked(Shard().file(output, "lock"), "another process prepares CTs here"):
+        return _finished(output, results[0]["settings"], splitter, given, done)
+
+
+def _finished(output, settings, splitter: Splitter, given: dict | None, done: Prepared) -> Prepared:
+    """Split the patients that are done and write their manifest. given: the lists of ``splitter.file``."""
     if given:
-        split = {name: [patient for patient in given[name] if patient in entries] for name in SPLITS}
+        done.split = {name: [patient for patient in given[name] if patient in done.entries] for name in SPLITS}
     else:
-        split = split_by_hash(entries, splitter.val_fraction, splitter.test_fraction, splitter.seed)
-    if entries:
-        write_manifest(output, settings, split, "file" if given else "hash", entries)
-    return Prepared(entries, split, failures, len(sources), left_out)
+        done.split = split_by_hash(done.entries, splitter.val_fraction, splitter.test_fraction, splitter.seed)
+    if done.entries:
+        write_manifest(output, settings, done.split, "file" if given else "hash", done.entries)
+    return done
 
 
 def _check_apart(output: Path, sources: list[CtSource]) -> None:

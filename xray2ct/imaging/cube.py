@@ -77,9 +77,10 @@ def _crop(data, matrix, offset, shape, margin):
 def _inside(matrix, offset, shape, source_shape):
     """Output voxels whose centre lies in a source voxel (a voxel reaches half a step beyond its centre)."""
     inside = np.ones(shape, dtype=bool)
-    d, h, w = np.ogrid[tuple(slice(n) for n in shape)]
+    grid = np.ogrid[tuple(slice(n) for n in shape)]
     for axis in range(3):
-        index = (matrix[axis, 0] * d + offset[axis]) + matrix[axis, 1] * h + matrix[axis, 2] * w
+        # Broadcasting: where the grids are parallel, an axis of the source depends on one of the cube alone.
+        index = offset[axis] + sum(step * along for step, along in zip(matrix[axis], grid) if step)
         inside &= (index >= -0.501) & (index <= source_shape[axis] - 0.499)
     return inside
 

@@ -28,7 +28,7 @@ def nifti_image(data: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
 
 def write_cube(path, volume: np.ndarray, affine: np.ndarray) -> None:
     """Write ``(D, H, W)`` as NIfTI with axes (W, H, D); ``affine`` from :func:`cube_affine`. Atomic."""
-    image = nifti_image(np.ascontiguousarray(volume.transpose(2, 1, 0)), affine)
+    image = nifti_image(volume.transpose(2, 1, 0), affine)  # a view, in the order of the bytes on disk
     with atomic_path(path) as temporary:
         nib.save(image, temporary)
 

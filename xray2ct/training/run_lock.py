@@ -1,35 +1,18 @@
-"""One run in one folder: a lock that the process holding it cannot leave behind, however it ends.
-
-The lock is the operating system's on a byte of ``run.lock``: it is gone with its process, even after SIGKILL, and file
-systems that are shared between machines (NFS, Lustre with flock) know it, too. The file itself stays and names who held
-the lock last. POSIX record locks are used because processes forked from a run (data workers) do not inherit them.
-"""
+"""One run in one folder: rank 0 holds a lock on ``run.lock`` for all ranks."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import socket
 import sys
 from collections.abc import Generator
-from datetime import datetime, timezone
 from pathlib import Path
 
-from xray2ct.checkpoints import WriteError
-from xray2ct.files import InputError, shown_name
+from xray2ct.file_lock import locked
+from xray2ct.files import InputError
 from xray2ct.training.distributed import Processes
 
-if os.name == "nt":
-    import msvcrt
-else:
-    import fcntl
-
 LOCK = "run.lock"
-PLACE = 1 << 30  # of the locked byte, far behind the text: Windows lets nobody read a locked one
-HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # a file system that has none
-_folders: set[str] = set()  # those that this process holds: record locks do not exclude their own process
 
 
 @contextlib.contextmanager
@@ -44,7 +27,7 @@ def locked_folder(folder: str | os.PathLike, processes: Processes) -> Generator[
         error = None
         if processes.is_main:
             try:
-                stack.enter_context(_locked(Path(folder)))
+                stack.enter_context(locked(Path(folder) / LOCK, "another run is using this folder"))
             except InputError as refusal:
                 error = refusal
         refused = processes.any(error is not None)
@@ -53,63 +36,3 @@ def locked_folder(folder: str | os.PathLike, processes: Processes) -> Generator[
         if refused:
             sys.exit(2)  # rank 0 prints the reason
         yield
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Generator[None]:
-    path, key = folder / LOCK, os.path.realpath(folder)
-    if key in _folders:
-        raise _in_use(folder, "this very process")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise WriteError(f"{path}: could not be written ({error})") from error
-    with open(path, "r+b", buffering=0) as stream:  # closing it gives the lock back
-        try:
-            _lock(stream)
-        except OSError as error:
-            if error.errno in HELD:
-                raise _in_use(folder, _holder(stream)) from None
-            if error.errno not in NO_LOCKS:
-                raise WriteError(f"{path}: could not be locked ({error})") from error
-            print(f"note: {path}: this file system has no locks; start no second run in {folder}", flush=True)
-        _sign(stream)
-        _folders.add(key)
-        try:
-            yield
-        finally:
-            _folders.discard(key)
-
-
-def _lock(stream) -> None:
-    """Lock the byte at PLACE without waiting; OSError (one of HELD) when another process has it."""
-    if os.name == "nt":
-        stream.seek(PLACE)
-        msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, PLACE)
-
-
-def _sign(stream) -> None:
-    """Write down who holds the lock, for the message of the next one; a full disk is reported by others."""
-    with contextlib.suppress(OSError):
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        stream.seek(0)
-        stream.truncate()
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode())
-
-
-def _holder(stream) -> str:
-    with contextlib.suppress(OSError):
-        stream.seek(0)
-        text = stream.read(300).decode(errors="replace").strip()
-        if text:
-            return shown_name(text)
-    return "another process"
-
-
-def _in_use(folder: Path, holder: str) -> InputError:
-    return InputError(
-        f"{folder}: another run is using this folder ({holder}); wait until it has ended, or choose another one"
-    )
