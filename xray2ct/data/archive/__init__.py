@@ -1,1 +1,1 @@
-"""Open chest CTs by name: selection from the Imaging Data Commons' index, transfer, and the record of where they came from."""
+"""Open chest CTs by name: selection from the Imaging Data Commons' index, transfer, record of the sources."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from xray2ct.files import InputError
 
 _COLUMNS = (
-    "collection_id, PatientID, StudyInstanceUID, SeriesInstanceUID, SeriesDescription, StudyDescription, BodyPartExamined,"
-    " Modality, sop_class_name, analysis_result_id, StudyDate, instanceCount, series_size_MB, license_short_name,"
-    " source_DOI, series_aws_url"
+    "collection_id, PatientID, StudyInstanceUID, SeriesInstanceUID, SeriesDescription, StudyDescription,"
+    " BodyPartExamined, Modality, sop_class_name, analysis_result_id, StudyDate, instanceCount, series_size_MB,"
+    " license_short_name, source_DOI, series_aws_url"
 )
 
 
@@ -49,7 +49,8 @@ class ArchiveIndex:
     def collections(self) -> dict[str, list[str]]:
         """Every collection that holds CTs, with the licences of its CTs."""
         rows = self._connection.execute(
-            "SELECT collection_id, list(DISTINCT license_short_name) FROM series WHERE Modality = 'CT' GROUP BY 1 ORDER BY 1"
+            "SELECT collection_id, list(DISTINCT license_short_name) FROM series WHERE Modality = 'CT'"
+            " GROUP BY 1 ORDER BY 1"
         )
         return {name: sorted(filter(None, licences)) for name, licences in rows.fetchall()}
 
@@ -62,7 +63,8 @@ class ArchiveIndex:
 
     def citation(self, doi: str) -> str:
         """How the source with this DOI asks to be cited, in one line; its address where the index does not say."""
-        query = "SELECT source FROM (SELECT unnest(sources) AS source FROM read_parquet(?)) WHERE lower(source.source_doi) = ?"
+        sources = "SELECT unnest(sources) AS source FROM read_parquet(?)"
+        query = f"SELECT source FROM ({sources}) WHERE lower(source.source_doi) = ?"
         found = self._connection.execute(query, [str(self._collections), doi.lower()]).fetchone()
         text = html.unescape(re.sub(r"<[^>]+>", "", found[0]["citation"] or "")) if found else ""
         return " ".join(text.split()) or f"https://doi.org/{doi}"

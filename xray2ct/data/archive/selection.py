@@ -19,7 +19,7 @@ _URL = re.compile(r"s3://[a-z0-9.-]+/[A-Za-z0-9/_.-]+/\*")
 
 
 class Series(NamedTuple):
-    """One DICOM series of the archive. id: patient id and folder here; url: ``s3://BUCKET/PREFIX/*``; files: how many."""
+    """A DICOM series of the archive. id: patient id and folder here; url: ``s3://BUCKET/PREFIX/*``; files: how many."""
 
     id: str
     kind: str
@@ -53,7 +53,7 @@ def select(
     with_films: bool = False,
     taken: Mapping[str, str] | None = None,
 ) -> list[Series]:
-    """The series for ``patients`` people (None: all) of ``collections``, by :mod:`series_rules`, people in a stable order.
+    """The series for ``patients`` people (None: all) of ``collections``, by :mod:`series_rules`, in a stable order.
 
     The order is that of the SHA-256 of each person's name: the first 200 are among the first 400, over several
     collections each gives its share, and nothing depends on the index's order. People with two localizer images in the
@@ -102,14 +102,15 @@ def _check_licences(index, collections, licence, rows):
     licences = index.collections() if set(collections) - left else {}
     for name in collections:
         if name not in left and not any(licence == "any" or is_free(text) for text in licences[name]):
+            found = " or ".join(licences[name]) or "not stated"
             raise InputError(
-                f"collection {name}: its licence is {' or '.join(licences[name]) or 'not stated'}, which --licence {licence}"
-                " does not allow; --licence any takes it, and its terms then hold for everything made from it"
+                f"collection {name}: its licence is {found}, which --licence {licence} does not allow;"
+                " --licence any takes it, and its terms then hold for everything made from it"
             )
 
 
 def _series(row: dict, kind: str) -> Series:
-    """A row as :class:`Series`; an address that is no plain S3 prefix is refused, because it goes to another program."""
+    """A row as :class:`Series`; an address that is no plain S3 prefix is refused: it goes to another program."""
     if not _URL.fullmatch(row["series_aws_url"] or ""):
         raise InputError(
             f"series {row['SeriesInstanceUID']}: address {row['series_aws_url']!r} in the index; expected s3://"

@@ -4,15 +4,17 @@ The index has no convolution kernel, slice thickness or orientation; manufacture
 SeriesDescription, which is read here. A CT series is taken when
 
 - it is a CT Image Storage series of the original collection (no derived result), of 80 to 700 slices;
-- its description names no localizer, no coronal, sagittal or projected reformat, no derived image and no PET/CT attenuation map;
-- it shows the chest: the first of SeriesDescription, StudyDescription and BodyPartExamined that names a region names the
-  chest (among others), or none does and the collection is one of chest CTs (:data:`collections.CHEST`);
-- its slices are 0.9 to 3.2 mm thick where the description states that, and cover 220 to 1,000 mm (slices may overlap by half);
-  where nothing is stated, 80 slices or more stand for a thorax of 240 mm in slices of 3 mm.
+- its description names no localizer, no coronal, sagittal or projected reformat, no derived image and no PET/CT
+  attenuation map;
+- it shows the chest: the first of SeriesDescription, StudyDescription and BodyPartExamined that names a region names
+  the chest (among others), or none does and the collection is one of chest CTs (:data:`collections.CHEST`);
+- its slices are 0.9 to 3.2 mm thick where the description states that, and cover 220 to 1,000 mm (slices may overlap
+  by half); where nothing is stated, 80 slices or more stand for a thorax of 240 mm in slices of 3 mm.
 
-Of several series of a patient the first in this order is taken: supine and inspired before prone and expired; soft-tissue or
-standard kernel, then unknown, then sharp; chest alone before chest and abdomen; the earliest study; the most slices; the
-smallest SeriesInstanceUID. Nothing depends on the order of the index, on other patients or on the number asked for.
+Of several series of a patient the first in this order is taken: supine, inspired and full dose before prone, expired
+and simulated low dose; soft-tissue or standard kernel, then unknown, then sharp; chest alone before chest and abdomen;
+the earliest study; the most slices; the smallest SeriesInstanceUID. Nothing depends on the order of the index, on other
+patients or on the number asked for.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ _NOT_AXIAL = re.compile(
     re.IGNORECASE,
 )
 _DERIVED = re.compile(
-    r"ave?-?ip|average|fusion|fused|projection|subtract|perfusion|iodine|mono ?e|vessel supp|\bdetect|dose (report|info)"
-    r"|smart ?prep|monitor|bolus|test|\bcad\b|segment|summary|screen ?save|dose rep|patient protocol",
+    r"ave?-?ip|average|fusion|fused|projection|subtract|perfusion|iodine|mono ?e|vessel supp|\bdetect"
+    r"|dose info|smart ?prep|monitor|bolus|test|\bcad\b|segment|summary|screen ?save|dose rep|patient protocol",
     re.IGNORECASE,
 )
 _PET = re.compile(r"\bpet|ctac|\bac ?ct\b|attenuation|whole ?body|\bwb\b|skull|head ?(to|in)|torso", re.IGNORECASE)
@@ -44,7 +46,7 @@ _ABDOMEN = re.compile(r"abd|pelv|\bcap\b|\btap\b|liver|\bc[/-]a[/-]p\b", re.IGNO
 _OTHER = re.compile(
     r"abd|pelv|\ba/p\b|head|neck|brain|spine|liver|kidney|colon|renal|extrem|knee|hip\b|venous phase", re.IGNORECASE
 )
-_UNUSUAL = re.compile(r"prone|expir", re.IGNORECASE)
+_UNUSUAL = re.compile(r"prone|expir|low dose images", re.IGNORECASE)
 _TRUNK = re.compile(r"chest|thora", re.IGNORECASE)
 _NLST = re.compile(r"\d,[OD]P[AL],")
 
@@ -54,8 +56,8 @@ _SOFT = re.compile(
     re.IGNORECASE,
 )
 _SHARP = re.compile(
-    r"(?<![a-z0-9])([bi][5-9]\d[fsh]?|b4[6-9][fsh]?|b[lr][5-9]\d[fsd]?|fc3\d|fc5\d|fc8\d|bone\w*|edge|sharp|hi-?res\w*|high ?res\w*"
-    r"|hr|hrct|ultra|lungs?)(?![a-z0-9])",
+    r"(?<![a-z0-9])([bi][5-9]\d[fsh]?|b4[6-9][fsh]?|b[lr][5-9]\d[fsd]?|fc3\d|fc5\d|fc8\d|bone\w*|edge|sharp|hi-?res\w*"
+    r"|high ?res\w*|hr|hrct|ultra|lungs?)(?![a-z0-9])",
     re.IGNORECASE,
 )
 _MM = re.compile(
@@ -75,8 +77,8 @@ class Facts(NamedTuple):
 def read_description(text: str) -> Facts:
     """Kernel and slice thickness of a SeriesDescription.
 
-    NLST's have fields (year, kind, maker, model, kernel, field of view, thickness, kV, mAs, ...); Philips' kernels A to C are
-    smooth and D sharp.
+    NLST's have fields (year, kind, maker, model, kernel, field of view, thickness, kV, mAs, ...); Philips' kernels A to
+    C are smooth and D sharp.
     """
     if _NLST.match(text):
         fields = text.split(",")
@@ -91,28 +93,14 @@ def read_description(text: str) -> Facts:
     return Facts(kernel, float(found[1]) if found and 0 < float(found[1]) <= 20 else None)
 
 
-def is_localizer(description: str) -> bool:
-    """True for a scout (topogram, surview, localizer): a projection image from the CT's own session."""
-    return bool(_LOCALIZER.search(description))
-
-
 def refusal(row: dict) -> str | None:
     """Why a CT series is not taken, in a few words, or None; row: the index's columns of one series."""
-    series, study = row["SeriesDescription"] or "", row["StudyDescription"] or ""
     if row["Modality"] != "CT" or row["sop_class_name"] != "CT Image Storage" or row["analysis_result_id"]:
         return "no original CT"
-    if is_localizer(series):
-        return "localizer"
-    if not MIN_SLICES <= row["instanceCount"] <= MAX_SLICES:
-        return "number of slices"
-    if _NOT_AXIAL.search(series):
-        return "not axial"
-    if _DERIVED.search(series):
-        return "derived"
-    if _PET.search(series) or (_PET.search(study) and not _TRUNK.search(series)):
-        return "PET attenuation map or whole body"
-    if not _shows_chest(row["collection_id"], row["BodyPartExamined"] or "", series, study):
-        return "not the chest"
+    series, study = row["SeriesDescription"] or "", row["StudyDescription"] or ""
+    reason = _refusal_by_text(row["collection_id"], row["BodyPartExamined"] or "", series, study)
+    if reason or not MIN_SLICES <= row["instanceCount"] <= MAX_SLICES:
+        return reason or "number of slices"
     thickness = read_description(series).thickness_mm
     if thickness is not None:
         if not MIN_MM <= thickness <= MAX_MM:
@@ -120,6 +108,19 @@ def refusal(row: dict) -> str | None:
         if not MIN_COVER_MM <= thickness * row["instanceCount"] <= MAX_COVER_MM:
             return "length"
     return None
+
+
+@lru_cache(maxsize=1 << 16)
+def _refusal_by_text(collection: str, part: str, series: str, study: str) -> str | None:
+    if is_localizer(series):
+        return "localizer"
+    if _NOT_AXIAL.search(series):
+        return "not axial"
+    if _DERIVED.search(series):
+        return "derived"
+    if _PET.search(series) or (_PET.search(study) and not _TRUNK.search(series)):
+        return "PET attenuation map or whole body"
+    return None if _shows_chest(collection, part, series, study) else "not the chest"
 
 
 def _shows_chest(collection: str, part: str, series: str, study: str) -> bool:
@@ -135,12 +136,18 @@ def _shows_chest(collection: str, part: str, series: str, study: str) -> bool:
 
 def preference(row: dict) -> tuple:
     """Sort key of the series of a patient that :func:`refusal` takes: the smallest is chosen."""
-    texts = (row["SeriesDescription"] or "", row["BodyPartExamined"] or "", row["StudyDescription"] or "")
-    return (
-        bool(_UNUSUAL.search(texts[0])),
-        read_description(texts[0]).kernel,
-        any(_ABDOMEN.search(text) for text in texts),
-        row["StudyDate"] or "9999",
-        -row["instanceCount"],
-        row["SeriesInstanceUID"],
-    )
+    texts = row["SeriesDescription"] or "", row["BodyPartExamined"] or "", row["StudyDescription"] or ""
+    order = row["StudyDate"] or "9999", -row["instanceCount"], row["SeriesInstanceUID"]
+    return _preference_by_text(*texts) + order
+
+
+@lru_cache(maxsize=1 << 16)
+def _preference_by_text(series: str, part: str, study: str) -> tuple:
+    abdomen = any(_ABDOMEN.search(text) for text in (series, part, study))
+    return bool(_UNUSUAL.search(series)), read_description(series).kernel, abdomen
+
+
+@lru_cache(maxsize=1 << 16)
+def is_localizer(description: str) -> bool:
+    """True for a scout (topogram, surview, localizer): a projection image from the CT's own session."""
+    return bool(_LOCALIZER.search(description))
