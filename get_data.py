@@ -68,12 +68,12 @@ def _confirmed(size: float, yes: bool) -> bool:
     return input(f"Download {size:.1f} GB? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def main(argv=None) -> int:
+def main(argv=None, index: ArchiveIndex | None = None) -> int:
     args = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # authors' names on a terminal without their letters
     if args.list:
-        index = ArchiveIndex()
+        index = index or ArchiveIndex()
         print(as_markdown(catalogue(index)))
         print(f"\nidc-index-data {index.version}; scouts, films: how many of the patients have them too")
         return 0
@@ -81,7 +81,7 @@ def main(argv=None) -> int:
     names = [name for name in (*args.names, *args.collections.split(",")) if name.strip()]
     if not names:
         raise InputError("no collection named; expected one or more, such as lidc (get_data.py --list shows them)")
-    index = ArchiveIndex()
+    index = index or ArchiveIndex()
     taken = people_in(args.output) if args.output else {}
     collections = resolve(names, index.collections())
     series = select(index, collections, args.licence, args.patients, args.with_scouts, args.with_films, taken)

@@ -39,7 +39,8 @@ def find_cts(folder) -> list[CtSource]:
     """List every CT below ``folder``: each NIfTI, MetaImage or NRRD file, each folder of DICOM files.
 
     In a patient's folder as get_data.py makes it (``ID/ct``) the folders ``scouts`` and ``films`` are left out.
-    The patient id is the file name without its suffix (DICOM: the folder's name, ``ID`` for ``ID/ct``), made a plain name by
+    The patient id is the file name without its suffix (DICOM: the folder's name, ``ID`` for ``ID/ct``), made a plain
+    name by
     :func:`files.safe_name`; never a name from a DICOM header. Where ids collide
     (ignoring case), the names of the parent folders are put in front. Sorted by id; hidden files and
     folders are left out, links are followed. Raises InputError when the folder is missing or holds no CT, or ids
