@@ -25,7 +25,9 @@ COLUMNS = {
     "source_DOI": "10.7937/k9/tcia.2015.lo9ql9sx",
     "series_aws_url": f"s3://{BUCKET}/0001/*",
 }
-SOURCES = """[{'source_doi': '10.7937/k9/tcia.2015.lo9ql9sx', 'citation': 'Armato, S. &amp; others\n<i>LIDC-IDRI</i>'}]"""
+SOURCES = (
+    """[{'source_doi': '10.7937/k9/tcia.2015.lo9ql9sx', 'citation': 'Armato, S. &amp; others\n<i>LIDC-IDRI</i>'}]"""
+)
 _numbers = itertools.count(1)
 
 

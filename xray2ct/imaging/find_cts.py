@@ -22,7 +22,6 @@ from xray2ct.imaging.read_dicom import (
     series_of,
 )
 
-
 CT_FOLDER, XRAY_FOLDERS = "ct", ("scouts", "films")  # in a patient's folder that get_data.py made
 
 

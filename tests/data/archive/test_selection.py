@@ -60,7 +60,9 @@ def test_a_patient_of_two_collections_comes_once(index_of):
 def test_licences(index_of):
     free, closed = row(), row(collection_id="nsclc_radiomics", license_short_name="CC BY-NC 3.0")
     index = index_of(free, closed)
-    with pytest.raises(InputError, match=r"nsclc_radiomics: its licence is CC BY-NC 3\.0, which --licence cc-by does not"):
+    with pytest.raises(
+        InputError, match=r"nsclc_radiomics: its licence is CC BY-NC 3\.0, which --licence cc-by does not"
+    ):
         select(index, ["lidc_idri", "nsclc_radiomics"])
     assert len(select(index, ["lidc_idri", "nsclc_radiomics"], "any")) == 2
     assert [is_free(text) for text in ("CC BY 4.0", "CC0 1.0", "CC BY-NC 4.0", "CC BY-SA 4.0", "")] == [1, 1, 0, 0, 0]
@@ -83,10 +85,18 @@ def test_scouts_of_the_same_session_and_films_of_the_same_patient(index_of):
     assert {one.kind for one in select(index_of(*rows), ["nlst"])} == {"ct"}
 
     def film(**values):
-        return row(Modality="DX", instanceCount=1, sop_class_name="Digital X-Ray Image Storage - For Presentation", **values)
+        return row(
+            Modality="DX", instanceCount=1, sop_class_name="Digital X-Ray Image Storage - For Presentation", **values
+        )
 
     raw = film() | {"sop_class_name": "Digital X-Ray Image Storage - For Processing"}
-    rows = [row(), row(PatientID="LIDC-IDRI-0002"), film(PatientID="LIDC-IDRI-0002"), film(BodyPartExamined="KIDNEY"), raw]
+    rows = [
+        row(),
+        row(PatientID="LIDC-IDRI-0002"),
+        film(PatientID="LIDC-IDRI-0002"),
+        film(BodyPartExamined="KIDNEY"),
+        raw,
+    ]
     found = select(index_of(*rows), ["lidc_idri"], patients=1, with_films=True)
     assert [(one.id, one.kind) for one in found] == [("LIDC-IDRI-0002", "ct"), ("LIDC-IDRI-0002", "film")]
 

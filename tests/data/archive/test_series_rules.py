@@ -74,7 +74,10 @@ def test_kernel_and_thickness_of_a_description(text, kernel, thickness_mm):
         ("not the chest", {"SeriesDescription": "A/P 1MM", "StudyDescription": "CT CHEST ABD PELVIS"}),
         ("not the chest", {"collection_id": "eay131", "BodyPartExamined": None}),
         ("slice thickness", {"SeriesDescription": "CHEST ROUTINE  5.0  B60f"}),
-        ("slice thickness", {"SeriesDescription": "0,OPA,SE,SEN16,B30f,340,0.75,120,40,26.7,1.5", "instanceCount": 400}),
+        (
+            "slice thickness",
+            {"SeriesDescription": "0,OPA,SE,SEN16,B30f,340,0.75,120,40,26.7,1.5", "instanceCount": 400},
+        ),
         ("length", {"SeriesDescription": "Thorax  1.0  B31f", "instanceCount": 219}),
         ("length", {"SeriesDescription": "Thorax  3.0  B31f", "instanceCount": 334}),
     ],

