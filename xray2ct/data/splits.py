@@ -20,7 +20,7 @@ def split_by_hash(
     persons: Mapping[str, str] | None = None,
     kept: Mapping[str, str] | None = None,
 ) -> dict[str, list[str]]:
-    """Split patients by a stable hash, in exact fractions: ``{"train": [...], "val": ..., "test": ...}``.
+    """Split by a stable hash, in exact fractions: ``{"train": [...], "val": [...], "test": [...]}``, sorted.
 
     People are ranked by the SHA-256 of ``seed:person``. The first ``test_fraction`` of them (rounded, at least one where
     the fraction is above 0) are test patients, the next ``val_fraction`` validation patients, the others train. One or

