@@ -78,7 +78,7 @@ def main(argv=None, index: ArchiveIndex | None = None) -> int:
         print(f"\nidc-index-data {index.version}; scouts, films: how many of the patients have them too")
         return 0
     _check_args(args)
-    names = [name for name in (*args.names, *args.collections.split(",")) if name.strip()]
+    names = [name for text in (*args.names, args.collections) for name in text.split(",") if name.strip()]
     if not names:
         raise InputError("no collection named; expected one or more, such as lidc (get_data.py --list shows them)")
     index = index or ArchiveIndex()

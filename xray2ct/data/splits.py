@@ -20,11 +20,11 @@ def split_by_hash(
     persons: Mapping[str, str] | None = None,
     kept: Mapping[str, str] | None = None,
 ) -> dict[str, list[str]]:
-    """Split by a stable hash, in exact fractions: ``{"train": [...], "val": [...], "test": [...]}``, sorted.
+    """Split by a stable hash, in exact fractions: a list of ids for each of train, val and test, sorted.
 
-    People are ranked by the SHA-256 of ``seed:person``. The first ``test_fraction`` of them (rounded, at least one where
-    the fraction is above 0) are test patients, the next ``val_fraction`` validation patients, the others train. One or
-    two people all train.
+    People are ranked by the SHA-256 of ``seed:person``. The first ``test_fraction`` of them (rounded, at least one
+    where the fraction is above 0) are test patients, the next ``val_fraction`` validation patients, the others train.
+    One or two people all train.
 
     persons: who each id is, where that is not the id itself; one person is never on two sides.
     kept: the side on which an earlier split has an id. It stays there; new people fill validation and test up to

@@ -35,7 +35,8 @@ def test_from_a_name_to_a_data_set(archive, index_of, tmp_path, capsys):
             archive.put(f"{prefix}/{path.name}", path.read_bytes())
         return {"series_aws_url": f"s3://{BUCKET}/{prefix}/*", "instanceCount": SLICES if only is None else len(only)}
 
-    free, closed = row(**put("one", 1)), {"collection_id": "nsclc_radiomics", "license_short_name": "CC BY-NC 3.0"}
+    free = row(**put("one", 1))
+    closed = {"collection_id": "nsclc_radiomics", "license_short_name": "CC BY-NC 3.0", "StudyInstanceUID": "1.2.2"}
     rows = [
         free | {"SeriesDescription": "Thorax"},
         row(**put("two", 2), PatientID="LUNG1-001", SeriesDescription="Thorax", **closed),

@@ -5,8 +5,9 @@ import random
 import pytest
 
 from tests.helpers.archive_cases import row, write_index
+from tests.helpers.paths import ROOT
 from xray2ct.data.archive.catalogue import as_markdown, catalogue
-from xray2ct.data.archive.collections import folder_name, is_free, is_non_commercial, person, resolve
+from xray2ct.data.archive.collections import CHEST, folder_name, is_free, is_non_commercial, person, resolve
 from xray2ct.data.archive.index import ArchiveIndex
 from xray2ct.data.archive.selection import select
 from xray2ct.files import InputError
@@ -129,6 +130,18 @@ def test_a_damaged_index_is_named(tmp_path):
     (tmp_path / "idc_index.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"idc_index\.parquet: cannot be read"):
         ArchiveIndex(tmp_path)
+
+
+def test_the_table_in_the_docs_is_that_of_its_index():
+    pytest.importorskip("idc_index_data", reason="idc-index is not installed")
+    index = ArchiveIndex()
+    page = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    if f"`idc-index-data` {index.version}" not in page:
+        pytest.skip(f"the table was made from another version than {index.version}")
+    rows = as_markdown(catalogue(index, ["lidc_idri", "qin_lung_ct", "lctsc", "covid_19_ar"])).splitlines()
+    assert len(rows) == 6
+    assert all(row in page for row in rows)
+    assert all(f"| {name} " in page for name in CHEST)
 
 
 def test_the_real_index():

@@ -16,7 +16,7 @@ def gigabytes(series: Iterable[Series]) -> float:
     return sum(one.megabytes for one in series) / 1e3
 
 
-def catalogue(index: ArchiveIndex) -> list[tuple]:
+def catalogue(index: ArchiveIndex, names: Iterable[str] = CHEST) -> list[tuple]:
     """One row of :data:`HEADER` per collection, the largest first; scouts and films: patients who have them as well.
 
     Each collection by itself: patients who are in two collections are in both rows.
@@ -24,7 +24,7 @@ def catalogue(index: ArchiveIndex) -> list[tuple]:
     known = index.collections()
     rows = []
     short = {name: alias for alias, name in reversed(ALIASES.items())}
-    for name in CHEST:
+    for name in names:
         if name not in known:
             continue
         series = select(index, [name], "any", with_scouts=True, with_films=True)
