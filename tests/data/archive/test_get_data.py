@@ -1,6 +1,8 @@
 """The command: from a name to a folder that prepare_data.py takes, with its sources; what it refuses."""
 
+import io
 import json
+import sys
 
 import pytest
 
@@ -83,6 +85,38 @@ def test_from_a_name_to_a_data_set(archive, index_of, tmp_path, capsys):
     write_json(data / "dataset.json", manifest)
     texts = [finding.message for finding in check_dataset(data) if finding.check == "duplicates"]
     assert any("the same person, by the archive's ids, as" in text and "a leak" in text for text in texts)
+
+
+def test_another_index_may_choose_another_series_and_the_record_follows(archive, index_of, tmp_path):
+    for name, count in (("first", 80), ("second", 81)):
+        for number in range(count):
+            archive.put(f"{name}/{number}.dcm", name.encode())
+    first = row(series_aws_url=f"s3://{BUCKET}/first/*", instanceCount=80)
+    second = row(series_aws_url=f"s3://{BUCKET}/second/*", instanceCount=81, SeriesDescription="Thorax  3.0  B31f")
+    arguments = ["lidc", "--output", str(tmp_path / "cts"), "--endpoint-url", archive.url]
+    first["SeriesDescription"] = "Thorax  3.0  B31f"
+    for rows, chosen in (((first,), first), ((first, second), first), ((second,), second)):
+        assert main(arguments, index_of(*rows)) == 0
+        (record,) = read_sources(tmp_path / "cts")
+        assert record["series_uid"] == chosen["SeriesInstanceUID"]
+        files = list((tmp_path / "cts" / "LIDC-IDRI-0001" / "ct").iterdir())
+        assert len(files) == chosen["instanceCount"]
+    assert {path.read_bytes() for path in files} == {b"second"}
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "idc_index_data", None)
+    with pytest.raises(InputError, match="get_data.py needs idc_index_data; run: pip install 'idc-index"):
+        main(["lidc", "--output", str(tmp_path / "cts")])
+
+
+def test_names_that_the_terminal_cannot_show_do_not_stop_it(index_of, tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    doi = "10.7937/äöü"
+    assert main(["lidc", "--dry-run"], index_of(row(source_DOI=doi))) == 0
+    terminal.flush()
+    assert b"https://doi.org/10.7937/???" in terminal.buffer.getvalue()
 
 
 def test_a_series_that_is_gone_is_named_and_the_status_says_so(archive, index_of, tmp_path, capsys):

@@ -9,7 +9,7 @@ from tests.helpers.paths import ROOT
 from xray2ct.data.archive.catalogue import as_markdown, catalogue
 from xray2ct.data.archive.collections import CHEST, folder_name, is_free, is_non_commercial, person, resolve
 from xray2ct.data.archive.index import ArchiveIndex
-from xray2ct.data.archive.selection import select
+from xray2ct.data.archive.selection import Taken, select
 from xray2ct.files import InputError
 
 
@@ -53,7 +53,7 @@ def test_a_patient_of_two_collections_comes_once(index_of):
     index = index_of(qin, same, other)
     found = select(index, ["qin_lung_ct", "lungct_diagnosis"])
     assert {one.id for one in found} == {"lungct_diagnosis_R_004", "lungct_diagnosis_R_013"}
-    taken = {person("qin_lung_ct", "R0004"): "qin_lung_ct_R0004"}  # an earlier download
+    taken = {person("qin_lung_ct", "R0004"): Taken("qin_lung_ct_R0004", "1.2")}  # an earlier download
     assert [one.id for one in select(index, ["lungct_diagnosis"], taken=taken)] == ["lungct_diagnosis_R_013"]
     assert person("qin_lung_ct", "QIN-LSC-0003") != person("lungct_diagnosis", "R_003")
 
@@ -84,6 +84,9 @@ def test_scouts_of_the_same_session_and_films_of_the_same_patient(index_of):
     assert {one.study_uid for one in found if one.id == "nlst_1"} == {"1.9.11"}
     assert {one.folder for one in found if one.id == "nlst_3"} == {"nlst_3/ct", "nlst_3/scouts"}
     assert {one.kind for one in select(index_of(*rows), ["nlst"])} == {"ct"}
+    first = two_visits[0]["SeriesInstanceUID"]  # without scouts; there already
+    found = select(index_of(*rows), ["nlst"], with_scouts=True, taken={person("nlst", "1"): Taken("nlst_1", first)})
+    assert [(one.kind, one.series_uid) for one in found if one.id == "nlst_1"] == [("ct", first)]
 
     def film(**values):
         return row(

@@ -44,6 +44,13 @@ class Series(NamedTuple):
         return f"{self.id}/{KINDS[self.kind]}"
 
 
+class Taken(NamedTuple):
+    """A CT that the output holds already."""
+
+    id: str
+    series_uid: str
+
+
 def select(
     index: ArchiveIndex,
     collections: list[str],
@@ -51,7 +58,7 @@ def select(
     patients: int | None = None,
     with_scouts: bool = False,
     with_films: bool = False,
-    taken: Mapping[str, str] | None = None,
+    taken: Mapping[str, Taken] | None = None,
 ) -> list[Series]:
     """The series for ``patients`` people (None: all) of ``collections``, by :mod:`series_rules`, in a stable order.
 
@@ -59,7 +66,7 @@ def select(
     collections each gives its share, and nothing depends on the index's order. People with two localizer images in the
     CT's session come first under ``with_scouts``, then people with films of the chest under ``with_films``.
     licence: ``cc-by`` leaves out everything that is not free for any use, ``any`` nothing.
-    taken: ids of people that the output holds already; under another id they are left out.
+    taken: CTs of people that the output holds already: these series stay, and nobody comes under a second id.
     Raises :class:`InputError` where a collection has nothing under this licence, or nothing that the rules take.
     """
     condition = f"Modality = 'CT' AND instanceCount BETWEEN {MIN_SLICES} AND {MAX_SLICES}"
@@ -73,9 +80,11 @@ def select(
             candidates[person(row["collection_id"], row["PatientID"])].append(row)
     chosen = {}
     for who, found in candidates.items():
+        here = taken.get(who) if taken else None
+        found = [row for row in found if here and row["SeriesInstanceUID"] == here.series_uid] or found
         best = min(found, key=lambda row: (row["StudyInstanceUID"] not in scouts, *preference(row)))
         ct = _series(best, "ct")
-        if (taken or {}).get(who, ct.id) == ct.id:
+        if here is None or here.id == ct.id:
             chosen[who] = ct
     if not chosen and not taken:
         raise InputError(f"{', '.join(collections)}: no series is a chest CT by the rules of docs/datasets.md")

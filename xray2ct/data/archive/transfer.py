@@ -55,13 +55,13 @@ class Folder(NamedTuple):
         return self.path.with_name(f".{self.path.name}.part")
 
     @property
-    def count(self) -> int:
+    def files(self) -> int:
         return sum(series.files for series in self.series)
 
     @property
     def done(self) -> bool:
         """True where the folder holds as many files as the index says."""
-        return self.path.is_dir() and sum(not name.startswith(".") for name in os.listdir(self.path)) == self.count
+        return self.path.is_dir() and sum(not name.startswith(".") for name in os.listdir(self.path)) == self.files
 
 
 def folders_of(series: list[Series], output: Path) -> list[Folder]:
