@@ -178,3 +178,11 @@ def test_a_patients_folder_of_a_download_is_one_ct_named_after_it(tmp_path):
     assert not left_out
     write_slices(tmp_path / "other" / "scouts", lps_ct(), series=30)  # without ct beside it, a name like any other
     assert [source.patient_id for source in search_cts(tmp_path)[0]][-1] == "scouts"
+
+
+def test_without_a_download_a_folder_named_ct_is_a_name_like_any_other(tmp_path):
+    for patient in "ab":
+        path = tmp_path / patient / "ct" / "slice.dcm"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(128) + b"DICM")
+    assert [source.patient_id for source in search_cts(tmp_path)[0]] == ["a_ct", "b_ct"]

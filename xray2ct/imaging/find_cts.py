@@ -22,7 +22,8 @@ from xray2ct.imaging.read_dicom import (
     series_of,
 )
 
-CT_FOLDER, XRAY_FOLDERS = "ct", ("scouts", "films")  # in a patient's folder that get_data.py made
+# In a folder that get_data.py made: its record, and the folders of each patient.
+SOURCES, CT_FOLDER, XRAY_FOLDERS = "sources.csv", "ct", ("scouts", "films")
 
 
 @dataclass(frozen=True)
@@ -237,12 +238,19 @@ def _dicomdirs(root, folder):
         yield from (path for path in (place / "DICOMDIR", place / "dicomdir") if path.is_file())
 
 
+def _of_download(folder, path) -> bool:
+    """True for ``ID/ct`` as get_data.py makes it; in other trees a folder ``ct`` is a name like any other."""
+    if path.name != CT_FOLDER or not path.is_dir():
+        return False
+    return (folder / SOURCES).exists() or any((path.parent / name).is_dir() for name in XRAY_FOLDERS)
+
+
 def _with_ids(folder, found):
     parts = []
     for path, kind in found:
         names = list(path.relative_to(folder).parts) or [path.resolve().name]
         names[-1] = names[-1][: len(names[-1]) - len(suffix_of(path))] if kind != "dicom" else names[-1]
-        if kind == "dicom" and names[-1] == CT_FOLDER and names[:-1]:
+        if len(names) > 1 and _of_download(folder, path):
             names.pop()
         parts.append([safe_name(name) for name in names])
     short = Counter(names[-1].lower() for names in parts)

@@ -9,9 +9,13 @@ import pytest
 from get_data import main
 from prepare_data import main as prepare
 from tests.helpers.archive_cases import BUCKET, row, write_index
+from tests.helpers.runs import build
+from tests.helpers.tiny_data import make_dataset
+from xray2ct.data.archive.download import download
 from xray2ct.data.archive.index import ArchiveIndex
+from xray2ct.data.archive.selection import Series
 from xray2ct.data.archive.sources import PUBLIC, read_sources
-from xray2ct.data.checks.dataset_check import check_command, check_dataset
+from xray2ct.data.checks.dataset_check import check_command
 from xray2ct.files import InputError, write_json
 
 SLICES = 80
@@ -31,27 +35,20 @@ def test_from_a_name_to_a_data_set(archive, index_of, tmp_path, capsys):
     pytest.importorskip("pydicom", reason="pydicom is not installed")
     from tests.helpers.dicom_cases import lps_ct, write_slices
 
-    def put(prefix, series, only=None):
-        ct = lps_ct((20, 18, SLICES), (18.0, 18.0, 3.0), centre=(series, 0, 0))
-        for path in write_slices(tmp_path / prefix, ct, only=only, series=series).iterdir():
+    def put(prefix, only=None):
+        ct = lps_ct((20, 18, SLICES), (18.0, 18.0, 3.0))
+        for path in write_slices(tmp_path / prefix, ct, only=only, series=2 if only else 1).iterdir():
             archive.put(f"{prefix}/{path.name}", path.read_bytes())
-        return {"series_aws_url": f"s3://{BUCKET}/{prefix}/*", "instanceCount": SLICES if only is None else len(only)}
+        return {"series_aws_url": f"s3://{BUCKET}/{prefix}/*", "instanceCount": len(only) if only else SLICES}
 
-    free = row(**put("one", 1))
-    closed = {"collection_id": "nsclc_radiomics", "license_short_name": "CC BY-NC 3.0", "StudyInstanceUID": "1.2.2"}
-    rows = [
-        free | {"SeriesDescription": "Thorax"},
-        row(**put("two", 2), PatientID="LUNG1-001", SeriesDescription="Thorax", **closed),
-        row(**put("scouts", 3, only=[5, 9]), SeriesDescription="SCOUT AP/LAT"),
-    ]
+    ct = row(**put("one"), SeriesDescription="Thorax")
+    rows = [ct, row(**put("scouts", only=[5, 9]), SeriesDescription="SCOUT AP/LAT")]
     output = tmp_path / "cts"
-    arguments = ["lidc", "lung1", "--licence", "any", "--with-scouts", "--output", str(output)]
-    arguments += ["--endpoint-url", archive.url]
+    arguments = ["lidc", "--with-scouts", "--output", str(output), "--endpoint-url", archive.url]
     assert main([*arguments, "--dry-run"], index_of(*rows)) == 0
     printed = capsys.readouterr().out
     assert "lidc_idri: 1 patients, 1 with scouts, 0.2 GB, CC BY 3.0" in printed
     assert "cite: Armato, S. & others LIDC-IDRI" in printed
-    assert "not free for any use" in printed
     assert not output.exists()
 
     assert main(arguments, index_of(*rows)) == 0
@@ -60,53 +57,55 @@ def test_from_a_name_to_a_data_set(archive, index_of, tmp_path, capsys):
     assert [(r["id"], r["kind"]) for r in read_sources(output)] == [
         ("LIDC-IDRI-0001", "ct"),
         ("LIDC-IDRI-0001", "scout"),
-        ("nsclc_radiomics_LUNG1-001", "ct"),
     ]
     capsys.readouterr()
     assert main(arguments, index_of(*rows)) == 0
-    assert "3 of 3 folders are there already" in capsys.readouterr().out
+    assert "2 of 2 folders are there already" in capsys.readouterr().out
 
     data = tmp_path / "data"
     small = ["--size", "32", "--xray-size", "48", "--workers", "1"]
     assert prepare(["--input", str(output), "--output", str(data), *small]) == 0
     patients = json.loads((data / "dataset.json").read_text())["patients"]
-    assert sorted(patients) == ["LIDC-IDRI-0001", "nsclc_radiomics_LUNG1-001"]
+    assert list(patients) == ["LIDC-IDRI-0001"]
     entry = patients["LIDC-IDRI-0001"]["provenance"]
     assert tuple(entry) == PUBLIC
-    assert entry["series_uid"] == free["SeriesInstanceUID"]
+    assert entry["series_uid"] == ct["SeriesInstanceUID"]
     assert (entry["collection"], entry["patient"], entry["licence"]) == ("lidc_idri", "LIDC-IDRI-0001", "CC BY 3.0")
-    check_command(data)
+
+
+def test_licences_and_one_person_twice_are_seen_in_a_data_set(tmp_path, capsys):
+    root = make_dataset(tmp_path / "data", patients=3)
+    manifest = json.loads((root / "dataset.json").read_text())
+    for patient in (manifest["split"]["train"][0], manifest["split"]["test"][0]):
+        origin = ("nsclc_radiomics", "LUNG1-001", "1.2.3", "CC BY-NC 3.0", "10.7937/x")
+        manifest["patients"][patient]["provenance"] = dict(zip(PUBLIC, origin))
+    write_json(root / "dataset.json", manifest)
+    assert check_command(root) == 1
     printed = capsys.readouterr().out
-    assert "licence CC BY 3.0: 1 patients\nlicence CC BY-NC 3.0: 1 patients, no commercial use" in printed
-
-    manifest = json.loads((data / "dataset.json").read_text())
-    manifest["patients"]["nsclc_radiomics_LUNG1-001"]["provenance"] = entry  # one person, on two sides
-    manifest["split"] = {"train": ["LIDC-IDRI-0001"], "val": [], "test": ["nsclc_radiomics_LUNG1-001"]}
-    write_json(data / "dataset.json", manifest)
-    texts = [finding.message for finding in check_dataset(data) if finding.check == "duplicates"]
-    assert any("the same person, by the archive's ids, as" in text and "a leak" in text for text in texts)
+    assert "the same person, by the archive's ids, as" in printed
+    assert "a leak" in printed
+    assert "licence CC BY-NC 3.0: 2 patients, no commercial use" in printed
+    _, task, _ = build(root)
+    assert task.patients() == "1 training and 1 validation patients (1 of the former under a non-commercial licence)"
 
 
-def test_another_index_may_choose_another_series_and_the_record_follows(archive, index_of, tmp_path):
-    for name, count in (("first", 80), ("second", 81)):
-        for number in range(count):
+def test_the_record_follows_when_another_index_chooses_another_series(archive, tmp_path):
+    def series(name, uid):
+        for number in range(2):
             archive.put(f"{name}/{number}.dcm", name.encode())
-    first = row(series_aws_url=f"s3://{BUCKET}/first/*", instanceCount=80)
-    second = row(series_aws_url=f"s3://{BUCKET}/second/*", instanceCount=81, SeriesDescription="Thorax  3.0  B31f")
-    arguments = ["lidc", "--output", str(tmp_path / "cts"), "--endpoint-url", archive.url]
-    first["SeriesDescription"] = "Thorax  3.0  B31f"
-    for rows, chosen in (((first,), first), ((first, second), first), ((second,), second)):
-        assert main(arguments, index_of(*rows)) == 0
-        (record,) = read_sources(tmp_path / "cts")
-        assert record["series_uid"] == chosen["SeriesInstanceUID"]
-        files = list((tmp_path / "cts" / "LIDC-IDRI-0001" / "ct").iterdir())
-        assert len(files) == chosen["instanceCount"]
-    assert {path.read_bytes() for path in files} == {b"second"}
+        address = f"s3://{BUCKET}/{name}/*"
+        return Series("P1", "ct", "lidc_idri", "P1", "1.2", uid, 2, 0.1, "CC BY 3.0", "", address)
+
+    output = tmp_path / "cts"
+    for name, uid in (("first", "1.2.1"), ("first", "1.2.1"), ("second", "1.2.2")):
+        assert download([series(name, uid)], output, archive.url) == {}
+        assert [row["series_uid"] for row in read_sources(output)] == [uid]
+        assert {path.read_bytes() for path in (output / "P1" / "ct").iterdir()} == {name.encode()}
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "idc_index_data", None)
-    with pytest.raises(InputError, match="get_data.py needs idc_index_data; run: pip install 'idc-index"):
+    with pytest.raises(InputError, match=r"get_data\.py needs idc_index_data; run: pip install 'idc-index"):
         main(["lidc", "--output", str(tmp_path / "cts")])
 
 

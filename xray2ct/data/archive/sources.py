@@ -11,8 +11,8 @@ from pathlib import Path
 from xray2ct.data.archive.collections import is_non_commercial, person
 from xray2ct.data.archive.selection import KINDS, Series
 from xray2ct.files import InputError, atomic_path, check_patient_id, shown
+from xray2ct.imaging.find_cts import SOURCES
 
-SOURCES = "sources.csv"
 FIELDS = ("id", "kind", "collection", "patient", "study_uid", "series_uid", "files", "megabytes", "licence", "doi")
 PUBLIC = ("collection", "patient", "series_uid", "licence", "doi")  # what a data set's manifest carries
 _FORMS = {
