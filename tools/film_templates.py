@@ -191,8 +191,7 @@ def no_chest(rng, cubes, renderings) -> np.ndarray:
     if kind == 1:  # part of a rendering: a shoulder, an abdomen
         size = int(rng.uniform(18, 34))
         top, left = rng.integers(0, RENDERED - size, 2)
-        part = renderings[rng.integers(len(renderings))][top : top + size, left : left + size]
-        return part + 1e-3 * rng.normal(size=part.shape)
+        return renderings[rng.integers(len(renderings))][top : top + size, left : left + size]
     if kind == 2:
         return _noise_field(rng, int(rng.integers(2, 12)))
     drawn = (_limb, _hand, _head, _panorama)[kind - 3](rng, v, u)
@@ -245,6 +244,7 @@ def view_samples(rendered: list[Rendered], count: int, rng) -> tuple[np.ndarray,
         kind = int(rng.integers(0, 2)) if rng.random() < 0.85 else NO_CHEST
         if kind == NO_CHEST:
             film = no_chest(rng, cubes, renderings)
+            film = film + 1e-3 * rng.normal(size=film.shape)  # an empty slice has one value
         else:
             ct = rendered[rng.integers(len(rendered))]
             film, _ = simulated_film(ct.xrays[rng.integers(len(ct.xrays)), kind], ct.rows, rng, kind)
