@@ -1,4 +1,4 @@
-"""View, facing, polarity and turn: real frontals and renderings of a CT that the network has not seen, in all positions."""
+"""View, facing, polarity and turn of real frontals and of a CT that the network has not seen, in all positions."""
 
 from itertools import product
 from pathlib import Path
