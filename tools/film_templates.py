@@ -77,7 +77,7 @@ def render_poses(path, rng, poses: int = POSES) -> Rendered:
         pictures.append(render_xrays(unit, Geometry(), (RENDERED, RENDERED))[0].numpy())
         box = _extents(ndimage.affine_transform(lungs, matrix, offset, order=1))
         boxes.append([[*box[0], *box[2]], [*box[0], *box[1]]])
-        sizes.append((box[:, 1] - box[:, 0]) * FOV_MM)
+        sizes.append((box[:, 1] - box[:, 0])[[0, 2, 1]] * FOV_MM)  # height, width, depth
     rows = (scanned[0] / len(mask), (scanned[-1] + 1) / len(mask))
     return Rendered(np.stack(pictures), RENDERED * np.array(boxes), np.array(sizes), hu, rows)
 

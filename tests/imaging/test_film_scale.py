@@ -1,4 +1,4 @@
-"""Scale of two films: the least-squares solution against simulated patients, the lungs' box against a CT's own lungs."""
+"""Scale of two films: least squares against simulated patients, the lungs' box on renderings of an unseen CT."""
 
 from pathlib import Path
 
