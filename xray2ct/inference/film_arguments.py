@@ -18,8 +18,8 @@ def add_film_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=NORMALIZATIONS,
         help="auto: the project's own X-rays by their scale, logarithms (by a DICOM header) by percentiles, all else by"
-        " its histogram inside the body; manifest: the project's own scale; percentile: unknown linear scale; histogram:"
-        " unknown increasing scale (default %(default)s)",
+        " its histogram inside the body; manifest: the project's own scale; percentile: unknown linear scale;"
+        " histogram: unknown increasing scale (default %(default)s)",
     )
     parser.add_argument(
         "--pixel-spacing-mm",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
