@@ -31,7 +31,7 @@ class Box(NamedTuple):
 
 
 def decimated(pixels: np.ndarray, edge: int = WORKING_EDGE) -> tuple[np.ndarray, int]:
-    """Every n-th pixel as float32, NaN kept, and n: the longer edge stays at ``edge`` pixels or above, below twice it."""
+    """Every n-th pixel as float32, and n: the longer edge stays at ``edge`` pixels or above, below twice it."""
     step = max(1, max(pixels.shape) // edge)
     return np.array(pixels[::step, ::step], np.float32), step
 
@@ -44,9 +44,9 @@ def trim(pixels: np.ndarray) -> tuple[Box, list[str]]:
     """Find the picture inside uniform frames: a white page, a black page, borders, several of them nested.
 
     A frame's rows hold one value (3 % of their pixels may be a caption), and it ends at a straight edge: nearly half of
-    the next row leaves that value at once. Air beside a body is uniform too, but the body's outline is curved: it stays.
-    Wholly padded rows (NaN) go as well. Returns the :class:`Box` that is left, and a note on what was cut ("" of them
-    when nothing was). The box is never smaller than a quarter of an edge: a film that is uniform is not cut.
+    the next row leaves that value at once. Air beside a body is uniform too, but the body's outline is curved: it
+    stays. Wholly padded rows (NaN) go as well. Returns the :class:`Box` that is left, and a note on what was cut, none
+    where nothing was. Where less than a quarter of an edge would be left, nothing is cut.
     """
     small, step = decimated(pixels)
     rows, columns = small.shape
@@ -61,7 +61,6 @@ def trim(pixels: np.ndarray) -> tuple[Box, list[str]]:
             "left": _frame_width(inside.T, span),
             "right": _frame_width(inside.T[::-1], span),
         }
-        # A frame with a corner of another frame beside it is no uniform row yet: the outermost frames go first.
         if not any(found.values()):
             break
         top, bottom = top + found["top"], bottom - found["bottom"]
@@ -76,7 +75,7 @@ def trim(pixels: np.ndarray) -> tuple[Box, list[str]]:
         pixels.shape[1] if right == columns else right * step,
     )
     shares = {"top": rows, "bottom": rows, "left": columns, "right": columns}
-    words = [f"{cut[side] / length:.0%} {side}" for side, length in shares.items() if cut.get(side)]
+    words = [f"{cut[side] / length:.0%} {side}" for side, length in shares.items() if cut.get(side, 0) >= length / 200]
     return box, [f"uniform frame cut off: {', '.join(words)}"] if words else []
 
 
