@@ -188,7 +188,7 @@ def assign_views(films: list[Film], taken: tuple[int, ...], options: FilmOptions
     """
     shown = [_shown(film) if options.view_from == "pixels" else None for film in films]
     said = [film.stored.claims.view if film.stored.claims is not None else None for film in films]
-    if len(films) == 1 or taken:
+    if len(films) < 2:
         for film, view, claim in zip(films, shown, said):
             _check_single(film, view, claim, options)
         return

@@ -19,9 +19,9 @@ from xray2ct.imaging.film import check_views
 from xray2ct.imaging.film_sides import Film, FilmOptions, assign_views, check_different, lay_out, look_at
 from xray2ct.imaging.film_spacing import question_spacing, settle_spacings
 from xray2ct.imaging.read_xray import XrayImage, check_normalization, checked, chosen, decode, read_xray
-from xray2ct.imaging.stored_xray import Exposure, StoredXray
+from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.imaging.xray_field import fit_field, fit_size
-from xray2ct.imaging.xray_scale import AIR, has_own_scale, normalise
+from xray2ct.imaging.xray_scale import AIR, normalise
 
 MIN_WORKING_EDGE = 1024  # pixels that a large film is averaged to at least before anything else is done with it
 HOW_READ = {
@@ -94,7 +94,7 @@ def read_films(
         if path is None:
             continue
         stored = None if normalization == "manifest" else decode(path, edge, options.check)
-        if stored is None or _is_own(stored, place):
+        if stored is None or stored.own:
             own[place] = path
             continue
         checked(path, stored.pixels, stored.notes)
@@ -130,14 +130,10 @@ def read_films(
     return pair
 
 
-def _is_own(stored: StoredXray, view: int) -> bool:
-    return stored.exact and has_own_scale(stored.pixels / stored.full_scale, view)
-
-
 def _finished(film: Film, normalization: str, size: int | None, geometry: Geometry | None) -> XrayImage:
     """The film on the networks' scale, padded with air to what the geometry's detector sees."""
     film.stored.pixels = film.pixels
-    kind = chosen(normalization, film.stored, film.view)
+    kind = chosen(normalization, film.stored)
     pixels = normalise(film.path, film.pixels, film.stored.full_scale, kind, film.view)
     film.notes.append(HOW_READ[kind])
     pixels = np.where(np.isnan(pixels), np.float32(AIR), pixels)
