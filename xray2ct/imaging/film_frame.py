@@ -51,6 +51,8 @@ def trim(pixels: np.ndarray) -> tuple[Box, list[str]]:
     small, step = decimated(pixels)
     rows, columns = small.shape
     span = _span(small)
+    if not span:
+        return Box(0, pixels.shape[0], 0, pixels.shape[1]), []
     top, bottom, left, right = 0, rows, 0, columns
     cut: dict[str, int] = {}
     while True:
@@ -98,7 +100,7 @@ def _frame_width(picture, span) -> int:
     if share[0] > FRAME_OUTLIERS:
         return 0
     beyond = np.flatnonzero(share > FRAME_OUTLIERS)
-    if not len(beyond) or not span:
+    if not len(beyond):
         return 0
     width = int(beyond[0])
     # The edge may be blurred or tilted by a degree.
