@@ -13,12 +13,13 @@ from xray2ct.files import InputError
 from xray2ct.imaging.dicom_view import turned
 from xray2ct.imaging.film_frame import fill, mask_markers, perspective, trim
 from xray2ct.imaging.film_view import FilmFinding, classify
-from xray2ct.imaging.read_xray import checked
+from xray2ct.imaging.read_xray import check_polarity, checked
 from xray2ct.imaging.stored_xray import Exposure, StoredXray
 
 VIEW_SOURCES = ("pixels", "header")
 TURNS = (0, 90, 180, 270)
 SURE = 0.9  # confidence from which a picture decides against order and headers
+HALF_SURE = 0.7  # confidence of a turn below which it is noted, but the film is not refused
 SAME_PICTURE = 0.98  # correlation of thumbnails of 32 x 32; 0.93 at most between films of different patients
 
 
@@ -129,12 +130,13 @@ def _settle_polarity(film: Film, options: FilmOptions) -> None:
     finding = film.finding
     if not options.polarity_check or finding.polarity == "bright":
         return
-    sure = finding.confidence["polarity"]
-    if options.invert or sure < SURE:
-        state = "after --invert" if options.invert else f"(confidence {sure:.0%})"
-        remedy = "leave --invert out" if options.invert else "pass --invert if it is"
+    if finding.confidence["polarity"] < SURE:
+        check_polarity(film.path, film.pixels)
+        film.decide("whether bone is bright or dark cannot be told: taken as bright (--invert)")
+        return
+    if options.invert:
         raise InputError(
-            f"{film.path}: bone looks dark and air bright {state}; expected bone bright ({remedy}, or"
+            f"{film.path}: bone looks dark and air bright after --invert; expected bone bright (leave it out, or pass"
             " --no-polarity-check)"
         )
     film.pixels = np.nanmax(film.pixels) + np.nanmin(film.pixels) - film.pixels
@@ -151,7 +153,11 @@ def _settle_turn(film: Film, options: FilmOptions) -> None:
     if options.rotate[film.place]:
         film.decide(f"seems to lie {lies} after --rotate: left as asked for")
         return
-    if film.finding.confidence["quarter_turns"] < SURE:
+    sure = film.finding.confidence["quarter_turns"]
+    if sure < HALF_SURE:
+        film.decide(f"may lie {lies} (confidence {sure:.0%}): left as it is (--rotate {degrees} turns it)")
+        return
+    if sure < SURE:
         raise InputError(
             f"{film.path}: seems to lie {lies}; expected the head at the top (--rotate {degrees} turns it, --view-from"
             " header takes it as it lies)"
@@ -255,11 +261,18 @@ def lay_out(film: Film, options: FilmOptions) -> None:
         return
     if options.view_from == "header":
         return
-    finding, letters = film.finding, film.stored.claims.letters if film.stored.claims is not None else None
-    if finding.view != "lateral" or finding.confidence["faces"] < SURE:
-        if letters is None or not film.stored.claims.fits(1):
-            film.decide("which way the patient faces cannot be told: taken as to the left (--flip-lateral mirrors it)")
-    elif finding.faces == "right":
+    finding, claims = film.finding, film.stored.claims
+    lies_by_header = claims is not None and claims.fits(1) and not options.rotate[film.place]
+    sure = finding.confidence["faces"] if finding.view == "lateral" else 0.0
+    if sure < SURE and lies_by_header:
+        return
+    if finding.view != "lateral":
+        film.decide("which way the patient faces cannot be told: taken as to the left (--flip-lateral mirrors it)")
+        return
+    doubt = "" if sure >= SURE else f", with a confidence of {sure:.0%} only"
+    if finding.faces == "right":
         film.pixels = film.pixels[:, ::-1]
-        header = ", against its header" if film.stored.claims is not None and film.stored.claims.fits(1) else ""
-        film.decide(f"faced right{header}: mirrored, so that anterior is at the left (--view-from header leaves it)")
+        header = ", against its header" if lies_by_header else ""
+        film.decide(f"faced right{header}{doubt}: mirrored, anterior is at the left now (--view-from header leaves it)")
+    elif doubt:
+        film.decide(f"faces left{doubt} (--flip-lateral mirrors it)")
