@@ -28,8 +28,9 @@ from xray2ct.geometry.projector import FOV_MM, Geometry, render_xrays
 from xray2ct.imaging import film_scale, film_view
 from xray2ct.imaging.body import body_mask, remove_couch
 from xray2ct.imaging.cube_files import mask_path, read_cube
+from xray2ct.imaging.film_frame import trim
 from xray2ct.imaging.film_scale import lung_shares
-from xray2ct.imaging.film_view import EDGE, HYPOTHESES, logits, rank_thumbnail, thumbnail
+from xray2ct.imaging.film_view import EDGE, HYPOTHESES, logits, rank_thumbnail
 
 CUBE, RENDERED, POSES = 64, 96, 8  # voxels, pixels, poses per CT
 FILM = 64  # pixels of a simulated film
@@ -76,7 +77,7 @@ def render_poses(path, rng, poses: int = POSES) -> Rendered:
         pictures.append(render_xrays(unit, Geometry(), (RENDERED, RENDERED))[0].numpy())
         box = _extents(ndimage.affine_transform(lungs, matrix, offset, order=1))
         boxes.append([[*box[0], *box[2]], [*box[0], *box[1]]])
-        sizes.append((box[:, 1] - box[:, 0]) * FOV_MM)
+        sizes.append((box[:, 1] - box[:, 0])[[0, 2, 1]] * FOV_MM)  # height, width, depth
     rows = (scanned[0] / len(mask), (scanned[-1] + 1) / len(mask))
     return Rendered(np.stack(pictures), RENDERED * np.array(boxes), np.array(sizes), hu, rows)
 
@@ -248,7 +249,8 @@ def view_samples(rendered: list[Rendered], count: int, rng) -> tuple[np.ndarray,
         else:
             ct = rendered[rng.integers(len(rendered))]
             film, _ = simulated_film(ct.xrays[rng.integers(len(ct.xrays)), kind], ct.rows, rng, kind)
-        thumbnails.append(thumbnail(framed(film, rng)))
+        film = framed(film, rng)
+        thumbnails.append(rank_thumbnail(trim(film)[0].cut(film)))
         classes.append(kind)
     return np.stack(thumbnails), np.array(classes)
 

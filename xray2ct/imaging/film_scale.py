@@ -56,21 +56,30 @@ def estimate(pa: np.ndarray, lateral: np.ndarray) -> ScaleEstimate:
     has one value. The estimate is that of an adult; a child's lungs are smaller than the statistics know.
     """
     (pa_height, pa_width), (lateral_height, lateral_depth) = lung_size(pa, 0), lung_size(lateral, 1)
-    stored = _stored()
-    measured = np.log([pa_height, pa_width, lateral_height, lateral_depth])
-    covariance = MEASURED @ stored["size_covariance"] @ MEASURED.T + stored["error_covariance"]
+    return solve(np.array([pa_height, pa_width, lateral_height, lateral_depth]), _stored())
+
+
+def solve(lungs_px: np.ndarray, statistics: dict[str, np.ndarray]) -> ScaleEstimate:
+    """Scale of both views by generalised least squares on logarithms.
+
+    lungs_px: height and width of the lungs in the PA, height and depth in the lateral view, pixels. statistics:
+    ``log_size`` (3) and ``size_covariance`` (3, 3) of height, width and depth in mm, ``error_covariance`` (4, 4) of the
+    logarithms of ``lungs_px``.
+    """
+    covariance = MEASURED @ statistics["size_covariance"] @ MEASURED.T + statistics["error_covariance"]
     precision = np.linalg.inv(covariance)
     spread = np.linalg.inv(CARRIES.T @ precision @ CARRIES)
-    log_scale = spread @ CARRIES.T @ precision @ (MEASURED @ stored["log_size"] - measured)
-    pa_mm, lateral_mm = np.exp(log_scale)
+    excess = MEASURED @ statistics["log_size"] - np.log(lungs_px)
+    pa_mm, lateral_mm = (float(mm) for mm in np.exp(spread @ CARRIES.T @ precision @ excess))
+    pa_height, pa_width, lateral_height, lateral_depth = (float(px) for px in lungs_px)
     return ScaleEstimate(
-        float(pa_mm),
-        float(lateral_mm),
+        pa_mm,
+        lateral_mm,
         (float(spread[0, 0] ** 0.5), float(spread[1, 1] ** 0.5)),
         float((spread[0, 0] + spread[1, 1] - 2 * spread[0, 1]) ** 0.5),
-        float((pa_height * pa_mm + lateral_height * lateral_mm) / 2),
-        float(pa_width * pa_mm),
-        float(lateral_depth * lateral_mm),
+        (pa_height * pa_mm + lateral_height * lateral_mm) / 2,
+        pa_width * pa_mm,
+        lateral_depth * lateral_mm,
     )
 
 
