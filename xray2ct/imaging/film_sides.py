@@ -19,7 +19,6 @@ from xray2ct.imaging.stored_xray import Exposure, StoredXray
 VIEW_SOURCES = ("pixels", "header")
 TURNS = (0, 90, 180, 270)
 SURE = 0.9  # confidence from which a picture decides against order and headers
-HALF_SURE = 0.7  # confidence of a turn below which it is noted, but the film is not refused
 SAME_PICTURE = 0.98  # correlation of thumbnails of 32 x 32; 0.93 at most between films of different patients
 
 
@@ -32,6 +31,7 @@ class FilmOptions:
     what a header says. flip_lateral: mirror the lateral, which is not looked at for its facing then. invert: bone is
     dark in both files. polarity_check: find dark bones in the pixels, and invert. check: refuse what does not look like
     a chest, another part of the body by the header, two films of one view, swapped views of the project's own X-rays.
+    thorax_width_mm: between the outer borders of the lungs, sets the scale of both films where no pixel spacing does.
     """
 
     view_from: str = "pixels"
@@ -40,12 +40,15 @@ class FilmOptions:
     invert: bool = False
     polarity_check: bool = True
     check: bool = True
+    thorax_width_mm: float | None = None
 
     def __post_init__(self):
         if self.view_from not in VIEW_SOURCES:
             raise InputError(f"--view-from is {self.view_from!r}; expected {' or '.join(VIEW_SOURCES)}")
         if len(self.rotate) != 2 or not set(self.rotate) <= set(TURNS):
             raise InputError(f"--rotate is {self.rotate}; expected {', '.join(map(str, TURNS))}, for one film or each")
+        if self.thorax_width_mm is not None and not 100 <= self.thorax_width_mm <= 500:
+            raise InputError(f"--thorax-width-mm is {self.thorax_width_mm:g}; expected 100 to 500")
 
 
 @dataclass
@@ -146,24 +149,15 @@ def _settle_polarity(film: Film, options: FilmOptions) -> None:
 
 def _settle_turn(film: Film, options: FilmOptions) -> None:
     turns = film.finding.quarter_turns
-    if not turns:
-        return
-    degrees = 360 - 90 * turns  # clockwise
-    lies = "upside down" if turns == 2 else "on its side"
-    if options.rotate[film.place]:
-        film.decide(f"seems to lie {lies} after --rotate: left as asked for")
-        return
-    sure = film.finding.confidence["quarter_turns"]
-    if sure < HALF_SURE:
-        film.decide(f"may lie {lies} (confidence {sure:.0%}): left as it is (--rotate {degrees} turns it)")
-        return
-    if sure < SURE:
-        raise InputError(
-            f"{film.path}: seems to lie {lies}; expected the head at the top (--rotate {degrees} turns it, --view-from"
-            " header takes it as it lies)"
-        )
-    film.pixels = np.rot90(film.pixels, turns)
-    film.decide(f"lay {lies}: turned by {degrees} degrees clockwise (--view-from header leaves it)")
+    if turns is None:
+        film.decide("how it is turned cannot be told: taken as upright (--rotate)")
+    elif turns:
+        lies, degrees = "upside down" if turns == 2 else "on its side", 360 - 90 * turns  # clockwise
+        if options.rotate[film.place]:
+            film.decide(f"seems to lie {lies} after --rotate: left as asked for")
+            return
+        film.pixels = np.rot90(film.pixels, turns)
+        film.decide(f"lay {lies}: turned by {degrees} degrees clockwise (--view-from header leaves it)")
 
 
 # ------------------------------------------------------------------------------------------------
