@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -55,7 +55,8 @@ class FilmOptions:
 class Film:
     """A picture on its way to the networks: ``pixels`` (H, W) float32, NaN where nothing is shown.
 
-    place: 0 where it was given as PA, 1 as lateral; view: what it is. notes: all that was done; doubts: those of them
+    place: 0 where it was given as PA, 1 as lateral; view: what it is; sides_of: the view whose Patient Orientation has
+    turned it. notes: all that was done; doubts: those of them
     that were decided by the pixels, or are uncertain.
     """
 
@@ -66,6 +67,7 @@ class Film:
     spacing_given: bool = False
     view: int = 0
     finding: FilmFinding | None = None
+    sides_of: int | None = None
     doubts: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -125,6 +127,7 @@ def _turn(film: Film, options: FilmOptions) -> None:
         view = int(bool({"A", "P"} & set(claims.letters)))
         if claims.fits(view) or options.view_from == "header":
             film.pixels = turned(film.path, film.pixels, claims, view, film.notes)
+            film.sides_of = view
         else:
             film.decide("Patient Orientation is none that a chest film can have: not used")
 
@@ -245,8 +248,22 @@ def _check_single(film: Film, shown: int | None, said: int | None, options: Film
             )
 
 
+def _leave_out_sides(film: Film) -> None:
+    """Undo the mirroring by a Patient Orientation that belongs to the other view."""
+    claims = film.stored.claims
+    if film.sides_of in (None, film.view):
+        return
+    film.decide(f"Patient Orientation is none of a {VIEW_LABELS[film.view]} view: left and right are not taken from it")
+    if not {"R", "A"} & set(claims.letters):
+        return
+    film.pixels = film.pixels[:, ::-1]
+    if film.finding.faces is not None:
+        film.finding = replace(film.finding, faces="left" if film.finding.faces == "right" else "right")
+
+
 def lay_out(film: Film, options: FilmOptions) -> None:
     """Mirror a lateral that faces right: anterior lies at the left in the project's views."""
+    _leave_out_sides(film)
     if film.view == 0:
         return
     if options.flip_lateral:
