@@ -8,11 +8,13 @@ sample's place in the training run, so resuming and the number of processes do n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
+from xray2ct.data.film_chain import FilmChain, FilmConfig
+from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
@@ -39,6 +41,7 @@ class AugmentConfig:
     xray_noise: float = setting(0.003, minimum=0.0)  # standard deviation added to X-ray pixels
     # Exposure-like gain of each X-ray, uniform in 1 +- (breaks the absolute scale).
     xray_gain: float = setting(0.0, minimum=0.0, maximum=1.0)
+    film: FilmConfig = field(default_factory=FilmConfig)  # a share of the pairs as radiographs
 
 
 def random_affine(config: AugmentConfig, fov_mm: float, generator: torch.Generator) -> torch.Tensor:
@@ -83,6 +86,7 @@ class PairMaker:
     def __init__(self, acquisition: Acquisition, volume_size, xray_size: int, config: AugmentConfig):
         self.acquisition, self.config = acquisition, config
         self.volume_size, self.xray_size = tuple(volume_size), xray_size
+        self.film = FilmChain(config.film if config.enabled else FilmConfig(), acquisition)
 
     @torch.no_grad()
     def __call__(self, volumes, masks, seeds) -> dict[str, torch.Tensor]:
@@ -97,9 +101,11 @@ class PairMaker:
         if self.config.enabled:
             volumes, masks = self._warp(volumes, masks, generators)
             volumes = self._change_density(volumes, generators)
-        xrays = self.acquisition.render(volumes, (self.render_size,) * 2)
+        random = SampleRandom(seeds, volumes.device)
+        xrays = self.film.render(volumes, (self.render_size,) * 2, random)
         if self.render_size != self.xray_size:
             xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode="bilinear")
+        xrays = self.film(xrays, volumes, random)
         if self.config.enabled:
             xrays = self._degrade(xrays, generators)
         target = self._pool(volumes)

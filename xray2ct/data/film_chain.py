@@ -10,7 +10,7 @@ Everything is drawn per sample (:class:`SampleRandom`) and computed for the whol
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +21,13 @@ from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import Geometry, hu_to_unit
 from xray2ct.imaging.read_xray import HISTOGRAM_PERCENTILES, REFERENCE_HISTOGRAMS, REFERENCE_PERCENTILES
-from xray2ct.settings import setting
+from xray2ct.settings import setting, span
 
 DISTANCES = 4  # source distances in the range: each is a forward projector of its own
 BEHIND_MM = 200.0  # isocentre to detector, for data of parallel geometry, which does not say
 BODY_RADIUS_MM = 120.0  # rays that leave the scan above or below within this distance of the axis are cut short
 SCANNED = 0.3  # an axial slice belongs to the scan from this share of the fullest slice's tissue
 LIKE_AIR = 0.1  # volumes in [0, 1] below this (-774 HU by the default window) are no tissue
-
-
-def _range(low: float, high: float):
-    return field(default_factory=lambda: [low, high])
 
 
 @dataclass
@@ -44,28 +40,28 @@ class FilmConfig:
     """
 
     probability: float = setting(0.0, minimum=0.0, maximum=1.0)  # share of the pairs that become films; 0: off
-    source_distance_mm: list[float] = _range(1400.0, 2000.0)  # to the detector; bedside to upright stand
+    source_distance_mm: list[float] = span(1400.0, 2000.0)  # to the detector; bedside to upright stand
     shift_mm: float = setting(25.0, minimum=0.0)  # across, +- : the patient is not centred
     shift_rows_mm: float = setting(15.0, minimum=0.0)  # along the body, +-
     scale: float = setting(0.10, minimum=0.0, maximum=0.5)  # of each view, 1 +-: pixel spacing unknown or estimated
     rotation_deg: float = setting(4.0, minimum=0.0)  # in the picture's plane, +-
-    collimation: float = setting(0.15, minimum=0.0, maximum=0.4)  # share cut at a side: up to this, at half of the sides
+    collimation: float = setting(0.15, minimum=0.0, maximum=0.4)  # share cut, up to this, at half of the sides
     # Half the relative width of a two-line spectrum: 0.4 bends a line integral of 8 to 5.5 (60 to 120 kVp).
-    hardening: list[float] = _range(0.05, 0.4)
+    hardening: list[float] = span(0.05, 0.4)
     # Scatter over primary behind lung; behind the mediastinum about twenty times as much. Log-uniform; without a grid
     # to a 12:1 grid.
-    scatter: list[float] = _range(0.005, 0.1)
-    scatter_mm: list[float] = _range(25.0, 60.0)  # standard deviation of its Gaussian kernel
-    photons_per_mm2: list[float] = _range(1e4, 1e6)  # detected behind air, log-uniform
-    blur_mm: list[float] = _range(0.0, 2.5)  # standard deviation: focal spot, scintillator, resampling
-    unsharp: list[float] = _range(0.0, 1.5)  # amount of unsharp masking: edge enhancement, dynamic range compression
-    unsharp_mm: list[float] = _range(5.0, 60.0)  # its kernel's standard deviation, log-uniform
+    scatter: list[float] = span(0.005, 0.1)
+    scatter_mm: list[float] = span(25.0, 60.0)  # standard deviation of its Gaussian kernel
+    photons_per_mm2: list[float] = span(1e4, 1e6)  # detected behind air, log-uniform
+    blur_mm: list[float] = span(0.0, 2.5)  # standard deviation: focal spot, scintillator, resampling
+    unsharp: list[float] = span(0.0, 1.5)  # amount of unsharp masking: edge enhancement, dynamic range compression
+    unsharp_mm: list[float] = span(5.0, 60.0)  # its kernel's standard deviation, log-uniform
     linear: float = setting(0.25, minimum=0.0, maximum=1.0)  # share without display curve (LOG values, raw detectors)
-    clipped: float = setting(0.08, minimum=0.0, maximum=0.4)  # share of pixels that a display window saturates at an end
+    clipped: float = setting(0.08, minimum=0.0, maximum=0.4)  # share of pixels that a window saturates at an end
     gamma: float = setting(2.0, minimum=1.0)  # exponent of a display, log-uniform from its inverse to it
-    sigmoid: list[float] = _range(2.0, 8.0)  # slope of a display curve (half the displays, the others have a gamma)
+    sigmoid: list[float] = span(2.0, 8.0)  # slope of a display curve (half the displays, the others have a gamma)
     marker: float = setting(0.2, minimum=0.0, maximum=1.0)  # probability that a burnt-in letter is left
-    border: float = setting(0.15, minimum=0.0, maximum=1.0)  # probability that the reader leaves frame and collimator in
+    border: float = setting(0.15, minimum=0.0, maximum=1.0)  # probability that the reader leaves a frame in
 
 
 class FilmChain:
@@ -137,7 +133,7 @@ class FilmChain:
         return torch.stack(xrays)
 
     def __call__(self, xrays: torch.Tensor, volumes: torch.Tensor, random: SampleRandom) -> torch.Tensor:
-        """What the network sees of each pair: ``xrays (B, 2, S, S)`` (:meth:`render` of ``volumes``) -> the same shape."""
+        """What the network sees of each pair: ``(B, 2, S, S)``, from ``xrays`` of that shape (:meth:`render`)."""
         if not self.enabled:
             return xrays
         films = self.films(xrays, volumes, random)[0]
@@ -238,7 +234,7 @@ class FilmChain:
         return linear, linear.clamp(0, 1)
 
     def _displayed(self, signal, shown, random):
-        """By a display curve, in 8 bits: a gamma, or a sigmoid as of film (Hurter and Driffield) and DICOM's VOI LUT."""
+        """By a display curve, in 8 bits: a gamma, or a sigmoid as of film (Hurter, Driffield) and DICOM's VOI LUT."""
         value = self._in_window(signal, shown, random)[1]
         exponent = math.log(self.config.gamma) * random.uniform("film/gamma", (2, 1, 1), -1, 1)
         slope = random.uniform("film/sigmoid", (2, 1, 1), *self.config.sigmoid)
@@ -267,7 +263,7 @@ class FilmChain:
 def blurred(images: torch.Tensor, sigma, weights: torch.Tensor) -> torch.Tensor:
     """Gaussian blur of ``(B, V, S, S)`` by ``sigma`` pixels ``(B, V, 1, 1)``, mean over ``weights`` (bool, the shape).
 
-    Two matrix products: any width costs the same, and each picture has its own. Without any weight near it a pixel is 0.
+    Two matrix products: any width costs the same, and each picture has its own. Far from any weight a pixel is 0.
     """
     at = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * ((at[:, None] - at) / sigma.clamp_min(0.05)) ** 2)
@@ -294,7 +290,7 @@ def as_read(pictures: torch.Tensor, shown: torch.Tensor, linear: torch.Tensor) -
 
 
 def _interpolated(pictures, levels, targets):
-    """Piecewise linear from ``levels`` (B, 2, P), not decreasing, to ``targets`` (2, P); equal levels share a target."""
+    """Piecewise linear from ``levels`` (B, 2, P), not decreasing, to ``targets`` (2, P); equal levels share one."""
     same = (levels[..., :, None] == levels[..., None, :]).to(targets.dtype)
     targets = (same @ targets[:, :, None]).squeeze(-1) / same.sum(-1).clamp_min(1)
     result = targets[..., 0, None, None].expand_as(pictures).clone()
