@@ -21,18 +21,11 @@ from xray2ct.geometry.projector import Geometry
 from xray2ct.imaging.dicom_files import is_dicom
 from xray2ct.imaging.dicom_xray import MAX_VALUE, Exposure, StoredXray, decode_dicom
 from xray2ct.imaging.xray_picture import decode_array, decode_picture
-
-NORMALIZATIONS = ("manifest", "percentile", "histogram")
-# 1st and 99th percentile of the project's own X-rays (PA, lateral): means over 25 public chest CTs rendered with
-# the default geometry and scale; an X-ray of unknown scale is stretched onto them.
-REFERENCE_PERCENTILES = ((0.01, 0.53), (0.0, 0.74))
-# The whole distribution, for pictures whose values are any increasing function of attenuation: percentiles, and
-# the values there (PA, lateral), means over the same X-rays.
-HISTOGRAM_PERCENTILES = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 100)
-REFERENCE_HISTOGRAMS = (
-    (0.005, 0.008, 0.029, 0.056, 0.138, 0.202, 0.248, 0.287, 0.321, 0.354, 0.394, 0.449, 0.486, 0.528, 0.562),
-    (0.0, 0.0, 0.0, 0.001, 0.012, 0.057, 0.130, 0.241, 0.358, 0.442, 0.506, 0.591, 0.648, 0.736, 0.806),
+from xray2ct.imaging.xray_scale import (
+    NORMALIZATIONS,
+    normalise,
 )
+
 MIN_SIZE = 32
 MAX_EDGE = 8192  # pixels; the picture is padded to a square in memory
 
@@ -107,7 +100,7 @@ def read_xray(
     if invert:
         raw = full_scale - raw
         notes.append("inverted")
-    pixels = _normalise(path, raw, full_scale, normalization, view)
+    pixels = normalise(path, raw, full_scale, normalization, view)
     _check_polarity(path, pixels[shown])
     pixels = np.where(outside, np.nanmin(pixels), pixels)
     known = (exposure or Exposure()).over(decoded.exposure)
@@ -167,35 +160,6 @@ def _check_edges(path, shape) -> None:
 
 # ------------------------------------------------------------------------------------------------
 # Values and size
-
-
-def _normalise(path, raw, full_scale, normalization, view):
-    if normalization == "percentile":
-        low, high = np.nanpercentile(raw, [1, 99])
-        if high <= low:
-            raise InputError(f"{path}: 98 % of the pixels have the same value; expected an X-ray")
-        to_low, to_high = REFERENCE_PERCENTILES[view]
-        return ((raw - low) / (high - low) * (to_high - to_low) + to_low).clip(0.0, 1.0)
-    if normalization == "histogram":
-        return _match_histogram(path, raw, view)
-    low, high = float(np.nanmin(raw)), float(np.nanmax(raw))
-    if low < -1e-6 * full_scale or high > (1 + 1e-6) * full_scale or high - low < full_scale / 16:
-        raise InputError(
-            f"{path}: values {low:g} to {high:g}; expected 0 to {full_scale:g}"
-            " (an X-ray of unknown scale, such as 12 bits in a file of 16, needs the normalization 'percentile')"
-        )
-    return (raw / full_scale).clip(0.0, 1.0)
-
-
-def _match_histogram(path, raw, view) -> np.ndarray:
-    """Piecewise linear between the percentiles of :data:`HISTOGRAM_PERCENTILES`: increasing, so order is kept."""
-    levels, where = np.unique(np.nanpercentile(raw, HISTOGRAM_PERCENTILES), return_inverse=True)
-    if len(levels) < 4:
-        raise InputError(f"{path}: most pixels have the same value; expected an X-ray")
-    reference = np.asarray(REFERENCE_HISTOGRAMS[view])
-    # A value that many pixels share (air, a burnt-in frame) spans percentiles: it gets their mean.
-    targets = np.bincount(where, weights=reference) / np.bincount(where)
-    return np.interp(raw, levels, targets)
 
 
 def _check_polarity(path, pixels) -> None:
