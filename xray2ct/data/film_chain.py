@@ -20,7 +20,14 @@ from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import Geometry, hu_to_unit
-from xray2ct.imaging.read_xray import HISTOGRAM_PERCENTILES, REFERENCE_HISTOGRAMS, REFERENCE_PERCENTILES
+from xray2ct.imaging.xray_scale import (
+    AIR,
+    BODY_HISTOGRAMS,
+    BODY_MARGIN,
+    BODY_PERCENTILE,
+    HISTOGRAM_PERCENTILES,
+    REFERENCE_PERCENTILES,
+)
 from xray2ct.settings import setting, span
 
 DISTANCES = 4  # source distances in the range: each is a forward projector of its own
@@ -273,26 +280,50 @@ def blurred(images: torch.Tensor, sigma, weights: torch.Tensor) -> torch.Tensor:
 
 
 def as_read(pictures: torch.Tensor, shown: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
-    """What :func:`read_xray` makes of pictures ``(B, 2, S, S)`` of unknown scale: on the device, for the whole batch.
+    """What the reader makes of pictures ``(B, 2, S, S)`` of unknown scale (:func:`xray_scale.normalise`), as one batch.
 
-    shown: bool; the rest is padding, and becomes air. linear ``(B, 2, 1, 1)``: normalised by percentiles; the others,
-    by their histogram.
+    shown: bool; the rest is padding, and becomes air. linear ``(B, 2, 1, 1)``: scaled by percentiles, as logarithmic
+    values are; the others, as displayed, by their histogram inside the body.
     """
-    values = torch.where(shown, pictures, math.nan).flatten(2)
-    levels = values.new_tensor(HISTOGRAM_PERCENTILES) / 100
-    levels = torch.nanquantile(values, levels, dim=-1).permute(1, 2, 0)  # (B, 2, P)
-    by_histogram = _interpolated(pictures, levels, values.new_tensor(REFERENCE_HISTOGRAMS))
-    low, high = (levels[..., HISTOGRAM_PERCENTILES.index(p), None, None] for p in (1, 99))
+    values = torch.where(shown, pictures, math.nan)
+    ends = torch.nanquantile(values.flatten(2), values.new_tensor([0.0, 0.01, 0.99]), dim=-1)
+    lowest, low, high = ends[..., None, None].unbind(0)
     to_low, to_high = values.new_tensor(REFERENCE_PERCENTILES).T[..., None, None]
     by_percentile = (pictures - low) / (high - low).clamp_min(1e-6) * (to_high - to_low) + to_low
+
+    middle = torch.where(_middle(shown), pictures, math.nan).flatten(2)
+    level = torch.nanquantile(middle, BODY_PERCENTILE / 100, dim=-1)[..., None, None]
+    body = torch.where(values >= level, values, math.nan).flatten(2)
+    levels = torch.nanquantile(body, values.new_tensor(HISTOGRAM_PERCENTILES) / 100, dim=-1).permute(1, 2, 0)
+    by_histogram = _interpolated(pictures, lowest, levels, values.new_tensor(BODY_HISTOGRAMS))
     read = torch.where(linear, by_percentile, by_histogram).clamp(0, 1)
-    return torch.where(shown, read, 0.0).nan_to_num(0.0)
+    return torch.where(shown, read, AIR).nan_to_num(AIR)
 
 
-def _interpolated(pictures, levels, targets):
-    """Piecewise linear from ``levels`` (B, 2, P), not decreasing, to ``targets`` (2, P); equal levels share one."""
+def _middle(shown: torch.Tensor) -> torch.Tensor:
+    """The middle rows and columns of the part of each picture that is shown (:func:`xray_scale.body_level`)."""
+    middle = shown
+    for axis in (-1, -2):
+        at = torch.arange(shown.shape[axis], device=shown.device, dtype=torch.float32) + 0.5
+        used = shown.any(dim=-3 - axis)  # over the other axis of the picture
+        start = torch.where(used, at, math.inf).amin(dim=-1, keepdim=True)
+        end = torch.where(used, at, -math.inf).amax(dim=-1, keepdim=True)
+        margin = BODY_MARGIN * (end - start)
+        within = (at >= start + margin) & (at <= end - margin)
+        middle = middle & within.unsqueeze(-3 - axis)
+    return middle
+
+
+def _interpolated(pictures, lowest, levels, targets):
+    """Piecewise linear from :data:`AIR` at ``lowest`` over ``levels`` (B, 2, P) to ``targets`` (2, P), increasing.
+
+    Equal levels share the mean of their targets.
+    """
     same = (levels[..., :, None] == levels[..., None, :]).to(targets.dtype)
     targets = (same @ targets[:, :, None]).squeeze(-1) / same.sum(-1).clamp_min(1)
+    levels = torch.cat([lowest.squeeze(-1), levels], dim=-1)
+    below = levels[..., 0] < levels[..., 1]
+    targets = torch.cat([torch.where(below, AIR, targets[..., 0])[..., None], targets], dim=-1)
     result = targets[..., 0, None, None].expand_as(pictures).clone()
     for k in range(levels.shape[-1] - 1):
         low, high = levels[..., k, None, None], levels[..., k + 1, None, None]
