@@ -86,6 +86,7 @@ class PatientTask(Task):
     kept_samples = 2  # validation patients whose pictures go to the monitors
     uses_mask = False  # whether the scan mask is wanted in a batch
     makes_films = False  # whether some of the pairs become simulated films
+    initial: dict = {}  # noqa: RUF012 (replaced, never changed): see initial_weights.start_from
     criterion: nn.Module
 
     # -- data ------------------------------------------------------------------------------------
@@ -130,12 +131,16 @@ class PatientTask(Task):
         return f"{len(self.train_data)} training and {len(self.val_data)} validation patients"
 
     def header(self) -> dict:
-        return {
+        header = {
             "kind": self.kind,
             **self.data_header,
             "xray_size": self.xray_size,
             "train_patients": list(self.train_data.ids),
         }
+        if self.initial:
+            header["train_patients"] += [p for p in self.initial["patients"] if p not in self.train_data.ids]
+            header["init"] = self.initial["init"]
+        return header
 
     def make_batch(self, raw, seeds, device) -> dict:
         """``xrays`` (B, 2, H, W) and ``ct_volume`` (B, 1, D, H, W) in [0, 1], ``mask`` where it is used."""
