@@ -27,7 +27,7 @@ from xray2ct.training.trainer import fit
 
 
 def training_parser(description: str, config_name: str, output: str) -> argparse.ArgumentParser:
-    """Options that both scripts have: --config, --data, --output, --init, --set, --dry-run, and those of run and monitors."""
+    """Options that both scripts have: --config, --data, --output, --init, --set, --dry-run, of run and monitors."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help=f"JSON settings (default: {config_name} next to this script)")
     parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
