@@ -15,8 +15,8 @@ from tests.helpers.xray_cases import write_dicom
 from xray2ct.checkpoints import save_checkpoint
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry
-from xray2ct.imaging.dicom_xray import Exposure
 from xray2ct.imaging.film import body_width
+from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.inference import batch, reconstruction
 from xray2ct.models.loading import load_base_model
 from xray2ct.models.registry import KIND

@@ -57,8 +57,8 @@ def normalise(path, raw: np.ndarray, full_scale: float, normalization: str, view
 def body_level(raw: np.ndarray) -> float:
     """The value that divides body from air: the 2nd percentile of the middle 40 % of the rows and columns.
 
-    The middle of a chest film shows lung, heart and spine, no air beside the patient; what is darker than the lungs there
-    is air. Any increasing curve of the values leaves the division as it is.
+    The middle of a chest film shows lung, heart and spine, no air beside the patient; what is darker than the lungs
+    there is air. Any increasing curve of the values leaves the division as it is.
     """
     rows, columns = raw.shape
     down, across = int(BODY_MARGIN * rows), int(BODY_MARGIN * columns)

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from xray2ct.data.patient_files import find_pairs
 from xray2ct.files import InputError, check_writable, describe
-from xray2ct.imaging.dicom_xray import Exposure
 from xray2ct.imaging.figures import save_panel
 from xray2ct.imaging.read_xray import NORMALIZATIONS
+from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.imaging.write_volume import FORMATS, check_output, write_volume
 from xray2ct.inference.reconstruction import Pipeline
 

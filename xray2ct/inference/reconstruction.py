@@ -15,9 +15,9 @@ import torch
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import unit_to_hu
 from xray2ct.imaging.cube import cube_affine
-from xray2ct.imaging.dicom_xray import Exposure
 from xray2ct.imaging.film import check_spacings, check_views
 from xray2ct.imaging.read_xray import REFERENCE_PERCENTILES, read_xray
+from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.inference.predictor import Predictor, check_view_count
 from xray2ct.inference.system import DirectSystem
 
