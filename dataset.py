@@ -118,6 +118,10 @@ class PatientDataset(Dataset):
         """Name of the split a patient belongs to."""
         return next(name for name, ids in self.splits.items() if patient in ids)
 
+    def xray_files(self, index: int) -> tuple[Path | None, Path | None]:
+        """Where a patient's PA and lateral X-ray are; None for one that is rendered."""
+        return self._patients[self.ids[index]].xrays
+
     def __getitem__(self, index: int) -> dict:
         patient = self._patients[self.ids[index]]
         volume, mask, affine = self._volume(patient)

@@ -176,12 +176,12 @@ class FilmChain:
         grid = F.affine_grid(theta, [2 * batch, 1, size, size], align_corners=False)
         placed = F.grid_sample(integrals.flatten(0, 1)[:, None], grid, align_corners=False).view_as(integrals)
         grid = grid.view(batch, 2, size, size, 2)
-        top, bottom = self._scanned(volumes)
+        top, bottom = self.scanned(volumes)
         z = grid[..., 1] * (self.field_mm / 2)
         covered = (grid.abs() <= 1).all(-1) & (z >= top.view(-1, 1, 1, 1)) & (z <= bottom.view(-1, 1, 1, 1))
         return placed, covered
 
-    def _scanned(self, volumes):
+    def scanned(self, volumes):
         """First and last height ``(B,)`` in mm at which rays cross the scan on their whole way through the body.
 
         Renderings are dark where the CT ends, films never are.
@@ -194,7 +194,7 @@ class FilmChain:
         top = torch.where(inside, z, z.new_tensor(math.inf)).amin(dim=1) - half
         bottom = torch.where(inside, z, z.new_tensor(-math.inf)).amax(dim=1) + half
         slant = 1 + BODY_RADIUS_MM / (self.config.source_distance_mm[0])
-        return (ends / slant for ends in (top, bottom))
+        return top / slant, bottom / slant
 
     def _collimation(self, covered, random):
         """``(B, 2, S, S)``: is a pixel within the collimated field; and its distance to that field's edge in pixels."""
