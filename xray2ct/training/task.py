@@ -110,7 +110,8 @@ class PatientTask(Task):
                 f"augment.film.probability is {augment.film.probability:g}, but X-rays are read from files: expected 0,"
                 " or data.xray_source=render"
             )
-        options = {"max_patients": data.max_patients, "raw": self.renders, "body": self.makes_films}
+        options = {"max_patients": data.max_patients, "raw": self.renders}
+        options |= {"with_mask": self.uses_mask, "body": self.makes_films}
         self.train_data = PatientDataset(data.dataset_path, "train", *read_as, **options, **common)
         self.data_header = data_header(self.train_data)
         self.pairs = PairMaker(self.train_data.acquisition, (size,) * 3, xray_size, augment)
@@ -149,7 +150,7 @@ class PatientTask(Task):
             body = raw["body"].to(device, non_blocking=True)
             batch["ct_volume"] = self.pairs.film.without_couch(batch["ct_volume"], body, SampleRandom(seeds, device))
         if self.renders:
-            batch = self.pairs(batch["ct_volume"], batch["mask"] if self.uses_mask else None, seeds)
+            batch = self.pairs(batch["ct_volume"], batch.get("mask"), seeds)
         return batch
 
     # -- validation ------------------------------------------------------------------------------
