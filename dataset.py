@@ -33,10 +33,10 @@ from xray2ct.geometry.projector import HU_WINDOW, hu_to_unit
 from xray2ct.imaging.body import patient_mask
 from xray2ct.imaging.cube import cube_affine
 from xray2ct.imaging.cube_files import read_array_cube, read_cube
-from xray2ct.imaging.film import check_spacings, check_views
-from xray2ct.imaging.read_xray import read_xray
+from xray2ct.imaging.film import check_views
+from xray2ct.imaging.read_films import read_films
 
-CACHE_VERSION = 3  # raised when the cached arrays' meaning or values change
+CACHE_VERSION = 4  # raised when the cached arrays' meaning or values change
 RENDER_SIZE = 512  # pixels per edge of a missing X-ray before it is averaged to the size in use
 
 
@@ -54,7 +54,7 @@ class PatientDataset(Dataset):
 
     split: "train", "val", "test" or "all". max_patients: the first so many (by id).
     hu_window: another window than the data set's own. xray_normalization: for X-rays of a data set
-    without manifest (see :func:`read_xray.read_xray`). raw: leave ct_volume as uint16 (65535 = 1) and
+    without manifest (see :func:`read_films.read_films`). raw: leave ct_volume as uint16 (65535 = 1) and
     mask as uint8, to be converted on the device. with_mask: False leaves the mask out. body: whether ``"body"`` is
     wanted.
     Raises :class:`InputError` naming file or folder for anything unusable.
@@ -69,7 +69,7 @@ class PatientDataset(Dataset):
         cache_dir=None,
         max_patients: int | None = None,
         hu_window=None,
-        xray_normalization: str = "percentile",
+        xray_normalization: str = "auto",
         raw: bool = False,
         with_mask: bool = True,
         body: bool = False,
@@ -246,26 +246,20 @@ class PatientDataset(Dataset):
         return self._cached(patient, f"xrays{size}", shape, np.uint16, sources, make)
 
     def _read_xrays(self, patient, size: int):
-        images, rendered, read = [], None, {}
-        for view, path in enumerate(patient.xrays):
-            if path is None:
-                if rendered is None:
-                    hu = self._read_cube(patient)[0]
-                    volume = torch.from_numpy(hu_to_unit(hu, self.hu_window))[None, None]
-                    pixels = (max(RENDER_SIZE, size),) * 2
-                    rendered = self.acquisition.render(volume, pixels)
-                    rendered = averaged_to(rendered, (size, size))[0].clip(0, 1).numpy()
-                images.append(rendered[view])
-            else:
-                xray = read_xray(path, self._normalization, size, view, geometry=self.geometry)
-                read[path] = xray
-                for note in xray.notes:
-                    if not self.has_manifest:
-                        warnings.warn(f"{path}: {note}", stacklevel=2)
-                images.append(xray.pixels)
-        names = [str(path or f"{patient.id} (rendered)") for path in patient.xrays]
-        check_spacings(read)
-        check_views(images[0], images[1], names)
+        pair = read_films(patient.xrays, self._normalization, size, self.geometry)
+        if not self.has_manifest:
+            for note in pair.notes:
+                warnings.warn(note, stacklevel=2)
+        images = [None if xray is None else xray.pixels for xray in pair.views]
+        if None in patient.xrays:
+            hu = self._read_cube(patient)[0]
+            volume = torch.from_numpy(hu_to_unit(hu, self.hu_window))[None, None]
+            rendered = self.acquisition.render(volume, (max(RENDER_SIZE, size),) * 2)
+            rendered = averaged_to(rendered, (size, size))[0].clip(0, 1).numpy()
+            images = [rendered[view] if image is None else image for view, image in enumerate(images)]
+            if not pair.films:
+                names = [str(path or f"{patient.id} (rendered)") for path in patient.xrays]
+                check_views(images[0], images[1], names)
         return np.round(np.stack(images) * 65535.0).astype(np.uint16)
 
 

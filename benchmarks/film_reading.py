@@ -46,7 +46,7 @@ def make_films(folder: Path, rows: int, columns: int) -> dict[str, list[str]]:
         large = np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC))
         shown = 1 / (1 + np.exp(-10 * (large - 0.3))) + np.random.default_rng(view).normal(0, 0.01, large.shape)
         stored = np.rint(4095 * shown.clip(0, 1)).astype(np.uint16)
-        name = folder / "pa lateral".split()[view]
+        name = folder / ["pa", "lateral"][view]
         Image.fromarray(stored * 16).save(f"{name}16.png")
         Image.fromarray((stored >> 4).astype(np.uint8)).save(f"{name}8.png")
         _write_dicom(f"{name}.dcm", stored)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from xray2ct.conventions import MANIFEST
 from xray2ct.data.film_chain import FilmChain, FilmConfig
 from xray2ct.files import InputError, atomic_path, check_writable, run_cli, write_json
 from xray2ct.geometry.lifting import averaged_to
+from xray2ct.imaging.read_films import FilmWarning
 from xray2ct.inference.reconstruction import Pipeline
 from xray2ct.inference.system import DirectSystem
 from xray2ct.metrics import psnr
@@ -136,7 +138,9 @@ def score(network: Network, paths: list[Path], target: torch.Tensor) -> dict:
     """
     pipeline = network.pipeline
     try:
-        xrays = pipeline.read(*map(str, paths), normalization=network.normalization)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FilmWarning)  # they are among the notes
+            xrays = pipeline.read(*map(str, paths), normalization=network.normalization)
     except InputError as error:
         return {"refused": str(error)}
     prediction = pipeline.predict(xrays)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from xray2ct.conventions import DICOM_SUFFIXES, PICTURES
 from xray2ct.files import InputError, atomic_path
@@ -21,8 +22,8 @@ from xray2ct.imaging.dicom_view import check_view, turned
 from xray2ct.imaging.dicom_xray import decode_dicom
 from xray2ct.imaging.stored_xray import MAX_VALUE, Exposure, StoredXray
 from xray2ct.imaging.xray_field import MAX_EDGE, fit_field, fit_size
-from xray2ct.imaging.xray_picture import decode_array, decode_picture
-from xray2ct.imaging.xray_scale import AIR, NORMALIZATIONS, REFERENCE_PERCENTILES, has_own_scale, normalise
+from xray2ct.imaging.xray_picture import OWN_MARK, decode_array, decode_picture, is_rendered
+from xray2ct.imaging.xray_scale import AIR, NORMALIZATIONS, REFERENCE_PERCENTILES, normalise
 
 __all__ = ["MAX_EDGE", "NORMALIZATIONS", "REFERENCE_PERCENTILES", "XrayImage", "decode", "read_xray", "write_png16"]
 MIN_SIZE = 32
@@ -40,7 +41,9 @@ class XrayImage:
 def write_png16(path: str | os.PathLike, image01) -> None:
     """Write ``image01`` ``(H, W)`` as 16-bit grey PNG, atomically: pixel = round(65535 * clip(value, 0, 1)).
 
-    Raises ``ValueError`` on another shape, NaN or infinity.
+    A name that ends in ``_drr.png``, as rendered X-rays have it, marks the file as one on the project's scale, so that
+    a copy under another name is still known (:data:`xray_picture.OWN_MARK`). Raises ``ValueError`` on another shape, NaN
+    or infinity.
     """
     pixels = np.asarray(image01, dtype=np.float64)
     if pixels.ndim != 2:
@@ -49,7 +52,10 @@ def write_png16(path: str | os.PathLike, image01) -> None:
         raise ValueError(f"{path}: X-ray contains NaN or infinity")
     pixels = np.rint(65535.0 * pixels.clip(0.0, 1.0)).astype(np.uint16)
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        info = PngInfo()
+        if is_rendered(path):
+            info.add_text(*OWN_MARK)
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
 
 
 def read_xray(
@@ -98,7 +104,7 @@ def read_xray(
     if invert:
         raw = full_scale - raw
         notes.append("inverted")
-    pixels = normalise(path, raw, full_scale, chosen(normalization, decoded, view), view)
+    pixels = normalise(path, raw, full_scale, chosen(normalization, decoded), view)
     check_polarity(path, pixels[shown])
     pixels = np.where(outside, AIR, pixels)
     known = (exposure or Exposure()).over(decoded.exposure)
@@ -115,11 +121,11 @@ def check_normalization(name: str) -> None:
         raise InputError(f"X-ray normalization is {name!r}; expected one of {', '.join(NORMALIZATIONS)}")
 
 
-def chosen(normalization: str, stored: StoredXray, view: int) -> str:
+def chosen(normalization: str, stored: StoredXray) -> str:
     """The normalisation that ``auto`` stands for: by the picture's own scale, by its header, by its histogram."""
     if normalization != "auto":
         return normalization
-    if stored.exact and has_own_scale(stored.pixels / stored.full_scale, view):
+    if stored.own:
         return "manifest"
     return "percentile" if stored.linear else "body"
 

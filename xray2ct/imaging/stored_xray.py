@@ -58,7 +58,7 @@ class StoredXray:
 
     full_scale: the value that means 1. reduced: pixels of the file per edge of one of these (see :func:`converted`).
     linear: the values are linear in attenuation by the header. claims: what a DICOM header says of the view; None for
-    pictures. exact: of a kind that the project itself writes (16-bit grey PNG, floats).
+    pictures. own: an X-ray that the project rendered, on its own scale.
     """
 
     pixels: np.ndarray
@@ -68,7 +68,7 @@ class StoredXray:
     reduced: int = 1
     linear: bool = False
     claims: HeaderClaims | None = None
-    exact: bool = False
+    own: bool = False
 
 
 def reduction(shape, edge: int | None) -> int:

@@ -7,18 +7,21 @@ a pixel) is used here, or the file is refused.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from xray2ct.files import InputError, read_npy, shown_name
 from xray2ct.imaging.stored_xray import StoredXray, converted, reduction
+from xray2ct.imaging.xray_scale import has_own_scale
 
 COLOUR = ("P", "PA", "RGB", "RGBA", "LA", "YCbCr")
 # Pillow's modes of one channel, and the value that means 1.
 GREY = {"L": 255.0, "I;16": 65535.0, "I;16B": 65535.0, "I;16L": 65535.0, "I": 65535.0, "F": 1.0}
 ORIENTATION, PHOTOMETRIC, BITS, SAMPLE_FORMAT = 274, 262, 258, 339  # tags of TIFF and EXIF
 WHITE_IS_ZERO = 0
+OWN_MARK = ("Software", "xray2ct: linear in attenuation")  # text chunk of a PNG on the project's scale
 # EXIF orientation -> the upright picture.
 UPRIGHT = {
     2: lambda pixels: pixels[:, ::-1],
@@ -64,7 +67,7 @@ def decode_array(path) -> StoredXray:
     array = np.squeeze(array) if array.ndim > 2 else array
     scale = {1: 255.0, 2: 65535.0}.get(array.dtype.itemsize, 1.0) if array.dtype.kind == "u" else 1.0
     pixels = _finite(path, array, array.astype(np.float32))
-    return StoredXray(pixels, scale, [], exact=array.dtype.kind == "f" or scale == 65535)
+    return StoredXray(pixels, scale, [], own=array.dtype.kind == "f" and has_own_scale(pixels))
 
 
 def _finite(path, given, pixels):
@@ -121,8 +124,16 @@ def _decode(path, picture, edge) -> StoredXray:
     if orientation in UPRIGHT:
         notes.append(f"turned by its EXIF orientation ({orientation})")
         pixels = pixels if is_tiff else np.ascontiguousarray(UPRIGHT[orientation](pixels))
-    exact = picture.format == "PNG" and mode.startswith("I")
-    return StoredXray(pixels, full_scale, notes, reduced=factor, exact=exact)
+    own = picture.format == "PNG" and mode.startswith("I") and full_scale == 65535
+    own = own and (
+        picture.info.get(OWN_MARK[0]) == OWN_MARK[1] or (is_rendered(path) and has_own_scale(pixels / 65535))
+    )
+    return StoredXray(pixels, full_scale, notes, reduced=factor, own=own)
+
+
+def is_rendered(path) -> bool:
+    """True for names like those that ``prepare_data.py`` gives to rendered X-rays."""
+    return Path(path).stem.lower().endswith("_drr")
 
 
 def _transparent(path, picture, raw_mode) -> np.ndarray | None:

@@ -83,9 +83,10 @@ def _match(path, raw, sample, reference) -> np.ndarray:
     return np.interp(raw, levels, targets).astype(raw.dtype, copy=False)
 
 
-def has_own_scale(pixels: np.ndarray, view: int) -> bool:
-    """True where ``pixels`` in [0, 1] are as bright as the project's own X-rays of ``view`` (0 PA, 1 lateral)."""
-    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() < 1):
+def has_own_scale(pixels: np.ndarray) -> bool:
+    """True where ``pixels``, finite, are as bright as the project's own X-rays of either view."""
+    if pixels.ndim != 2 or not pixels.size or pixels.min() < 0 or pixels.max() >= 1:
         return False
-    level, usual = float(np.percentile(pixels, 99)), REFERENCE_PERCENTILES[view][1]
-    return OWN_LEVELS[0] * usual < level < OWN_LEVELS[1] * usual and np.percentile(pixels, 1) < 0.15
+    low, level = np.percentile(pixels, [1, 99])
+    usual = REFERENCE_PERCENTILES[0][1], REFERENCE_PERCENTILES[1][1]
+    return bool(low < 0.2 and OWN_LEVELS[0] * usual[0] < level < OWN_LEVELS[1] * usual[1])
