@@ -109,6 +109,14 @@ def test_source_distances_are_those_of_the_geometry(volumes):
     assert {round(a.geometry.detector_mm * a.geometry.sid_mm / a.geometry.sdd_mm) for a in spread} == {360}
 
 
+def test_films_of_parallel_data_are_taken_from_a_source(volumes):
+    """200 mm before the detector, as the default geometry has it; what is seen at the isocentre is the data's."""
+    parallel = Acquisition(Geometry("parallel"))
+    settings = FilmConfig(**{**PLAIN, "source_distance_mm": [1800.0, 1800.0]})
+    rendered = FilmChain(settings, parallel).render(volumes, (SIZE, SIZE), SampleRandom([1, 2]))
+    assert torch.allclose(rendered, Acquisition().render(volumes, (SIZE, SIZE)), atol=1e-5)
+
+
 def test_beam_hardening_is_that_of_two_lines():
     """Through 5 attenuation lengths, lines at 0.7 and 1.3 of the mean: -log((e^-3.5 + e^-6.5) / 2) = 4.1446."""
     maker = chain(hardening=[0.3, 0.3])
@@ -246,6 +254,8 @@ def test_the_couch_is_cut_off_films_only(volumes):
     bodies[..., :40, :] = 1
     stored = (volumes[:1] * 65535).round().to(torch.uint16).expand(8, -1, -1, -1, -1)
     got = maker.without_couch(stored, bodies, random)
+    below = FilmChain(FilmConfig(probability=1.0), Acquisition(hu_window=(-4024.0, 976.0)))
+    assert below.without_couch(stored, 0 * bodies, random).int().unique().tolist() == [round(65535 * 0.6)]
     for film, volume in zip(maker.is_film(random).tolist(), got):
         kept = stored[0].int() if not film else stored[0].int() * bodies[0]
         assert torch.equal(volume.int(), kept)

@@ -90,13 +90,22 @@ class FilmChain:
         behind = geometry.sdd_mm - geometry.sid_mm if cone else BEHIND_MM
         # What the detector sees at the isocentre; films of all distances are brought to it, as the reader does.
         self.field_mm = geometry.detector_mm * (geometry.sid_mm / geometry.sdd_mm if cone else 1.0)
-        low, high = config.source_distance_mm
+        if self.enabled:
+            self.distances = self._distances(behind)
+
+    def _distances(self, behind: float) -> list[Acquisition]:
+        """The range of source distances in equal steps."""
+        geometry, (low, high) = self.acquisition.geometry, self.config.source_distance_mm
+        if geometry.kind not in ("cone", "parallel"):
+            raise InputError(
+                f"augment.film.probability is above 0, but the X-rays are of a {geometry.kind}: expected 0"
+            )
         if low - behind <= geometry.fov_mm / 2:
             raise InputError(
                 f"augment.film.source_distance_mm begins at {low:g}; expected more than {behind:g} mm (isocentre to"
                 f" detector) and half the cube's {geometry.fov_mm:g} mm"
             )
-        self.distances = [self._at(low + (high - low) * k / (DISTANCES - 1), behind) for k in range(DISTANCES)]
+        return [self._at(low + (high - low) * k / (DISTANCES - 1), behind) for k in range(DISTANCES)]
 
     def _at(self, sdd: float, behind: float) -> Acquisition:
         sid = sdd - behind
@@ -121,7 +130,8 @@ class FilmChain:
         keep = (bodies > 0) | ~self.is_film(random).view(-1, 1, 1, 1, 1)
         air = float(hu_to_unit(torch.tensor(float(AIR_HU)), self.acquisition.hu_window))
         if volumes.dtype == torch.uint16:  # which torch can store but hardly compute with
-            return torch.where(keep, volumes.view(torch.int16), round(65535 * air)).view(torch.uint16)
+            air = (round(65535 * air) + 2**15) % 2**16 - 2**15  # the same bits as a signed number
+            return torch.where(keep, volumes.view(torch.int16), air).view(torch.uint16)
         return torch.where(keep, volumes, air)
 
     def render(self, volumes: torch.Tensor, image_size, random: SampleRandom) -> torch.Tensor:
