@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import build
 from tests.helpers.tiny_data import make_dataset
 from xray2ct.files import InputError
+from xray2ct.training.config import EnhancedConfig, load_config
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +45,10 @@ def test_films_change_the_xrays_and_take_the_couch_out_of_both(root):
 def test_settings_that_films_contradict_are_refused(root, overrides, words):
     with pytest.raises(InputError, match=re.escape(words)):
         build(root, "augment.film.probability=0.5", *overrides)
+
+
+def test_the_configuration_for_films_is_the_small_one_with_every_second_pair_a_film():
+    plain, film = (load_config(EnhancedConfig, ROOT / "configs" / f"{name}.json") for name in ("cpu", "film"))
+    assert film.augment.film.probability == 0.5
+    film.augment.film.probability = 0.0
+    assert film == plain
