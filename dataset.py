@@ -30,6 +30,7 @@ from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.geometry.projector import HU_WINDOW, hu_to_unit
+from xray2ct.imaging.body import patient_mask
 from xray2ct.imaging.cube import cube_affine
 from xray2ct.imaging.cube_files import read_array_cube, read_cube
 from xray2ct.imaging.film import check_views
@@ -44,16 +45,18 @@ RENDER_SIZE = 512  # pixels per edge of a missing X-ray before it is averaged to
 
 
 class PatientDataset(Dataset):
-    """Patients of one split as ``{"id", "xrays", "ct_volume", "mask", "affine"}``.
+    """Patients of one split as ``{"id", "xrays", "ct_volume", "mask", "affine"}``, and ``"body"`` on demand.
 
     xrays ``(2, xray_size, xray_size)`` float32 in [0, 1] (left out with ``xray_size=None``);
     ct_volume ``(1, N, N, N)`` float32, ``hu_window`` mapped to [0, 1]; mask ``(1, N, N, N)``
-    float32, 1 inside the scan; affine ``(4, 4)`` of ``ct_volume`` as stored in NIfTI (W, H, D).
+    float32, 1 inside the scan; body ``(1, N, N, N)`` uint8, 1 in the patient (:func:`body.patient_mask`);
+    affine ``(4, 4)`` of ``ct_volume`` as stored in NIfTI (W, H, D).
 
     split: "train", "val", "test" or "all". max_patients: the first so many (by id).
     hu_window: another window than the data set's own. xray_normalization: for X-rays of a data set
     without manifest (see :func:`read_films.read_films`). raw: leave ct_volume as uint16 (65535 = 1) and
-    mask as uint8, to be converted on the device.
+    mask as uint8, to be converted on the device. with_mask: False leaves the mask out. body: whether ``"body"`` is
+    wanted.
     Raises :class:`InputError` naming file or folder for anything unusable.
     """
 
@@ -68,6 +71,8 @@ class PatientDataset(Dataset):
         hu_window=None,
         xray_normalization: str = "auto",
         raw: bool = False,
+        with_mask: bool = True,
+        body: bool = False,
     ):
         self.root = Path(root)
         patients = find_patients(self.root)
@@ -100,7 +105,8 @@ class PatientDataset(Dataset):
             raise InputError(f"{self.root}: the {split} split is empty ({len(patients)} patients in all)")
         self._patients = patients
         self._normalization = "manifest" if manifest.present else xray_normalization
-        self.volume_size, self.xray_size, self.raw = int(volume_size), xray_size, raw
+        self.volume_size, self.xray_size = int(volume_size), xray_size
+        self.raw, self.with_mask, self.body = raw, with_mask, body
         if self.cube_size % self.volume_size:
             raise InputError(f"volume size {volume_size} does not divide the data set's cube of {self.cube_size}")
         self.cache = Path(cache_dir) if cache_dir else self.root / ".cache"
@@ -117,18 +123,24 @@ class PatientDataset(Dataset):
         """Name of the split a patient belongs to."""
         return next(name for name, ids in self.splits.items() if patient in ids)
 
+    def xray_files(self, index: int) -> tuple[Path | None, Path | None]:
+        """Where a patient's PA and lateral X-ray are; None for one that is rendered."""
+        return self._patients[self.ids[index]].xrays
+
     def __getitem__(self, index: int) -> dict:
         patient = self._patients[self.ids[index]]
         volume, mask, affine = self._volume(patient)
-        volume, mask = torch.from_numpy(np.array(volume))[None], torch.from_numpy(np.array(mask))[None]
-        if not self.raw:
-            volume, mask = volume.float().div_(65535.0), mask.float()
+        volume = torch.from_numpy(np.array(volume))[None]
         item = {
             "id": patient.id,
-            "ct_volume": volume,
-            "mask": mask,
+            "ct_volume": volume if self.raw else volume.float().div_(65535.0),
             "affine": torch.from_numpy(np.array(affine)),
         }
+        if self.with_mask:
+            mask = torch.from_numpy(np.array(mask))[None]
+            item["mask"] = mask if self.raw else mask.float()
+        if self.body:
+            item["body"] = torch.from_numpy(np.array(self._body(patient)))[None]
         if self.xray_size is not None:
             xrays = self._xrays(patient, self.xray_size)
             item["xrays"] = torch.from_numpy(xrays.astype(np.float32)).div_(65535.0)
@@ -144,6 +156,8 @@ class PatientDataset(Dataset):
             patient = self._patients[self.ids[index]]
             if not all(complete(*entry) for entry in self._entries(patient)):
                 self._volume(patient)
+                if self.body:
+                    self._body(patient)
                 if self.xray_size is not None:
                     self._xrays(patient, self.xray_size)
 
@@ -164,6 +178,9 @@ class PatientDataset(Dataset):
         """``(path, shape, dtype)`` of all arrays of a patient, to see whether they are there without reading them."""
         for name, shape, dtype in self._volume_arrays():
             yield self._entry(patient, name, shape, patient.volume_files), shape, dtype
+        if self.body:
+            name, shape = f"body{self.volume_size}", (self.volume_size,) * 3
+            yield self._entry(patient, name, shape, [patient.volume]), shape, np.uint8
         if self.xray_size is not None:
             name, shape = f"xrays{self.xray_size}", (2, self.xray_size, self.xray_size)
             yield self._entry(patient, name, shape, patient.xray_sources), shape, np.uint16
@@ -223,6 +240,16 @@ class PatientDataset(Dataset):
             "mask": (share >= 0.5).astype(np.uint8),
             "affine": cube_affine(centre[:3], self.geometry.fov_mm, self.volume_size),
         }
+
+    def _body(self, patient):
+        size = self.volume_size
+
+        def make():
+            body = patient_mask(self._read_cube(patient)[0], self.geometry.fov_mm / self.cube_size)
+            share = torch.from_numpy(body).float()[None, None]
+            return (torch.nn.functional.avg_pool3d(share, self.cube_size // size)[0, 0].numpy() >= 0.5).astype(np.uint8)
+
+        return self._cached(patient, f"body{size}", (size, size, size), np.uint8, [patient.volume], make)
 
     def _read_cube(self, patient):
         """HU ``(D, H, W)`` float32, scan mask uint8 and affine at the data set's full resolution."""

@@ -152,6 +152,8 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     config = read_config(args)
     if args.baseline == "mean":
+        if args.init:
+            raise InputError(f"--init {args.init}: the mean volume is not trained; expected it with the baseline unet")
         cli.check_before_launch(args, config)
         return save_mean(args, config)
     return cli.start(args, config, UNetTask)

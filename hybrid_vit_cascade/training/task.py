@@ -14,12 +14,13 @@ from hybrid_vit_cascade.models import CascadeStage
 from hybrid_vit_cascade.physics import PhysicsLoss
 from hybrid_vit_cascade.settings import CascadeConfig, StageRun
 from xray2ct.data.augment import AugmentConfig
+from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.metrics import psnr
 from xray2ct.training.config import config_dict
 from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision
-from xray2ct.training.task import PatientTask
+from xray2ct.training.task import FILMS_DIFFER, PatientTask
 
 VALIDATION_TIMES = 4  # noise levels at which the validation loss is measured
 NOISE_PREDICTION_STEPS = 10  # of the volume that is validated where one step is not the posterior mean
@@ -81,6 +82,8 @@ class StageTask(PatientTask):
         # Noise prediction has no step from pure noise: its one-step volume is rough, and nothing is built on it.
         self.has_mean = run.prediction != "noise"
         self.open_data(size, run.xray_img_size, max(augment.source_size, size) if augment.enabled else 2 * size)
+        if self.makes_films and run.stage.use_physics_loss:
+            raise InputError(f"stages.{run.index}.use_physics_loss is true, but {FILMS_DIFFER}: expected false")
         self.build_cache(processes)
         self.criterion = StageLoss(run, self.train_data.acquisition)
         self.schedule, self.physics = self.criterion.schedule, self.criterion.physics

@@ -104,7 +104,7 @@ def make_task(root, config_path, *overrides, index=0, folder=None):
 
 def raw_batch(task, count=2):
     items = [task.train_data[i] for i in range(count)]
-    return {key: torch.stack([item[key] for item in items]) for key in ("ct_volume", "mask")}
+    return {key: torch.stack([item[key] for item in items]) for key in ("ct_volume", "mask", "body") if key in items[0]}
 
 
 # -- a whole run -----------------------------------------------------------------------------------
@@ -342,6 +342,15 @@ def test_the_switches_switch(root, config_path):
     assert make_task(root, config_path).build_model().settings["use_depth_lifting"] is True
     rows = task.validate(model.eval(), Processes(), Precision("float32", torch.device("cpu")))
     assert "physics" not in rows[0]
+
+
+def test_simulated_films_and_the_physics_loss_exclude_each_other(root, config_path):
+    words = r"stages.0.use_physics_loss is true, but simulated films .* are no renderings of their volumes"
+    with pytest.raises(InputError, match=words):
+        make_task(root, config_path, "augment.film.probability=0.5")
+    task = make_task(root, config_path, "augment.film.probability=1", "stages.0.use_physics_loss=false")
+    batch = task.make_batch(raw_batch(task), [1, 2], torch.device("cpu"))
+    assert torch.isfinite(batch["xrays"]).all()
 
 
 def test_one_view_trains_on_the_frontal_image_alone(words, tmp_path):

@@ -142,7 +142,12 @@ def _fill_holes(mask):
 
 
 def remove_couch(hu: np.ndarray, spacing_mm: float | None = None) -> np.ndarray:
-    """Set everything but the patient to air (-1024): couch, blankets, tubes. HU ``(D, H, W)``, same dtype out.
+    """Set everything but the patient (:func:`patient_mask`) to air (-1024). HU ``(D, H, W)``, same dtype out."""
+    return np.where(patient_mask(hu, spacing_mm), hu, np.asarray(AIR_HU, dtype=hu.dtype))
+
+
+def patient_mask(hu: np.ndarray, spacing_mm: float | None = None) -> np.ndarray:
+    """The patient without couch, blankets and tubes, ``(D, H, W)`` bool, from HU of that shape.
 
     spacing_mm: edge of the cubic voxels (default: those of a cube of the standard field of view). The
     body is :func:`body_mask` at about 2.8 mm, grown by 3 mm to keep the skin; arms stay while connected.
@@ -155,4 +160,4 @@ def remove_couch(hu: np.ndarray, spacing_mm: float | None = None) -> np.ndarray:
     body = _dilate(body, 3 / (spacing_mm * factor))
     for axis in range(3):
         body = body.repeat(factor, axis=axis)
-    return np.where(body, hu, np.asarray(AIR_HU, dtype=hu.dtype))
+    return body

@@ -15,22 +15,24 @@ from xray2ct.files import InputError, write_json
 from xray2ct.training.config import config_dict, config_hash, load_config
 from xray2ct.training.determinism import deterministic
 from xray2ct.training.distributed import Processes, launch, process_group
+from xray2ct.training.initial_weights import start_from
 from xray2ct.training.monitors import add_arguments, check_arguments, monitors_from
 from xray2ct.training.plan import accumulation_steps
 from xray2ct.training.precision import Precision
 from xray2ct.training.provenance import recorded_run
 from xray2ct.training.run_lock import locked_folder
 from xray2ct.training.signals import Interrupted
-from xray2ct.training.task import Task
+from xray2ct.training.task import PatientTask
 from xray2ct.training.trainer import fit
 
 
 def training_parser(description: str, config_name: str, output: str) -> argparse.ArgumentParser:
-    """Options that both scripts have: --config, --data, --output, --set, --dry-run, --deterministic, the monitors'."""
+    """Options that both scripts have: --config, --data, --output, --init, --set, --dry-run, of run and monitors."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help=f"JSON settings (default: {config_name} next to this script)")
     parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
     parser.add_argument("--output", default=output, help="folder for checkpoints and log.jsonl (default %(default)s)")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="begin with the weights of this checkpoint (fine-tuning)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes, stop")
     add_run_arguments(parser)
@@ -91,19 +93,21 @@ def describe_processes(config, processes: Processes, precision: str) -> str:
     )
 
 
-def start(args: argparse.Namespace, config, task_class: Callable[[Any, Processes], Task]) -> int:
+def start(args: argparse.Namespace, config, task_class: Callable[[Any, Processes], PatientTask]) -> int:
     """Check what can be checked at once, then train in as many processes as fit; returns the exit status."""
     check_before_launch(args, config)
     return launch(run_training, config.world_size, args, config, task_class)
 
 
-def run_training(args: argparse.Namespace, config, task_class: Callable[[Any, Processes], Task]) -> int:
+def run_training(args: argparse.Namespace, config, task_class: Callable[[Any, Processes], PatientTask]) -> int:
     """One process's part of a run; returns its exit status."""
     with process_group() as processes:
         task = task_class(config, processes)
         model = task.build_model()
         precision = Precision(config.training.precision, processes.device).name
         lines = [*task.description(model), describe_processes(config, processes, precision)]
+        if args.init:
+            lines.append(start_from(args.init, model, task))
         if processes.is_main:
             print("\n".join(lines), flush=True)
         if args.dry_run:

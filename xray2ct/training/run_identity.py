@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
 from dataset import PatientDataset
@@ -18,6 +19,7 @@ FREE_ON_RESUME = (
     "logging.",
     "data.num_workers",
     "data.prefetch_factor",
+    "data.device_cache",
     "data.cache_dir",
     "data.dataset_path",
 )
@@ -76,12 +78,14 @@ def check_same_run(path, checkpoint: dict, header: dict, config) -> None:
 
     header: of the task at hand; config: its settings' dataclass.
     """
-    changed = changed_settings(checkpoint["config"], config_dict(config))
+    changed = changed_settings(_with_defaults(checkpoint["config"], config), config_dict(config))
     if changed:
         raise InputError(
             f"{path} was trained with other settings ({'; '.join(changed)});"
             " choose another --output, or restore these settings to go on"
         )
+    if checkpoint.get("init") != header.get("init"):
+        raise InputError(f"{path} began with other weights (--init); choose another --output, or give the same --init")
     root = Path(config.data.dataset_path)
     check_same_data(path, checkpoint, header, f"the data is {root}: choose another --output, or the data it began with")
     old, new = (entry.get("train_patients") for entry in (checkpoint, header))
@@ -92,6 +96,22 @@ def check_same_run(path, checkpoint: dict, header: dict, config) -> None:
         )
     if checkpoint.get("base_fingerprint") != header.get("base_fingerprint"):
         raise InputError(f"{path} was trained on a stage 1 with other weights; choose another --output")
+
+
+def _with_defaults(settings: dict, config) -> dict:
+    """``settings`` of an earlier version with the later ones at their defaults; config: a dataclass of this version."""
+    known = dict(settings)
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.name in known:
+            if is_dataclass(value) and isinstance(known[entry.name], dict):
+                known[entry.name] = _with_defaults(known[entry.name], value)
+        elif entry.default is not MISSING:
+            known[entry.name] = entry.default
+        elif entry.default_factory is not MISSING:
+            default = entry.default_factory()
+            known[entry.name] = asdict(default) if is_dataclass(default) else default
+    return known
 
 
 def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:

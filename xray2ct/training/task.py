@@ -12,11 +12,14 @@ from tqdm import tqdm
 from dataset import PatientDataset
 from losses import EnhancedLoss
 from xray2ct.data.augment import AugmentConfig, PairMaker
+from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
 from xray2ct.training.config import LossConfig, config_dict
 from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision
 from xray2ct.training.run_identity import data_header
+
+FILMS_DIFFER = "simulated films (augment.film.probability) are no renderings of their volumes"
 
 
 class Task:
@@ -82,6 +85,8 @@ class PatientTask(Task):
     val_data: PatientDataset
     kept_samples = 2  # validation patients whose pictures go to the monitors
     uses_mask = False  # whether the scan mask is wanted in a batch
+    makes_films = False  # whether some of the pairs become simulated films
+    initial: dict = {}  # noqa: RUF012 (replaced, never changed): see initial_weights.start_from
     criterion: nn.Module
 
     # -- data ------------------------------------------------------------------------------------
@@ -98,11 +103,17 @@ class PatientTask(Task):
         self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
         source_size = min(source_size, self.val_data.cube_size)  # the data set has nothing finer
         read_as = (source_size, None) if self.renders else (size, xray_size)
-        self.train_data = PatientDataset(
-            data.dataset_path, "train", *read_as, max_patients=data.max_patients, raw=self.renders, **common
-        )
-        self.data_header = data_header(self.train_data)
         augment = self.augment_config(source_size)
+        self.makes_films = augment.enabled and augment.film.probability > 0
+        if self.makes_films and not self.renders:
+            raise InputError(
+                f"augment.film.probability is {augment.film.probability:g}, but X-rays are read from files: expected 0,"
+                " or data.xray_source=render"
+            )
+        options = {"max_patients": data.max_patients, "raw": self.renders}
+        options |= {"with_mask": self.uses_mask, "body": self.makes_films}
+        self.train_data = PatientDataset(data.dataset_path, "train", *read_as, **options, **common)
+        self.data_header = data_header(self.train_data)
         self.pairs = PairMaker(self.train_data.acquisition, (size,) * 3, xray_size, augment)
 
     def augment_config(self, source_size: int) -> AugmentConfig:
@@ -123,18 +134,25 @@ class PatientTask(Task):
         return f"{len(self.train_data)} training and {len(self.val_data)} validation patients{terms}"
 
     def header(self) -> dict:
-        return {
+        header = {
             "kind": self.kind,
             **self.data_header,
             "xray_size": self.xray_size,
             "train_patients": list(self.train_data.ids),
         }
+        if self.initial:
+            header["train_patients"] += [p for p in self.initial["patients"] if p not in self.train_data.ids]
+            header["init"] = self.initial["init"]
+        return header
 
     def make_batch(self, raw, seeds, device) -> dict:
         """``xrays`` (B, 2, H, W) and ``ct_volume`` (B, 1, D, H, W) in [0, 1], ``mask`` where it is used."""
         batch = {k: raw[k].to(device, non_blocking=True) for k in ("ct_volume", "mask", "xrays") if k in raw}
+        if self.makes_films:
+            body = raw["body"].to(device, non_blocking=True)
+            batch["ct_volume"] = self.pairs.film.without_couch(batch["ct_volume"], body, SampleRandom(seeds, device))
         if self.renders:
-            batch = self.pairs(batch["ct_volume"], batch["mask"] if self.uses_mask else None, seeds)
+            batch = self.pairs(batch["ct_volume"], batch.get("mask"), seeds)
         return batch
 
     # -- validation ------------------------------------------------------------------------------
@@ -172,6 +190,8 @@ class RegressionTask(PatientTask):
 
     def set_criterion(self, device: torch.device) -> None:
         """Make ``criterion`` from the settings and the data's acquisition."""
+        if self.makes_films:
+            refuse_losses(self.config.loss, {"projection": FILMS_DIFFER})
         weights = {k: v for k, v in config_dict(self.config.loss).items() if k != "use_scan_mask"}
         self.criterion = EnhancedLoss(**weights, acquisition=self.train_data.acquisition).to(device)
 

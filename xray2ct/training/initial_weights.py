@@ -1,0 +1,45 @@
+"""Weights that a run starts from: those of another run's checkpoint, for fine-tuning."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from xray2ct.checkpoints import check_compatible, load_checkpoint, weights_fingerprint
+from xray2ct.files import InputError
+from xray2ct.training.task import PatientTask
+
+SETTINGS = ("model_config", "refinement_config")  # header keys of a network's arguments
+NO_WEIGHTS = ("activation_checkpointing",)  # arguments that change no weight
+SAME_MEANING = ("geometry", "hu_window", "xray_scale")
+
+
+def start_from(path: str | os.PathLike, model: nn.Module, task: PatientTask) -> str:
+    """Load the weights of a checkpoint (``--init``) into ``model``; returns a line that describes them.
+
+    Weights only: optimiser, schedule and epoch begin anew. The checkpoints of this run then hold where it began
+    (``init``: fingerprint and epoch) and count the patients of that training among ``train_patients``.
+    Raises :class:`InputError` naming file and key where the network, the geometry or the scales are not this run's, or
+    where a patient of that training is a validation patient here.
+    """
+    header = task.header()
+    checkpoint = load_checkpoint(path, kind=header["kind"])
+    key = next(name for name in SETTINGS if name in header)
+    for name, wanted in header[key].items():
+        found = checkpoint[key].get(name, wanted)
+        if name not in NO_WEIGHTS and found != wanted:
+            raise InputError(f"--init {path}: its model.{name} is {found}, this run's is {wanted}; expected the same")
+    check_compatible(f"--init {path}", checkpoint, **{name: header[name] for name in SAME_MEANING})
+    trained_on = checkpoint.get("train_patients", [])
+    scored = sorted(set(trained_on) & set(task.val_data.ids))
+    if scored:
+        raise InputError(f"--init {path}: was trained on {', '.join(scored[:5])}, validation patients of this data set")
+    weights = checkpoint[task.weights_key]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"--init {path}: its weights do not fit this network ({str(error).splitlines()[0]})") from None
+    begun = {"fingerprint": weights_fingerprint(weights), "epoch": checkpoint.get("epoch")}
+    task.initial = {"init": begun, "patients": list(trained_on)}
+    return f"Initial weights: {path} (epoch {begun['epoch']}, {begun['fingerprint']})"
