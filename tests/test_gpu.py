@@ -15,7 +15,10 @@ from tests.helpers.convolutions import PLAIN, spoiled
 from tests.helpers.runs import build
 from tests.helpers.tiny_data import TINY_REFINEMENT, largest_difference, make_dataset, make_model
 from xray2ct.checkpoints import load_checkpoint
-from xray2ct.data.augment import AugmentConfig, PairMaker
+from xray2ct.data import warp as warp_module
+from xray2ct.data.augment import AugmentConfig, PairMaker, random_affine, random_displacement
+from xray2ct.data.sample_random import SampleRandom
+from xray2ct.data.warp import DensityChange, SmoothWarp
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import lift_features
 from xray2ct.geometry.projector import Geometry, render_xrays
@@ -89,20 +92,38 @@ def test_pairs_equal_the_cpu():
     assert torch.allclose(one["xrays"], other["xrays"].cpu(), atol=1e-3)
 
 
-@pytest.fixture
-def no_waiting():
-    """What waits for the GPU is an error within the test."""
+def test_the_warps_kernel_works_and_equals_the_cpu():
+    """Also at a size that fills whole tiles, and one that does not."""
+    kernel = warp_module._kernel(CUDA)
+    assert kernel is not None, "the Triton kernel does not work here"
+    for shape in ((32, 32, 128), (9, 21, 130)):
+        random, config = SampleRandom([3, 4]), AugmentConfig(elastic_mm=20.0)
+        theta, moved = random_affine(config, 360.0, random), random_displacement(config, 360.0, random)
+        change = DensityChange(random.uniform("a", (1,) * 4, -0.3, 0.3), random.uniform("b", (1,) * 4, -0.1, 0.1), 0.01)
+        volumes = random.uniform("volume", (1, *shape)).mul(65535).round().to(torch.uint16)
+        expected = SmoothWarp(theta, moved, shape).sample(volumes, change)
+        warp = SmoothWarp(theta.cuda(), moved.cuda(), shape)
+        found = warp.sample(volumes.cuda(), DensityChange(change.stretch.cuda(), change.offset.cuda(), change.air))
+        assert torch.allclose(found.cpu(), expected, atol=1e-4)
+
+
+@contextlib.contextmanager
+def not_waiting():
+    """What waits for the GPU is an error within the block."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-def test_making_pairs_does_not_wait_for_the_gpu(no_waiting):
+def test_making_pairs_does_not_wait_for_the_gpu():
     volumes = torch.empty(2, 1, 32, 32, 32, dtype=torch.uint16, device="cuda")
     masks = torch.ones(2, 1, 32, 32, 32, dtype=torch.uint8, device="cuda")
     pairs = PairMaker(Acquisition(), (16, 16, 16), 32, AugmentConfig(source_size=32, xray_gain=0.1))
-    for _ in range(2):
+    pairs(volumes, masks, [3, 4])  # kernels are compiled and tried
+    with not_waiting():
         pairs(volumes, masks, [3, 4])
 
 
@@ -122,9 +143,10 @@ def test_samples_on_the_gpu_are_those_of_the_files(root, setting):
         assert torch.equal(one["mask"].cpu(), other["mask"])
 
 
-def test_reading_ahead_does_not_wait_for_the_gpu(root, no_waiting):
+def test_reading_ahead_does_not_wait_for_the_gpu(root):
     data, run = PatientDataset(root, "train", 16, None, raw=True), EpochPlan(3, 4, 2, 1, Processes(), seed=1)
-    with contextlib.closing(Feed(data, DataConfig(device_cache="off"), Processes(device=CUDA))) as feed:
+    feed = Feed(data, DataConfig(device_cache="off"), Processes(device=CUDA))
+    with contextlib.closing(feed), not_waiting():
         assert len([batch["ct_volume"].float().mul_(2.0) for batch in feed.start(run, 1, 0, 2)]) == 12
 
 
