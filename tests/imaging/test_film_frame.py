@@ -77,7 +77,7 @@ def test_metal_inside_the_chest_is_no_marker():
 
 
 def photographed(corners, ground=0.0):
-    """A film of 400 x 400 seen with its corners (clockwise from the upper left, in pixels) on a picture of 480 x 480."""
+    """A film of 400 x 400 seen with its corners (x, y, clockwise) on a picture of 480 x 480."""
     film8 = Image.fromarray((np.clip(film(400, 400) + 0.2 - ground / 2, 0, 1) * 255).astype(np.uint8))
     equations, wanted = [], []
     for (x, y), (u, v) in zip(corners, ((0, 0), (400, 0), (400, 400), (0, 400))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -13,12 +13,13 @@ from xray2ct.files import InputError
 from xray2ct.imaging.dicom_view import turned
 from xray2ct.imaging.film_frame import fill, mask_markers, perspective, trim
 from xray2ct.imaging.film_view import FilmFinding, classify
-from xray2ct.imaging.read_xray import checked
+from xray2ct.imaging.read_xray import check_polarity, checked
 from xray2ct.imaging.stored_xray import Exposure, StoredXray
 
 VIEW_SOURCES = ("pixels", "header")
 TURNS = (0, 90, 180, 270)
 SURE = 0.9  # confidence from which a picture decides against order and headers
+NOISE = 0.4  # standard deviation of a thumbnail of 32 x 32 over that of the picture; 0.9 for films
 SAME_PICTURE = 0.98  # correlation of thumbnails of 32 x 32; 0.93 at most between films of different patients
 
 
@@ -31,6 +32,7 @@ class FilmOptions:
     what a header says. flip_lateral: mirror the lateral, which is not looked at for its facing then. invert: bone is
     dark in both files. polarity_check: find dark bones in the pixels, and invert. check: refuse what does not look like
     a chest, another part of the body by the header, two films of one view, swapped views of the project's own X-rays.
+    thorax_width_mm: between the outer borders of the lungs, sets the scale of both films where no pixel spacing does.
     """
 
     view_from: str = "pixels"
@@ -39,19 +41,23 @@ class FilmOptions:
     invert: bool = False
     polarity_check: bool = True
     check: bool = True
+    thorax_width_mm: float | None = None
 
     def __post_init__(self):
         if self.view_from not in VIEW_SOURCES:
             raise InputError(f"--view-from is {self.view_from!r}; expected {' or '.join(VIEW_SOURCES)}")
         if len(self.rotate) != 2 or not set(self.rotate) <= set(TURNS):
             raise InputError(f"--rotate is {self.rotate}; expected {', '.join(map(str, TURNS))}, for one film or each")
+        if self.thorax_width_mm is not None and not 100 <= self.thorax_width_mm <= 500:
+            raise InputError(f"--thorax-width-mm is {self.thorax_width_mm:g}; expected 100 to 500")
 
 
 @dataclass
 class Film:
     """A picture on its way to the networks: ``pixels`` (H, W) float32, NaN where nothing is shown.
 
-    place: 0 where it was given as PA, 1 as lateral; view: what it is. notes: all that was done; doubts: those of them
+    place: 0 where it was given as PA, 1 as lateral; view: what it is; sides_of: the view whose Patient Orientation has
+    turned it. notes: all that was done; doubts: those of them
     that were decided by the pixels, or are uncertain.
     """
 
@@ -62,6 +68,7 @@ class Film:
     spacing_given: bool = False
     view: int = 0
     finding: FilmFinding | None = None
+    sides_of: int | None = None
     doubts: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -93,6 +100,8 @@ def look_at(film: Film, options: FilmOptions) -> None:
     film.notes += notes
     film.pixels = box.cut(film.pixels)
     checked(film.path, film.pixels, [])
+    if _thumbnail(film.pixels).std() < NOISE * np.nanstd(film.pixels):
+        raise InputError(f"{film.path}: the picture holds nothing but noise; expected an X-ray")
     mask, notes = mask_markers(film.pixels)
     film.notes += notes
     if mask.any():
@@ -121,6 +130,7 @@ def _turn(film: Film, options: FilmOptions) -> None:
         view = int(bool({"A", "P"} & set(claims.letters)))
         if claims.fits(view) or options.view_from == "header":
             film.pixels = turned(film.path, film.pixels, claims, view, film.notes)
+            film.sides_of = view
         else:
             film.decide("Patient Orientation is none that a chest film can have: not used")
 
@@ -129,12 +139,13 @@ def _settle_polarity(film: Film, options: FilmOptions) -> None:
     finding = film.finding
     if not options.polarity_check or finding.polarity == "bright":
         return
-    sure = finding.confidence["polarity"]
-    if options.invert or sure < SURE:
-        state = "after --invert" if options.invert else f"(confidence {sure:.0%})"
-        remedy = "leave --invert out" if options.invert else "pass --invert if it is"
+    if finding.confidence["polarity"] < SURE:
+        check_polarity(film.path, film.pixels)
+        film.decide("whether bone is bright or dark cannot be told: taken as bright (--invert)")
+        return
+    if options.invert:
         raise InputError(
-            f"{film.path}: bone looks dark and air bright {state}; expected bone bright ({remedy}, or"
+            f"{film.path}: bone looks dark and air bright after --invert; expected bone bright (leave it out, or pass"
             " --no-polarity-check)"
         )
     film.pixels = np.nanmax(film.pixels) + np.nanmin(film.pixels) - film.pixels
@@ -144,20 +155,15 @@ def _settle_polarity(film: Film, options: FilmOptions) -> None:
 
 def _settle_turn(film: Film, options: FilmOptions) -> None:
     turns = film.finding.quarter_turns
-    if not turns:
-        return
-    degrees = 360 - 90 * turns  # clockwise
-    lies = "upside down" if turns == 2 else "on its side"
-    if options.rotate[film.place]:
-        film.decide(f"seems to lie {lies} after --rotate: left as asked for")
-        return
-    if film.finding.confidence["quarter_turns"] < SURE:
-        raise InputError(
-            f"{film.path}: seems to lie {lies}; expected the head at the top (--rotate {degrees} turns it, --view-from"
-            " header takes it as it lies)"
-        )
-    film.pixels = np.rot90(film.pixels, turns)
-    film.decide(f"lay {lies}: turned by {degrees} degrees clockwise (--view-from header leaves it)")
+    if turns is None:
+        film.decide("how it is turned cannot be told: taken as upright (--rotate)")
+    elif turns:
+        lies, degrees = "upside down" if turns == 2 else "on its side", 360 - 90 * turns  # clockwise
+        if options.rotate[film.place]:
+            film.decide(f"seems to lie {lies} after --rotate: left as asked for")
+            return
+        film.pixels = np.rot90(film.pixels, turns)
+        film.decide(f"lay {lies}: turned by {degrees} degrees clockwise (--view-from header leaves it)")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -245,8 +251,22 @@ def _check_single(film: Film, shown: int | None, said: int | None, options: Film
             )
 
 
+def _leave_out_sides(film: Film) -> None:
+    """Undo the mirroring by a Patient Orientation that belongs to the other view."""
+    claims = film.stored.claims
+    if film.sides_of in (None, film.view):
+        return
+    film.decide(f"Patient Orientation is none of a {VIEW_LABELS[film.view]} view: left and right are not taken from it")
+    if not {"R", "A"} & set(claims.letters):
+        return
+    film.pixels = film.pixels[:, ::-1]
+    if film.finding.faces is not None:
+        film.finding = replace(film.finding, faces="left" if film.finding.faces == "right" else "right")
+
+
 def lay_out(film: Film, options: FilmOptions) -> None:
     """Mirror a lateral that faces right: anterior lies at the left in the project's views."""
+    _leave_out_sides(film)
     if film.view == 0:
         return
     if options.flip_lateral:
@@ -255,11 +275,18 @@ def lay_out(film: Film, options: FilmOptions) -> None:
         return
     if options.view_from == "header":
         return
-    finding, letters = film.finding, film.stored.claims.letters if film.stored.claims is not None else None
-    if finding.view != "lateral" or finding.confidence["faces"] < SURE:
-        if letters is None or not film.stored.claims.fits(1):
-            film.decide("which way the patient faces cannot be told: taken as to the left (--flip-lateral mirrors it)")
-    elif finding.faces == "right":
+    finding, claims = film.finding, film.stored.claims
+    lies_by_header = claims is not None and claims.fits(1) and not options.rotate[film.place]
+    sure = finding.confidence["faces"] if finding.view == "lateral" else 0.0
+    if sure < SURE and lies_by_header:
+        return
+    if finding.view != "lateral":
+        film.decide("which way the patient faces cannot be told: taken as to the left (--flip-lateral mirrors it)")
+        return
+    doubt = "" if sure >= SURE else f", with a confidence of {sure:.0%} only"
+    if finding.faces == "right":
         film.pixels = film.pixels[:, ::-1]
-        header = ", against its header" if film.stored.claims is not None and film.stored.claims.fits(1) else ""
-        film.decide(f"faced right{header}: mirrored, so that anterior is at the left (--view-from header leaves it)")
+        header = ", against its header" if lies_by_header else ""
+        film.decide(f"faced right{header}{doubt}: mirrored, anterior is at the left now (--view-from header leaves it)")
+    elif doubt:
+        film.decide(f"faces left{doubt} (--flip-lateral mirrors it)")

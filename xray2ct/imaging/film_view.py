@@ -6,9 +6,9 @@ upright = finding.upright(pixels)  # as the networks know it: head up, bone brig
 
 A network of 4,000 weights (``film_view.npz``) scores a thumbnail of 32 x 32 pixels, ranks in place of grey values so
 that no display curve matters, as "upright frontal" and as "upright lateral that faces left". It is asked about the
-picture in all sixteen positions (four turns, mirrored or not, inverted or not); the softmax over them, with one
-constant for "no chest radiograph", is the answer. `python -m tools.film_templates` makes the weights from renderings of
-CTs.
+picture, and about four parts of it that lack 12 % at one side, in all sixteen positions (four turns, mirrored or not,
+inverted or not); the softmax over them, with one constant for "no chest radiograph", is the answer.
+`python -m tools.film_templates` makes the weights from renderings of CTs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from torch.nn import functional
 from xray2ct.imaging.film_frame import decimated, trim
 
 EDGE = 32  # pixels of the thumbnail
+LEFT_OUT = 0.12  # of an edge, in the parts of a picture
+# Most films are upright and show bone bright: a prior that decides where the picture hardly does. Chosen with the least
+# share of evidence for a chest on 48 real films and 48 renderings of CTs that were not trained on.
+UPRIGHT, BRIGHT, LEAST_CHEST = 0.9, 0.9, 0.1
 WEIGHTS = "film_view.npz"
 POLARITIES = ("bright", "dark")  # how bone is stored
 HYPOTHESES = ("pa", "left", "right")  # frontal, lateral facing left, lateral facing right
@@ -36,7 +40,8 @@ class FilmFinding:
 
     view: "pa" (any frontal), "lateral", or None: no chest radiograph was recognised. faces: "left" or "right", where
     the anterior chest lies in the upright lateral; None for a frontal. polarity: "bright" or "dark" bone.
-    quarter_turns: counter-clockwise turns (``numpy.rot90``) that put the picture upright. confidence: of each of those
+    quarter_turns: counter-clockwise turns (``numpy.rot90``) that put the picture upright: trust them only where their
+    confidence is high, since a wrong turn that nobody notices is worse than none. confidence: of each of those
     decisions, by its name, provided that it is a chest radiograph at all, and of that, "chest".
     """
 
@@ -60,9 +65,16 @@ def classify(pixels: np.ndarray) -> FilmFinding:
     pixels: (H, W) of any size and scale, NaN where there is padding; uniform frames may still be there. Takes some
     20 ms, whatever the size. Raises ``ValueError`` for a picture of one value.
     """
-    chances = _chances(thumbnail(pixels))
-    chest = 1.0 - chances["none"]
-    table = chances["chest"] / max(chances["chest"].sum(), 1e-12)  # polarity, turn, hypothesis
+    small, _ = decimated(pixels, 256)
+    small = trim(small)[0].cut(small)
+    rows, columns = (int(LEFT_OUT * length) for length in small.shape)
+    parts = (small, small[rows:], small[: len(small) - rows], small[:, columns:], small[:, : small.shape[1] - columns])
+    thumbnails = torch.from_numpy(np.stack([rank_thumbnail(part) for part in parts]))
+    with torch.no_grad():
+        evidence = logits(_weights(), thumbnails).log_softmax(1).mean(0)
+    chances = (evidence + _log_prior()).softmax(0).double().numpy()
+    chest = float(1.0 - chances[-1])
+    table = chances[:-1].reshape(2, 4, 3) / max(chances[:-1].sum(), 1e-12)  # polarity, turn, hypothesis
     polarity, turn, hypothesis = np.unravel_index(table.argmax(), table.shape)
     lateral = hypothesis > 0
     facing = table[..., 1:].sum(axis=(0, 1))
@@ -75,7 +87,7 @@ def classify(pixels: np.ndarray) -> FilmFinding:
     if lateral:
         confidence["faces"] = float(facing[hypothesis - 1] / facing.sum())
     return FilmFinding(
-        ("lateral" if lateral else "pa") if chest >= 0.5 else None,
+        ("lateral" if lateral else "pa") if chest >= LEAST_CHEST else None,
         HYPOTHESES[hypothesis] if lateral else None,
         POLARITIES[polarity],
         int(turn),
@@ -83,14 +95,18 @@ def classify(pixels: np.ndarray) -> FilmFinding:
     )
 
 
-def thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """:func:`rank_thumbnail` of a picture without its frames."""
-    small, _ = decimated(pixels, 256)
-    return rank_thumbnail(trim(small)[0].cut(small))
+def _log_prior() -> torch.Tensor:
+    """``(25)``: of polarity and turn, relative to none preferred; the chance of "no chest" stays as it is."""
+    polarity, turn = torch.tensor([BRIGHT, 1 - BRIGHT]), torch.tensor([UPRIGHT] + 3 * [(1 - UPRIGHT) / 3])
+    prior = (8 * polarity[:, None] * turn).log()[..., None].expand(2, 4, 3)
+    return torch.cat([prior.flatten(), torch.zeros(1)])
 
 
 def rank_thumbnail(small: np.ndarray) -> np.ndarray:
-    """``(H, W)`` -> ``(32, 32)`` float32: area average, then ranks spread over [-1, 1]; 0 for padding (NaN)."""
+    """``(H, W)`` -> ``(32, 32)`` float32: area average, then ranks spread over [-1, 1]; 0 for padding (NaN).
+
+    Raises ``ValueError`` where all pixels have one value.
+    """
     valid = np.isfinite(small)
     share = _area_sum(valid.astype(np.float32))
     mean = _area_sum(np.where(valid, small, 0)) / np.maximum(share, 1e-9)
@@ -139,9 +155,3 @@ def logits(weights: dict[str, torch.Tensor], thumbnails: torch.Tensor, dropout: 
 def _weights() -> dict[str, torch.Tensor]:
     with files(__package__).joinpath(WEIGHTS).open("rb") as stream, np.load(stream) as stored:
         return {name: torch.from_numpy(stored[name].astype(np.float32)) for name in stored.files}
-
-
-def _chances(thumb) -> dict:
-    with torch.no_grad():
-        chances = logits(_weights(), torch.from_numpy(thumb)[None])[0].softmax(0).double().numpy()
-    return {"none": float(chances[-1]), "chest": chances[:-1].reshape(2, 4, 3)}

@@ -42,8 +42,8 @@ def write_png16(path: str | os.PathLike, image01) -> None:
     """Write ``image01`` ``(H, W)`` as 16-bit grey PNG, atomically: pixel = round(65535 * clip(value, 0, 1)).
 
     A name that ends in ``_drr.png``, as rendered X-rays have it, marks the file as one on the project's scale, so that
-    a copy under another name is still known (:data:`xray_picture.OWN_MARK`). Raises ``ValueError`` on another shape, NaN
-    or infinity.
+    a copy under another name is still known (:data:`xray_picture.OWN_MARK`). Raises ``ValueError`` on another shape,
+    NaN or infinity.
     """
     pixels = np.asarray(image01, dtype=np.float64)
     if pixels.ndim != 2:
