@@ -33,6 +33,7 @@ from xray2ct.data.film_chain import FilmChain, FilmConfig
 from xray2ct.files import InputError, atomic_path, check_writable, run_cli, write_json
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.imaging.read_films import FilmWarning
+from xray2ct.imaging.read_xray import write_png16
 from xray2ct.inference.reconstruction import Pipeline
 from xray2ct.inference.system import DirectSystem
 from xray2ct.metrics import psnr
@@ -162,9 +163,15 @@ def own_files(data: PatientDataset, index: int) -> list[Path]:
 
 def pictures(name: str, rendering: Rendering, patient: str, folder: Path, seed: int) -> list[Path]:
     """Write the pictures of a case as PNG; returns PA, lateral."""
-    paths = [folder / f"{patient}_{name.replace(' ', '_')}_{view}.png" for view in VIEWS]
-    for path, picture in zip(paths, make_case(name, rendering, patient, seed)):
-        with atomic_path(path) as temporary:
+    paths = []
+    for view, picture in zip(VIEWS, make_case(name, rendering, patient, seed)):
+        stem = f"{patient}_{name.replace(' ', '_')}_{view}"
+        if picture.dtype.kind == "f":
+            paths.append(folder / f"{stem}_drr.png")  # the name of what this project rendered
+            write_png16(paths[-1], picture)
+            continue
+        paths.append(folder / f"{stem}.png")
+        with atomic_path(paths[-1]) as temporary:
             Image.fromarray(picture).save(temporary, format="PNG")
     return paths
 

@@ -80,8 +80,8 @@ def film(rendering: Rendering, random, move: tuple[dict, dict] = ({}, {})) -> li
 
 
 def clean(rendering: Rendering, random, scale: float = 10.0) -> list[np.ndarray]:
-    """The project's own 16-bit X-rays (line integral 10 = 1), without couch."""
-    return [np.rint(65535 * (view / scale).clip(0, 1)).astype(np.uint16) for view in rendering.integrals]
+    """The project's own X-rays, in [0, 1] (a line integral of ``scale`` is 1), without couch."""
+    return [(view / scale).clip(0, 1) for view in rendering.integrals]
 
 
 def logarithm(rendering: Rendering, random) -> list[np.ndarray]:
@@ -160,6 +160,9 @@ CASES: dict[str, Maker] = {
 
 
 def make_case(name: str, rendering: Rendering, patient: str, seed: int) -> list[np.ndarray]:
-    """Both pictures (PA first) of a case of :data:`CASES`; they follow from case, patient and seed."""
+    """Both pictures (PA first) of a case of :data:`CASES`; they follow from case, patient and seed.
+
+    Grey levels as uint8 or uint16; those of the project's own scale in [0, 1].
+    """
     key = [seed, list(CASES).index(name), *patient.encode()]
     return CASES[name](rendering, np.random.default_rng(key))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.tiny_data import make_hu
 from xray2ct.data.augment import AugmentConfig, PairMaker
@@ -294,14 +295,29 @@ def test_impossible_ranges_are_refused_by_name(changes, words):
         chain(**changes)
 
 
+class Operations(TorchDispatchMode):
+    """Names of the operations within the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 def test_nothing_waits_for_the_device():
-    """Tensors of the meta device have no values: whatever asks for one on the host raises."""
+    """Tensors of the meta device have no values: whatever asks for one on the host raises. Nor are any sent again."""
     maker, random = FilmChain(FilmConfig(probability=0.5), Acquisition()), SampleRandom(range(3), "meta")
-    volumes = torch.empty(3, 1, 16, 16, 16, device="meta")
+    volumes, xrays = torch.empty(3, 1, 16, 16, 16, device="meta"), torch.empty(3, 2, 32, 32, device="meta")
     bodies = torch.empty(3, 1, 16, 16, 16, dtype=torch.uint8, device="meta")
-    volumes = maker.without_couch(volumes, bodies, random)
-    pictures = maker(torch.empty(3, 2, 32, 32, device="meta"), volumes, random)
+    assert maker(xrays, maker.without_couch(volumes, bodies, random), random).shape == (3, 2, 32, 32)
+    with Operations() as operations:
+        pictures = maker(xrays, volumes, random)
+        maker.is_film(random)
     assert pictures.device.type == "meta"
-    assert pictures.shape == (3, 2, 32, 32)
+    assert "aten::sort" in operations.names
+    assert "aten::lift_fresh" not in operations.names  # what torch.tensor(numbers) does
     with pytest.raises(RuntimeError):
         pictures.mean().item()

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from xray2ct.data.film_chain import FilmChain, FilmConfig
 from xray2ct.data.sample_random import SampleRandom
-from xray2ct.data.warp import SmoothWarp
+from xray2ct.data.warp import DensityChange, SmoothWarp, unit_volumes
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
@@ -96,11 +95,12 @@ class PairMaker:
                 f" voxels; expected at least the {self.volume_size} that training wants"
             )
         random = SampleRandom(seeds, volumes.device)
-        volumes = volumes.float().div_(65535.0) if volumes.dtype == torch.uint16 else volumes.float()
         masks = masks.float() if masks is not None else None
         with torch.autocast(volumes.device.type, enabled=False):
             if self.config.enabled:
                 volumes, masks = self._warp(volumes, masks, random)
+            else:
+                volumes = unit_volumes(volumes)
             xrays = self.film.render(volumes, (self.render_size,) * 2, random)
             if self.render_size != self.xray_size:
                 xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode="bilinear")
@@ -125,23 +125,18 @@ class PairMaker:
         fov = self.acquisition.geometry.fov_mm
         theta = random_affine(self.config, fov, random)
         warp = SmoothWarp(theta, random_displacement(self.config, fov, random), volumes.shape[2:])
-        warped = warp.sample(volumes, partial(self._change_density, *self._density_draws(random)))
+        warped = warp.sample(volumes, self._density_change(random))
         return warped, None if masks is None else warp.sample_cells(masks, self.volume_size)
 
-    def _density_draws(self, random: SampleRandom) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stretch - 1 and offset (in units of the window) of each sample's density, ``(B, 1, 1, 1, 1)``."""
+    def _density_change(self, random: SampleRandom) -> DensityChange:
         low, high = self.acquisition.hu_window
         stretch, offset = self.config.hu_scale, self.config.hu_shift / (high - low)
         one = (1, 1, 1, 1)
-        return random.uniform("hu_scale", one, -stretch, stretch), random.uniform("hu_shift", one, -offset, offset)
-
-    def _change_density(self, stretch, offset, volumes):
-        """Scale and shift density (HU + 1000) of everything that is not air, as scanners and contrast do."""
-        low, high = self.acquisition.hu_window
-        density = (volumes - (-1000.0 - low) / (high - low)).clamp_min_(0.0)
-        changed = torch.addcmul(volumes, density, stretch)
-        tissue = density.mul_(5.0).clamp_max_(1.0)  # the offset fades out below -500 HU: air stays air
-        return changed.addcmul_(tissue, offset).clamp_(0.0, 1.0)
+        return DensityChange(
+            random.uniform("hu_scale", one, -stretch, stretch),
+            random.uniform("hu_shift", one, -offset, offset),
+            air=(-1000.0 - low) / (high - low),
+        )
 
     def _degrade(self, xrays, random: SampleRandom):
         """What the detector does to rendered X-rays ``(B, 2, R, R)``: gain of each view, noise."""

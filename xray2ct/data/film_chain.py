@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -201,8 +202,8 @@ class FilmChain:
         inside = tissue > SCANNED * tissue.amax(dim=1, keepdim=True)
         z = geometry.voxel_centres_mm(tissue.shape[1], device=volumes.device)
         half = geometry.fov_mm / tissue.shape[1] / 2
-        top = torch.where(inside, z, z.new_tensor(math.inf)).amin(dim=1) - half
-        bottom = torch.where(inside, z, z.new_tensor(-math.inf)).amax(dim=1) + half
+        top = torch.where(inside, z, math.inf).amin(dim=1) - half
+        bottom = torch.where(inside, z, -math.inf).amax(dim=1) + half
         slant = 1 + BODY_RADIUS_MM / (self.config.source_distance_mm[0])
         return top / slant, bottom / slant
 
@@ -243,7 +244,7 @@ class FilmChain:
         """The signal by a window that saturates some pixels at either end: linear, and clipped to [0, 1]."""
         values = torch.where(shown, signal, math.nan).flatten(2)
         clipped = self.config.clipped
-        ends = values.new_tensor([0.0, clipped, 1 - clipped, 1.0])
+        ends = _constant((0.0, clipped, 1 - clipped, 1.0), values.device)
         darkest, dark, bright, brightest = torch.nanquantile(values, ends, dim=-1)[..., None, None].unbind(0)
         low = torch.lerp(darkest, dark, random.uniform("film/low", (2, 1, 1)))
         high = torch.lerp(bright, brightest, random.uniform("film/high", (2, 1, 1)))
@@ -296,16 +297,16 @@ def as_read(pictures: torch.Tensor, shown: torch.Tensor, linear: torch.Tensor) -
     values are; the others, as displayed, by their histogram inside the body.
     """
     values = torch.where(shown, pictures, math.nan)
-    ends = torch.nanquantile(values.flatten(2), values.new_tensor([0.0, 0.01, 0.99]), dim=-1)
+    ends = torch.nanquantile(values.flatten(2), _constant((0.0, 0.01, 0.99), values.device), dim=-1)
     lowest, low, high = ends[..., None, None].unbind(0)
-    to_low, to_high = values.new_tensor(REFERENCE_PERCENTILES).T[..., None, None]
+    to_low, to_high = _constant(REFERENCE_PERCENTILES, values.device).T[..., None, None]
     by_percentile = (pictures - low) / (high - low).clamp_min(1e-6) * (to_high - to_low) + to_low
 
     middle = torch.where(_middle(shown), pictures, math.nan).flatten(2)
     level = torch.nanquantile(middle, BODY_PERCENTILE / 100, dim=-1)[..., None, None]
     body = torch.where(values >= level, values, math.nan).flatten(2)
-    levels = torch.nanquantile(body, values.new_tensor(HISTOGRAM_PERCENTILES) / 100, dim=-1).permute(1, 2, 0)
-    by_histogram = _interpolated(pictures, lowest, levels, values.new_tensor(BODY_HISTOGRAMS))
+    levels = torch.nanquantile(body, _constant(HISTOGRAM_PERCENTILES, values.device) / 100, dim=-1).permute(1, 2, 0)
+    by_histogram = _interpolated(pictures, lowest, levels, _constant(BODY_HISTOGRAMS, values.device))
     read = torch.where(linear, by_percentile, by_histogram).clamp(0, 1)
     return torch.where(shown, read, AIR).nan_to_num(AIR)
 
@@ -340,6 +341,12 @@ def _interpolated(pictures, lowest, levels, targets):
         step = (targets[..., k + 1] - targets[..., k])[..., None, None]
         result += step * ((pictures - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
     return result
+
+
+@lru_cache(maxsize=32)
+def _constant(values: tuple, device: torch.device) -> torch.Tensor:
+    """Numbers as a float32 tensor on a device, copied there once: a copy from the host waits."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _log_uniform(random: SampleRandom, name: str, bounds) -> torch.Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +29,47 @@ def control_weights(points: int, size: int, device) -> torch.Tensor:
     for samples in (2 * points, size):
         unit = F.interpolate(unit, size=samples, mode="linear", align_corners=True)
     return unit[0]
+
+
+def unit_volumes(volumes: torch.Tensor) -> torch.Tensor:
+    """Float32 volumes in [0, 1] from uint16 ones (65535 = 1) or floating point."""
+    return volumes.float().div_(65535.0) if volumes.dtype == torch.uint16 else volumes.float()
+
+
+class DensityChange(NamedTuple):
+    """Density (HU + 1000) of everything that is not air, stretched and shifted, as scanners and contrast agents do.
+
+    stretch, offset: ``(B, 1, 1, 1, 1)``; the stretch minus 1, and the offset in units of the HU window, which fades out
+    below -500 HU: air stays air. air: its value in the window.
+    """
+
+    stretch: torch.Tensor
+    offset: torch.Tensor
+    air: float
+
+    def __call__(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Changed volumes ``(B, 1, D, H, W)`` in [0, 1]."""
+        density = (volumes - self.air).clamp_min_(0.0)
+        changed = torch.addcmul(volumes, density, self.stretch)
+        return changed.addcmul_(density.mul_(5.0).clamp_max_(1.0), self.offset).clamp_(0.0, 1.0)
+
+
+@lru_cache
+def _kernel(device: torch.device) -> Callable | None:
+    """:func:`warp_triton.warp` where it works: on a GPU with triton, which needs a C compiler."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from xray2ct.data import warp_triton  # here, as the import of triton takes half a second
+
+    try:
+        volumes, theta = torch.zeros(1, 1, 4, 4, 4, device=device), torch.eye(3, 4, device=device)[None]
+        change = DensityChange(*torch.zeros(2, 1, 1, 1, 1, 1, device=device), 0.0)
+        warp_triton.warp(volumes, *SmoothWarp(theta, None, (4, 4, 4)).expanded(), change)
+    except Exception as error:  # noqa: BLE001 - whatever a compiler, a driver or a version may say
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"volumes are warped without the Triton kernel, slower ({reason})", stacklevel=2)
+        return None
+    return warp_triton.warp
 
 
 class SmoothWarp:
@@ -51,35 +96,45 @@ class SmoothWarp:
         if displacement is not None:
             self.nodes += displacement
 
-    def sample(self, volumes: torch.Tensor, change: Callable = lambda slab: slab) -> torch.Tensor:
-        """Volumes ``(B, 1, D, H, W)`` float warped, zero outside; ``change`` is called on each slab (B, 1, d, H, W)."""
-        rows, columns = self._expanded([control_weights(self._points, n, volumes.device) for n in self.shape])
+    def sample(self, volumes: torch.Tensor, density: DensityChange) -> torch.Tensor:
+        """Volumes ``(B, 1, D, H, W)``, uint16 or float32, warped and changed: float32 in [0, 1], zero outside."""
+        rows, columns = self.expanded()
+        kernel = _kernel(volumes.device)
+        if kernel is not None:
+            return kernel(volumes, rows, columns, density)
+        volumes, columns = unit_volumes(volumes), _three(columns)
         depth = self._slab(volumes.device)
         slabs = []
         for start in range(0, self.shape[0], depth):
             grid = (rows[:, start : start + depth] @ columns).unflatten(-1, (-1, 3))
-            slabs.append(change(F.grid_sample(volumes, grid, align_corners=False)))
+            slabs.append(density(F.grid_sample(volumes, grid, align_corners=False)))
         return slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=2)
 
     def sample_cells(self, volumes: torch.Tensor, size) -> torch.Tensor:
         """The warped volumes at the centres of ``size`` equal cells, ``(B, 1, *size)``: for masks, which are coarse."""
-        weights = [control_weights(self._points, n, volumes.device) for n in self.shape]
-        cells = [averaged_to(w[None, :, None], (1, n))[0, :, 0] for w, n in zip(weights, size)]
-        rows, columns = self._expanded(cells)
-        return F.grid_sample(volumes, (rows @ columns).unflatten(-1, (-1, 3)), align_corners=False)
+        rows, columns = self.expanded(size)
+        return F.grid_sample(volumes, (rows @ _three(columns)).unflatten(-1, (-1, 3)), align_corners=False)
 
-    @property
-    def _points(self) -> int:
-        return self.nodes.shape[1]
+    def expanded(self, cells=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nodes expanded along D and H, ``(B, D, H, 3 n)``, and their shares along W, ``(n, W)``.
 
-    def _expanded(self, weights) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nodes expanded along D and H, ``(B, D, H, 3 n)``, and the matrix ``(3 n, 3 W)`` that expands them along W."""
+        For voxels, or for the centres of so many equal ``cells`` along D, H and W.
+        """
+        points = self.nodes.shape[1]
+        weights = [control_weights(points, n, self.nodes.device) for n in self.shape]
+        if cells is not None:
+            weights = [averaged_to(w[None, :, None], (1, n))[0, :, 0] for w, n in zip(weights, cells)]
         along_z, along_y, along_x = weights
-        rows = (along_z.T @ self.nodes.flatten(2)).unflatten(-1, (self._points, -1))  # (B, D, n, 3 n)
-        return along_y.T @ rows, torch.kron(along_x, torch.eye(3, device=along_x.device))
+        rows = (along_z.T @ self.nodes.flatten(2)).unflatten(-1, (points, -1))  # (B, D, n, 3 n)
+        return along_y.T @ rows, along_x
 
     def _slab(self, device: torch.device) -> int:
         """Planes of the grid that are made at a time."""
         _, height, width = self.shape
         plane = self.nodes.shape[0] * height * width * 3 * 4
         return max(1, SLAB_BYTES.get(device.type, LARGE_SLAB_BYTES) // plane)
+
+
+def _three(columns: torch.Tensor) -> torch.Tensor:
+    """The matrix ``(3 n, 3 W)`` that expands three components at once."""
+    return torch.kron(columns, torch.eye(3, device=columns.device))
