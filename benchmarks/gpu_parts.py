@@ -184,7 +184,7 @@ def inference(bench: Bench) -> None:
 def cascade(bench: Bench) -> None:
     """Training steps of the cascade's stages, and one sampling step of each."""
     cases = bench.pick(
-        [("quick_2stage", 0, 8), ("quick_2stage", 1, 2), ("progressive_3stage", 2, 1)],
+        [("quick_2stage", 0, 8), ("quick_2stage", 1, 2), ("progressive_3stage", 2, 1), ("progressive_3stage", 2, 8)],
         [("small", 0, 1), ("small", 1, 1)],
     )
     with tempfile.TemporaryDirectory() as folder:
