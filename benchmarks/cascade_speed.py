@@ -1,4 +1,4 @@
-"""Time and memory of the cascade's stages: sampling steps and whole training steps.
+"""Time and memory of the cascade's stages on the CPU: sampling steps and whole training steps.
 
     python -m benchmarks.cascade_speed                                           # stage 1 of progressive_3stage
     python -m benchmarks.cascade_speed --config hybrid_vit_cascade/config/quick_2stage.json --stage 2 --batch 2
@@ -25,6 +25,7 @@ from xray2ct.training.ema import MovingAverage
 from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
 
 CONFIG = Path(__file__).parent.parent / "hybrid_vit_cascade" / "config" / "progressive_3stage.json"
+CPU = torch.device("cpu")
 
 
 def random_batch(run, batch: int, device) -> dict:
@@ -43,9 +44,9 @@ def random_batch(run, batch: int, device) -> dict:
     return made
 
 
-def sampling(model, run, steps: int, precision, device, repetitions: int) -> None:
+def sampling(model, run, steps: int, precision, repetitions: int) -> None:
     """``steps`` sampling steps of one case, the condition included; measured on a few, as all take the same time."""
-    made = random_batch(run, 1, device)
+    made = random_batch(run, 1, CPU)
     stage = Stage(run.stage.name, model.eval(), StageLoss(run, Acquisition(model.geometry)).schedule, run.prediction)
 
     def encode():
@@ -58,20 +59,18 @@ def sampling(model, run, steps: int, precision, device, repetitions: int) -> Non
         with precision.autocast():
             stage.generate(condition, made["noise"], few)
 
-    first = median_seconds(encode, device, repetitions)
-    step = median_seconds(generate, device, repetitions) / few
+    first = median_seconds(encode, repetitions)
+    step = median_seconds(generate, repetitions) / few
     total = f"{steps} steps {first + steps * step:.1f} s"
     print(f"sampling, batch 1, {precision.name}: condition {first:.2f} s, step {step:.2f} s, {total}", flush=True)
 
 
-def training(model, run, batch: int, precision, device, repetitions: int) -> None:
+def training(model, run, batch: int, precision, repetitions: int) -> None:
     """Whole training steps."""
     model.train().requires_grad_(True)
     criterion, average = StageLoss(run, Acquisition(model.geometry)), MovingAverage(model, 0.999)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
-    made = random_batch(run, batch, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    made = random_batch(run, batch, CPU)
 
     def step():
         with precision.autocast():
@@ -81,8 +80,8 @@ def training(model, run, batch: int, precision, device, repetitions: int) -> Non
         optimizer.step()
         average.update(model, 1000)
 
-    seconds = median_seconds(step, device, repetitions)
-    speed = f"{seconds:.2f} s, {batch / seconds:.2f} samples/s, {peak_memory(device)}"
+    seconds = median_seconds(step, repetitions)
+    speed = f"{seconds:.2f} s, {batch / seconds:.2f} samples/s, {peak_memory()}"
     checkpointing = run.stage.activation_checkpointing
     print(f"training step, batch {batch}, {precision.name}, activation checkpointing {checkpointing}: {speed}")
 
@@ -94,7 +93,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="of the training step (default %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--repetitions", type=int, default=3)
     return parser.parse_args(argv)
@@ -102,18 +100,17 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    config, device = load_cascade_config(args.config, args.set), torch.device(args.device)
+    config = load_cascade_config(args.config, args.set)
     if not 1 <= args.stage <= len(config.stages):
         raise InputError(f"--stage is {args.stage}; {args.config} has {len(config.stages)} stages")
-    if device.type == "cpu":
-        keep_freed_memory()  # as the trainer does
-    print(f"Machine: {machine(device)}", flush=True)
-    run, precision = stage_run(config, args.stage - 1, world_size=1), Precision(args.precision, device)
-    model = to_channels_last(CascadeStage(**stage_arguments(config, args.stage - 1)).to(device))
+    keep_freed_memory()  # as the trainer does
+    print(f"Machine: {machine()}", flush=True)
+    run, precision = stage_run(config, args.stage - 1, world_size=1), Precision(args.precision, CPU)
+    model = to_channels_last(CascadeStage(**stage_arguments(config, args.stage - 1)))
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{run.stage.name}: {run.stage.volume_size}^3, {parameters:.2f} M parameters, X-rays {run.xray_img_size}^2")
-    sampling(model, run, args.steps, precision, device, args.repetitions)
-    training(model, run, args.batch, precision, device, args.repetitions)
+    sampling(model, run, args.steps, precision, args.repetitions)
+    training(model, run, args.batch, precision, args.repetitions)
     return 0
 
 

@@ -18,8 +18,6 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
-
 from benchmarks.model_speed import machine
 from dataset import PatientDataset
 from xray2ct.conventions import MANIFEST
@@ -116,7 +114,7 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=25_000)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder, removed at the end)")
     args = parser.parse_args()
-    print(machine(torch.device("cpu")), flush=True)
+    print(machine(), flush=True)
     warnings.simplefilter("ignore")
     if args.folder:
         args.folder.mkdir(parents=True)

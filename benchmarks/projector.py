@@ -1,9 +1,11 @@
 """Compare the built-in renderer with nanodrr on one CT: line integrals and time.
 
     python -m benchmarks.projector --ct ROOT/ID/ID.nii.gz           # a prepared cube, or any CT
-    python -m benchmarks.projector --ct CT.nii.gz --device cuda --sizes 128:128:2 256:512:1
+    python -m benchmarks.projector --ct CT.nii.gz --sizes 128:128:2 256:512:1
 
-Needs: pip install nanodrr. The relative error (mean absolute difference over mean, per view) compares
+On the CPU; benchmarks/gpu.py times both on a GPU. Needs: pip install nanodrr.
+
+The relative error (mean absolute difference over mean, per view) compares
 the built-in renderer with nanodrr reading the same cube from a NIfTI file, with its own conversion of HU
 and its own cameras; the timings compare ``render_xrays`` with ``render_xrays_nanodrr``.
 """
@@ -24,13 +26,12 @@ from xray2ct.geometry.nanodrr_backend import SAMPLES_PER_VOXEL, render_xrays_nan
 from xray2ct.geometry.projector import HU_WINDOW, MU_WATER, Geometry, hu_to_mu, hu_to_unit, line_integrals, render_xrays
 from xray2ct.imaging.cube_files import read_cube, write_cube
 
-BACKENDS = {"built-in": render_xrays, "nanodrr": render_xrays_nanodrr}
+RENDERERS = {"built-in": render_xrays, "nanodrr": render_xrays_nanodrr}
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ct", required=True, help="a prepared cube or any CT (NIfTI, MetaImage, NRRD, DICOM folder)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
         "--sizes",
         nargs="+",
@@ -78,36 +79,26 @@ def fastest(render, volume, geometry, xray_size, backward, repeats) -> float:
     seconds = []
     for _ in range(repeats + 1):
         volume.grad = None
-        synchronise(volume)
         start = time.perf_counter()
         with torch.set_grad_enabled(backward):
             image = render(volume, geometry, (xray_size, xray_size))
         if backward:
             image.mean().backward()
-        synchronise(volume)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 
 
-def synchronise(tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-
-
-def time_backends(ct, geometry, cube_size, xray_size, batch, device, repeats):
+def time_backends(ct, geometry, cube_size, xray_size, batch, repeats):
     """Rows ``(pass, seconds built-in, seconds nanodrr)``."""
     hu = torch.from_numpy(read_cube(ct, geometry.fov_mm, cube_size)[0])
-    volume = hu_to_unit(hu).expand(batch, 1, -1, -1, -1).to(device).contiguous().requires_grad_()
+    volume = hu_to_unit(hu).expand(batch, 1, -1, -1, -1).contiguous().requires_grad_()
     for backward in (False, True):
-        seconds = [fastest(f, volume, geometry, xray_size, backward, repeats) for f in BACKENDS.values()]
+        seconds = [fastest(f, volume, geometry, xray_size, backward, repeats) for f in RENDERERS.values()]
         yield "forward + backward" if backward else "forward", *seconds
 
 
-def describe(device) -> str:
-    if torch.device(device).type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = f"{processor()}, {torch.get_num_threads()} thread(s)"
+def describe() -> str:
+    machine = f"{processor()}, {torch.get_num_threads()} thread(s)"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, nanodrr {version('nanodrr')}"
     return f"{machine}; {versions}"
 
@@ -133,14 +124,14 @@ def main(argv=None) -> int:
         torch.set_num_threads(args.threads)
     geometry = Geometry()
     render_xrays_nanodrr(torch.zeros(1, 1, 8, 8, 8), geometry, (8, 8))  # says so at once when nanodrr is missing
-    print(f"{describe(args.device)}\n{geometry}; nanodrr: {SAMPLES_PER_VOXEL:g} sample(s) per voxel\n")
+    print(f"{describe()}\n{geometry}; nanodrr: {SAMPLES_PER_VOXEL:g} sample(s) per voxel\n")
     print("| cube -> X-ray | relative error PA | lateral |\n|---|---|---|")
     for cube, xray in dict.fromkeys(size[:2] for size in sizes):
         pa, lateral = relative_errors(args.ct, geometry, cube, xray)
         print(f"| {cube}^3 -> {xray}^2 | {pa:.3%} | {lateral:.3%} |", flush=True)
     print("\n| cube -> X-ray | batch | pass | built-in s | nanodrr s | ratio |\n|---|---|---|---|---|---|")
     for cube, xray, batch in sizes:
-        for name, ours, theirs in time_backends(args.ct, geometry, cube, xray, batch, args.device, args.repeats):
+        for name, ours, theirs in time_backends(args.ct, geometry, cube, xray, batch, args.repeats):
             row = f"{cube}^3 -> {xray}^2 | {batch} | {name} | {ours:.3f} | {theirs:.3f} | {theirs / ours:.1f}"
             print(f"| {row} |", flush=True)
     return 0

@@ -22,7 +22,7 @@ from xray2ct.data.sample_random import SampleRandom
 from xray2ct.data.warp import DensityChange, SmoothWarp
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import lift_features
-from xray2ct.geometry.projector import Geometry, render_xrays
+from xray2ct.geometry.projector import Geometry, line_integrals, render_xrays
 from xray2ct.models.memory import available_memory
 from xray2ct.training.config import DataConfig
 from xray2ct.training.convolution_check import convolution_defect
@@ -48,6 +48,20 @@ def test_rendering_and_lifting_equal_the_cpu():
     )
     lifted = lift_features(features.cuda(), Geometry(), (16, 16, 16)).cpu()
     assert torch.allclose(lifted, lift_features(features, Geometry(), (16, 16, 16)), atol=1e-4)
+
+
+@pytest.mark.parametrize("geometry", [Geometry(), Geometry("scout"), Geometry("parallel")], ids=str)
+@pytest.mark.parametrize(("shape", "size"), [((40, 24, 56), (70, 45)), ((33, 65, 17), (16, 130))])
+def test_triton_renderer_and_its_adjoint_equal_the_dense_products(geometry, shape, size):
+    pytest.importorskip("triton")
+    volume, weight = torch.rand(3, 1, *shape, device="cuda", requires_grad=True), torch.rand(3, 2, *size, device="cuda")
+    images = [line_integrals(volume, geometry, size, backend) for backend in ("dense", "triton", "triton")]
+    gradients = [torch.autograd.grad((image * weight).sum(), volume)[0] for image in images]
+    for dense, kernels, again in (images, gradients):
+        assert torch.allclose(
+            kernels, dense, rtol=1e-3, atol=2e-3 * dense.max().item()
+        )  # TF32 may be on in the products
+        assert torch.equal(kernels, again)
 
 
 def test_the_model_equals_the_cpu():

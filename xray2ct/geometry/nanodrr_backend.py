@@ -7,16 +7,8 @@ nanodrr marches along the rays with trilinear samples (a fused kernel on NVIDIA 
 renderer uses Joseph's method. Both follow the conventions of projector.py; on a chest CT their line integrals
 differ by less than 0.01 % on average (benchmarks/projector.py).
 
-On a CPU the built-in renderer is faster; it stays the default. One AMD EPYC core, torch 2.13, nanodrr 0.1.7, one
-sample per voxel, seconds of CPU time, both views:
-
-    cube -> X-ray           batch  pass                built-in  nanodrr
-    128^3 -> 128^2            2    forward               0.17      0.54
-                                   forward + backward    0.30      1.16
-    256^3 -> 512^2            1    forward               2.3       6.7
-                                   forward + backward    5.1      20.6
-
-No GPU was measured. nanodrr's fused kernel is not used for gradients under torch's deterministic algorithms.
+On a CPU the built-in renderer is several times faster; it stays the default (docs/results.md has the figures, for a
+GPU, too). nanodrr's fused kernel is not used for gradients under torch's deterministic algorithms.
 """
 
 from __future__ import annotations

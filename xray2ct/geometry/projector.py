@@ -23,16 +23,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from importlib.util import find_spec
 from numbers import Real
 
 import torch
+
+from xray2ct.geometry import banded, dense
+from xray2ct.geometry.band import Band
 
 HU_WINDOW = (-1024.0, 1476.0)  # HU mapped to [0, 1]; X2CT-GAN's 2,500 HU
 MU_WATER = 0.02  # 1/mm, water at about 65 keV effective energy (NIST XCOM: 0.0206 at 60 keV, 0.0193 at 70 keV)
 XRAY_SCALE = 10.0  # line integral that becomes pixel value 1: 500 mm of water
 FOV_MM = 360.0
 VIEWS = ("pa", "lateral")
+BACKENDS = ("auto", "dense", "banded", "triton")
 KINDS = ("cone", "parallel", "scout")
 DISTANCES_MM = {"cone": (1800.0, 1600.0), "scout": (949.0, 541.0)}  # source to detector and to isocentre: defaults
 
@@ -159,19 +163,19 @@ class Geometry:
         """Distance from the source of the plane that ``detector_mm`` is measured in; infinite for parallel rays."""
         return {"cone": self.sdd_mm, "scout": self.sid_mm, "parallel": math.inf}[self.kind]
 
-    def magnification(self, view: int, depth_mm: torch.Tensor) -> torch.Tensor:
+    def magnification(self, view: int, depth_mm):
         """Magnification of a plane of the cube onto the picture, across the view (columns).
 
-        view 0 (PA): ``depth_mm`` is y; view 1 (lateral): ``depth_mm`` is x. Same shape out.
+        view 0 (PA): ``depth_mm``, a tensor or a number, is y; view 1 (lateral): it is x. Same shape out.
         """
         if self.kind == "parallel":
-            return torch.ones_like(depth_mm)
+            return 1.0 + 0.0 * depth_mm
         towards_detector = -depth_mm if view == 0 else depth_mm
         return self.picture_distance_mm / (self.sid_mm + towards_detector)
 
-    def row_magnification(self, view: int, depth_mm: torch.Tensor) -> torch.Tensor:
+    def row_magnification(self, view: int, depth_mm):
         """:meth:`magnification` along z (rows): the same, but 1 in a scout."""
-        return torch.ones_like(depth_mm) if self.kind == "scout" else self.magnification(view, depth_mm)
+        return 1.0 + 0.0 * depth_mm if self.kind == "scout" else self.magnification(view, depth_mm)
 
     def voxel_centres_mm(self, size: int, **tensor_options) -> torch.Tensor:
         """Centres in mm of ``size`` equal voxels along one edge of the cube, ``(size,)``."""
@@ -207,39 +211,19 @@ def hat_weights(position_mm: torch.Tensor, extent_mm: float, size: int, constant
 # Rendering (Joseph's method)
 
 
-def _slice_weights(geometry, view, volume_shape, image_size, start, stop, device):
-    """Interpolation weights that read slices ``start:stop`` of one view at the detector's rays.
-
-    Returns rows ``(K, image rows, D)`` and columns ``(K, image columns, slice columns)``; the rows of a scout, which
-    are the same for all slices, as ``(1, image rows, D)``.
-    """
+def _bands(geometry, view, volume_shape, image_size):
+    """Rows and columns of a view: which voxels of each slice perpendicular to the central ray its pixels read."""
     depth, height, width = volume_shape
-    slices, columns = (height, width) if view == 0 else (width, height)
-    options = {"device": device, "dtype": torch.float32}
-    depth_mm = geometry.voxel_centres_mm(slices, **options)[start:stop]
-    row_depth_mm = depth_mm[:1] if geometry.kind == "scout" else depth_mm
-    v_mm = _centres(image_size[0], geometry.detector_mm, **options)
-    u_mm = _centres(image_size[1], geometry.detector_mm, **options)
-    v_mm = v_mm / geometry.row_magnification(view, row_depth_mm)[:, None]
-    u_mm = u_mm / geometry.magnification(view, depth_mm)[:, None]
-    rows = hat_weights(v_mm, geometry.fov_mm, depth)
-    cols = hat_weights(u_mm, geometry.fov_mm, columns)
-    return rows, cols
+    slices, across = (height, width) if view == 0 else (width, height)
+    outermost = (1 - 1 / slices) / 2 * geometry.fov_mm
 
+    def band(magnification, pixels, voxels):
+        step = geometry.detector_mm / pixels / (geometry.fov_mm / voxels)
+        first, last = (step / magnification(view, depth_mm) for depth_mm in (-outermost, outermost))
+        return Band(first, (last - first) / max(1, slices - 1), slices, pixels, voxels)
 
-@lru_cache(maxsize=16)
-def _cached_slice_weights(*key):
-    return _slice_weights(*key)
-
-
-def _weights(geometry, view, volume_shape, image_size, start, stop, device):
-    key = (geometry, view, tuple(volume_shape), tuple(image_size), start, stop, device)
-    entries = (stop - start) * (image_size[0] * volume_shape[0] + image_size[1] * max(volume_shape[1:]))
-    # Training renders small images of the same geometry at each step: worth keeping. Large ones are not.
-    kept = entries <= 8_000_000 and start == 0 and not torch.is_inference_mode_enabled()
-    if kept and not torch.compiler.is_compiling():  # traced tensors belong to their trace
-        return _cached_slice_weights(*key)
-    return _slice_weights(*key)
+    rows = band(geometry.row_magnification, image_size[0], depth)
+    return rows, band(geometry.magnification, image_size[1], across)
 
 
 def _slab_length(geometry, view, volume_shape, image_size, device):
@@ -255,74 +239,51 @@ def _slab_length(geometry, view, volume_shape, image_size, device):
     return thickness * torch.sqrt(1.0 + (u * u + v * v) / geometry.picture_distance_mm**2)
 
 
-def _chunk_slices(volume_shape, image_size, batch):
-    """Slices handled at once: bounds the temporaries to about 100 MB."""
-    if not isinstance(batch, int):  # a trace for any batch
-        batch = 1
-    per_slice = image_size[0] * volume_shape[0] + image_size[1] * max(volume_shape[1:])
-    per_slice += 2 * batch * max(image_size[0], volume_shape[0]) * max(volume_shape[1:])
-    return max(1, 25_000_000 // per_slice)
+def _backend(name: str, device: torch.device):
+    """The module with ``project`` and ``back_project`` that ``backend`` of :func:`line_integrals` means."""
+    if name == "auto":
+        name = {"cpu": "banded", "cuda": "triton"}.get(device.type, "dense")
+        if torch.compiler.is_compiling() or (name == "triton" and find_spec("triton") is None):
+            name = "dense"
+    if name == "triton":
+        from xray2ct.geometry import joseph_triton  # here, as the import of triton takes half a second
+
+        return joseph_triton
+    return {"dense": dense, "banded": banded}[name]
 
 
 class _ViewIntegral(torch.autograd.Function):
     """Line integrals of one view; linear in the volume, so the backward pass is the exact adjoint.
 
-    Slice k contributes ``R_k S_k C_k^T`` (rows and columns of a slice perpendicular to the central
-    ray are magnified independently), so the sum over slices is one matrix product per chunk.
-    Nothing is kept for the backward pass: the weights are made again.
+    Slice k contributes ``R_k S_k C_k^T`` (rows and columns of a slice perpendicular to the central ray are magnified
+    independently). Nothing is kept for the backward pass: the weights are made again.
     """
 
     @staticmethod
-    def forward(ctx, volume, geometry, view, image_size):
-        ctx.geometry, ctx.view, ctx.image_size, ctx.volume_shape = (
-            geometry,
-            view,
-            image_size,
-            volume.shape[2:],
-        )
+    def forward(ctx, volume, geometry, view, image_size, backend):
+        ctx.arguments, ctx.volume_shape = (geometry, view, image_size, backend), volume.shape[2:]
+        rows, cols = _bands(geometry, view, volume.shape[2:], image_size)
         slabs = _to_slabs(volume, view)  # (B, K, D, C)
-        batch, count = slabs.shape[:2]
-        shape = volume.shape[2:]
-        if geometry.kind == "parallel":  # all slices share one pair of weights: sum first
-            rows, cols = _weights(geometry, view, shape, image_size, 0, 1, volume.device)
-            image = rows[0] @ slabs.sum(dim=1) @ cols[0].T
+        if geometry.kind == "parallel":  # all slices are read alike: summed first
+            image = dense.project(slabs.sum(dim=1, keepdim=True), rows.part(0, 1), cols.part(0, 1))
         else:
-            image = volume.new_zeros(batch, shape[0] if geometry.kind == "scout" else image_size[0], image_size[1])
-            step = _chunk_slices(shape, image_size, batch)
-            for start in range(0, count, step):
-                stop = min(start + step, count)
-                rows, cols = _weights(geometry, view, shape, image_size, start, stop, volume.device)
-                partial = slabs[:, start:stop]
-                if geometry.kind == "cone":
-                    partial = torch.matmul(rows, partial)  # (B, k, rows, C)
-                partial = partial.transpose(1, 2).flatten(2)  # (B, rows, k C)
-                image += partial @ cols.transpose(1, 2).flatten(0, 1)
-            if geometry.kind == "scout":  # so far a row for each of the cube's
-                image = rows[0] @ image
-        return image * _slab_length(geometry, view, shape, image_size, volume.device)
+            image = _backend(backend, volume.device).project(slabs, rows, cols)
+        return image * _slab_length(geometry, view, volume.shape[2:], image_size, volume.device)
 
     @staticmethod
     def backward(ctx, grad_image):
-        geometry, view, image_size, shape = ctx.geometry, ctx.view, ctx.image_size, ctx.volume_shape
+        (geometry, view, image_size, backend), shape = ctx.arguments, ctx.volume_shape
+        rows, cols = _bands(geometry, view, shape, image_size)
         grad_image = grad_image * _slab_length(geometry, view, shape, image_size, grad_image.device)
-        count = shape[1] if view == 0 else shape[2]
+        gradient = grad_image.new_empty(len(grad_image), 1, *shape)
+        slabs = _to_slabs(gradient, view)
         if geometry.kind == "parallel":
-            rows, cols = _weights(geometry, view, shape, image_size, 0, 1, grad_image.device)
-            slab = rows[0].T @ grad_image @ cols[0]
-            slabs = slab.unsqueeze(1).expand(-1, count, -1, -1)
+            slab = torch.empty_like(slabs[:, :1])
+            dense.back_project(grad_image, rows.part(0, 1), cols.part(0, 1), slab)
+            slabs.copy_(slab.expand_as(slabs))
         else:
-            parts = []
-            step = _chunk_slices(shape, image_size, grad_image.shape[0])
-            for start in range(0, count, step):
-                stop = min(start + step, count)
-                rows, cols = _weights(geometry, view, shape, image_size, start, stop, grad_image.device)
-                if geometry.kind == "scout":
-                    parts.append(torch.matmul((rows[0].T @ grad_image).unsqueeze(1), cols))
-                else:
-                    partial = torch.matmul(grad_image.unsqueeze(1), cols)  # (B, k, rows, C)
-                    parts.append(torch.matmul(rows.transpose(1, 2), partial))
-            slabs = torch.cat(parts, dim=1)
-        return _from_slabs(slabs, view), None, None, None
+            _backend(backend, grad_image.device).back_project(grad_image, rows, cols, slabs)
+        return gradient, None, None, None, None
 
 
 def _to_slabs(volume: torch.Tensor, view: int) -> torch.Tensor:
@@ -330,15 +291,12 @@ def _to_slabs(volume: torch.Tensor, view: int) -> torch.Tensor:
     return volume[:, 0].permute(0, 2, 1, 3) if view == 0 else volume[:, 0].permute(0, 3, 1, 2)
 
 
-def _from_slabs(slabs: torch.Tensor, view: int) -> torch.Tensor:
-    slabs = slabs.permute(0, 2, 1, 3) if view == 0 else slabs.permute(0, 2, 3, 1)
-    return slabs.unsqueeze(1)
-
-
-def line_integrals(mu: torch.Tensor, geometry: Geometry, image_size=(512, 512)) -> torch.Tensor:
+def line_integrals(mu: torch.Tensor, geometry: Geometry, image_size=(512, 512), backend: str = "auto") -> torch.Tensor:
     """Integrate attenuation along every detector ray of both views.
 
     mu: ``(B, 1, D, H, W)`` in 1/mm over the cube of ``geometry`` (sizes may differ per axis).
+    backend: ``"auto"``, or to compare them ``"dense"`` (matrix products, everywhere), ``"banded"`` (sparse sums, a
+        CPU's fastest) or ``"triton"`` (a GPU's kernels); parallel rays take one small product in each.
     Returns ``(B, 2, *image_size)``, dimensionless, always accumulated in float32.
 
     Joseph's method (IEEE Trans. Med. Imaging 1, 192, 1982): one bilinear sample per slice
@@ -348,10 +306,12 @@ def line_integrals(mu: torch.Tensor, geometry: Geometry, image_size=(512, 512)) 
     """
     if mu.ndim != 5 or mu.shape[1] != 1:
         raise ValueError(f"volume has shape {tuple(mu.shape)}; expected (B, 1, D, H, W)")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected {', '.join(map(repr, BACKENDS))}")
     image_size = (int(image_size[0]), int(image_size[1]))
     with torch.autocast(device_type=mu.device.type, enabled=False):
         mu = mu.float()
-        views = [_ViewIntegral.apply(mu, geometry, view, image_size) for view in range(2)]
+        views = [_ViewIntegral.apply(mu, geometry, view, image_size, backend) for view in range(2)]
     return torch.stack(views, dim=1)
 
 
