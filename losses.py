@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
@@ -262,9 +263,9 @@ class PerceptualLoss(nn.Module):
 
     weights: ``"imagenet"`` (torchvision's download or cache), ``"random"`` (fixed seed) or the path of
         torchvision's ``vgg16-397923af.pth``. What cannot be loaded raises :class:`InputError`.
-    slices: per orientation and call, the same for the whole batch: in training drawn without
-        replacement from torch's global CPU generator (so a restored RNG state repeats them), in eval
-        mode equally spaced.
+    slices: per orientation and call. In eval mode equally spaced; in training drawn without replacement, for each
+        sample from its own ``draws`` (so that they do not depend on the batch), without them for the whole batch from
+        torch's global CPU generator.
 
     The filters are buffers outside the state dict: nothing trains, averages or saves them.
     """
@@ -308,21 +309,30 @@ class PerceptualLoss(nn.Module):
         pairs = zip(self.features(prediction), wanted)
         return len(prediction) * torch.stack([F.l1_loss(x.float(), y.float()) for x, y in pairs]).mean()
 
-    def _positions(self, size: int, device) -> torch.Tensor:
+    def _positions(self, axis: int, volumes: torch.Tensor, draws: SampleRandom | None) -> torch.Tensor:
+        """Indices of the slices along an axis of ``volumes`` (B, 1, D, H, W): ``(B, slices)``, on their device."""
+        batch, size = len(volumes), volumes.shape[axis]
         count = min(self.slices, size)
-        if self.training:
-            positions = torch.randperm(size)[:count]
-        else:
-            positions = ((torch.arange(count) + 0.5) * size / count).long()
-        return positions.to(device)
+        if not self.training:
+            positions = ((torch.arange(count, device=volumes.device) + 0.5) * size / count).long()
+        elif draws is None:
+            positions = torch.randperm(size)[:count].to(volumes.device, non_blocking=True)
+        else:  # of each part of a sample other slices; the ranks of random numbers are a permutation
+            keys = draws.uniform(f"perceptual slices of axis {axis}", (batch // len(draws), size))
+            positions = keys.reshape(batch, size).argsort(dim=1)[:, :count]
+        return positions.expand(batch, count)
 
-    def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Volumes ``(B, 1, D, H, W)`` in [0, 1] -> 0-d float32 tensor."""
+    def forward(
+        self, prediction: torch.Tensor, target: torch.Tensor, draws: SampleRandom | None = None
+    ) -> torch.Tensor:
+        """Volumes ``(B, 1, D, H, W)`` in [0, 1] -> 0-d float32 tensor.
+
+        draws: random numbers of the B samples, or of B / n samples of n successive parts (patches) each.
+        """
         distance, count = torch.zeros((), device=prediction.device), 0
         for axis in (2, 3, 4):
-            positions = self._positions(prediction.shape[axis], prediction.device)
-            pair = [v.float().index_select(axis, positions).movedim(axis, 1) for v in (prediction, target)]
-            x, y = (v.reshape(-1, 1, *v.shape[-2:]) for v in pair)
+            positions = self._positions(axis, prediction, draws)
+            x, y = (_slices(volume, axis, positions).float() for volume in (prediction, target))
             step = max(1, self.chunk_pixels // (x.shape[-2] * x.shape[-1]))
             for start in range(0, len(x), step):
                 chunk = x[start : start + step], y[start : start + step]
@@ -335,6 +345,13 @@ class PerceptualLoss(nn.Module):
                     distance = distance + self._distance(*chunk)
             count += len(x)
         return distance / count
+
+
+def _slices(volumes: torch.Tensor, axis: int, positions: torch.Tensor) -> torch.Tensor:
+    """Slices of ``volumes`` (B, 1, D, H, W) at ``positions`` (B, n) along an axis: ``(B n, 1, H', W')``."""
+    sample = torch.arange(len(volumes), device=volumes.device)[:, None]
+    found = volumes[(sample, 0, *(positions if axis == other else slice(None) for other in (2, 3, 4)))]
+    return found.reshape(-1, 1, *found.shape[-2:])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,6 +414,7 @@ class EnhancedLoss(nn.Module):
         aux: Mapping[str, torch.Tensor] | None = None,
         mask: torch.Tensor | None = None,
         xrays: torch.Tensor | None = None,
+        draws: SampleRandom | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compare volumes ``(B, 1, D, H, W)`` in [0, 1], any float dtype.
 
@@ -404,6 +422,7 @@ class EnhancedLoss(nn.Module):
         mask: ``(B, 1, D, H, W)`` in {0, 1}; what the prediction holds where it is 0 has no influence
             on any term but the projection. Terms are means over each sample's mask, then over the samples.
         xrays: ``(B, 2, H, W)`` in [0, 1]; the projection term needs them.
+        draws: random numbers of the samples, for the perceptual term's slices; see :class:`PerceptualLoss`.
         Returns ``(total, {term: unweighted 0-d float32 tensor})``. Shapes that differ raise ``ValueError``, and so
         does a term with a weight but without its input.
         """
@@ -427,7 +446,7 @@ class EnhancedLoss(nn.Module):
                 prediction = torch.where(mask > 0, prediction, target)
             parts |= self._volume_terms(prediction, target, aux, mask)
         if self.perceptual is not None:
-            parts["perceptual"] = self.perceptual(prediction, target)
+            parts["perceptual"] = self.perceptual(prediction, target, draws)
         parts = {name: parts[name] for name in self.weights if name in parts}
         return sum(self.weights[name] * value for name, value in parts.items()), parts
 

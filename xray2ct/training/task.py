@@ -12,6 +12,7 @@ from tqdm import tqdm
 from dataset import PatientDataset
 from losses import EnhancedLoss
 from xray2ct.data.augment import AugmentConfig, PairMaker
+from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
 from xray2ct.training.config import LossConfig, config_dict
 from xray2ct.training.distributed import Processes
@@ -173,11 +174,16 @@ class RegressionTask(PatientTask):
         weights = {k: v for k, v in config_dict(self.config.loss).items() if k != "use_scan_mask"}
         self.criterion = EnhancedLoss(**weights, acquisition=self.train_data.acquisition).to(device)
 
+    def make_batch(self, raw, seeds, device) -> dict:
+        """The base's batch, with the samples' random ``draws`` for the loss."""
+        return {**super().make_batch(raw, seeds, device), "draws": SampleRandom(seeds, device)}
+
     def compare(self, volume, batch: dict, aux=None, whole: bool = True):
         """Total loss and components of a prediction; without X-rays where it is a part (not whole) of the cube."""
         mask = batch["mask"] if self.uses_mask else None
         xrays = batch["xrays"] if whole else None  # a part of the cube has no X-ray of its own to compare with
-        return self.criterion(volume, batch["ct_volume"], aux=aux, mask=mask, xrays=xrays)
+        draws = batch.get("draws")  # in training
+        return self.criterion(volume, batch["ct_volume"], aux=aux, mask=mask, xrays=xrays, draws=draws)
 
 
 def refuse_losses(loss: LossConfig, reasons: dict[str, str]) -> None:
