@@ -24,7 +24,7 @@ from xray2ct.files import InputError
 from xray2ct.training.convolution_check import reduced_precision_defects
 from xray2ct.training.distributed import Processes, data_parallel, lost_peer
 from xray2ct.training.ledger import Ledger, StepRecord
-from xray2ct.training.micro_batch import largest_fitting, wanted_micro_batch
+from xray2ct.training.micro_batch import divisors, largest_fitting, wanted_micro_batch
 from xray2ct.training.monitors import Monitors
 from xray2ct.training.plan import EpochPlan, Positions, accumulation_steps, learning_rate_at, sample_seed
 from xray2ct.training.precision import peak_gpu_memory
@@ -345,13 +345,20 @@ class Trainer(RunState):
             self.monitors.log(event, self.updates, values)
 
     def validate(self) -> dict[str, float]:
-        """Validation of the weights that would be saved, over all ranks; means over patients."""
+        """Validation of the weights that would be saved, over all ranks; means over patients.
+
+        Raises :class:`TrainingError` naming the patients whose predicted volumes are not finite.
+        """
         model = self.best_weights
         was_training = model.training
         model.eval()
         rows = self.task.validate(model, self.processes, self.precision)
         model.train(was_training)
         rows = [row for part in self.processes.gather_objects(rows) for row in part]
+        bad = [row["id"] for row in rows if not math.isfinite(row["psnr"])]
+        if bad:
+            what = "validation: the predicted volumes hold NaN or infinite values"
+            raise TrainingError(self.where(what, bad, NUMERIC_ADVICE, self.step_in_epoch))
         names = [name for name in rows[0] if name != "id"]
         return {name: sum(row[name] for row in rows) / len(rows) for name in names} | {"patients": len(rows)}
 
@@ -422,6 +429,9 @@ def fit(model: nn.Module, task: Task, config, output, processes: Processes, moni
         except torch.OutOfMemoryError as error:
             place = f"epoch {trainer.epoch}, step {trainer.step_in_epoch + 1}"
             reason, advice = str(error).splitlines()[0], task.memory_advice()
+            if trainer.plan.micro_batch > 1:
+                smaller = divisors(trainer.plan.micro_batch)[-2]
+                advice = f"Try --set training.micro_batch={smaller}: the run goes on as it was. Else: {advice}"
             raise TrainingError(
                 f"{place}: out of GPU memory ({reason}). {advice} (and another --output: they change the run)"
             ) from error
