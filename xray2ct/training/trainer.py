@@ -187,14 +187,14 @@ class Trainer(RunState):
 
     def _optimise(self) -> torch.Tensor:
         """Clip the gradients and take the step, unless they are not finite; returns their norm before clipping."""
-        scaler = self.precision.scaler
-        scaler.unscale_(self.optimizer)
+        scaler, optimizer = self.precision.scaler, self.optimizer
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_max_norm or math.inf)
         overflow = ~torch.isfinite(norm)
         if not scaler.is_enabled():
             overflow = self.failed.logical_or_(overflow)
-        self.optimizer.found_inf = overflow.float()  # the fused step looks at it on the device
-        self.optimizer.step()
+        vars(optimizer)["found_inf"] = overflow.float()  # the fused step looks at it on the device
+        optimizer.step()
         scaler.update()
         self.updates += 1
         if self.average:
