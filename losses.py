@@ -18,18 +18,17 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.geometry.projector import line_integrals, unit_to_mu
-from xray2ct.models.vgg16 import VGG_LAYERS, file_weights, imagenet_weights, random_weights
+from xray2ct.models.perceptual import PerceptualLoss
 
 SSIM_SIGMA = 1.5
 SSIM_TAPS = 11
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # (K1 * range)^2 and (K2 * range)^2 for a data range of 1
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -245,99 +244,6 @@ class ProjectionLoss(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# VGG16 perceptual loss
-
-
-# Slices are evaluated this many pixels at a time (128 of 64x64, 8 of 256x256): about 0.5 GB of activations.
-CHUNK_PIXELS = 2**19
-
-
-class PerceptualLoss(nn.Module):
-    """VGG16 feature distance on slices of all three orientations.
-
-    Mean over relu1_2, relu2_2 and relu3_3 of the mean |features(prediction) - features(target)| of
-    slices, grey values repeated to RGB and normalised with ImageNet's mean and deviation. Features of
-    Simonyan and Zisserman (arXiv:1409.1556), compared as in Johnson et al. (ECCV 2016,
-    arXiv:1603.08155), with L1 instead of squared distances. At least 0; weights decide its scale.
-
-    weights: ``"imagenet"`` (torchvision's download or cache), ``"random"`` (fixed seed) or the path of
-        torchvision's ``vgg16-397923af.pth``. What cannot be loaded raises :class:`InputError`.
-    slices: per orientation and call, the same for the whole batch: in training drawn without
-        replacement from torch's global CPU generator (so a restored RNG state repeats them), in eval
-        mode equally spaced.
-
-    The filters are buffers outside the state dict: nothing trains, averages or saves them.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, weights: str | os.PathLike = "imagenet", slices: int = 4, chunk_pixels: int = CHUNK_PIXELS):
-        super().__init__()
-        if slices < 1:
-            raise InputError(f"loss.perceptual_slices is {slices}; expected at least 1")
-        self.slices, self.chunk_pixels = slices, chunk_pixels
-        if weights == "imagenet":
-            state = imagenet_weights()
-        elif weights == "random":
-            state = random_weights()
-        else:
-            state = file_weights(weights)
-        for index, *_ in VGG_LAYERS:
-            for kind in ("weight", "bias"):
-                value = state[f"features.{index}.{kind}"].detach().float().clone()
-                self.register_buffer(f"{kind}{index}", value, persistent=False)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-
-    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Grey images ``(N, 1, H, W)`` in [0, 1], at least 8 x 8 -> [relu1_2, relu2_2, relu3_3]."""
-        x = (images - self.mean) / self.std
-        compared = []
-        for index, _, _, is_compared in VGG_LAYERS:
-            x = F.relu(F.conv2d(x, getattr(self, f"weight{index}"), getattr(self, f"bias{index}"), padding=1))
-            if is_compared:
-                compared.append(x)
-                x = F.max_pool2d(x, 2)
-        return compared
-
-    def _distance(self, prediction, target):
-        """Slices ``(N, 1, H, W)`` -> sum over slices of the distance, float32."""
-        with torch.no_grad():
-            wanted = self.features(target)
-        pairs = zip(self.features(prediction), wanted)
-        return len(prediction) * torch.stack([F.l1_loss(x.float(), y.float()) for x, y in pairs]).mean()
-
-    def _positions(self, size: int, device) -> torch.Tensor:
-        count = min(self.slices, size)
-        if self.training:
-            positions = torch.randperm(size)[:count]
-        else:
-            positions = ((torch.arange(count) + 0.5) * size / count).long()
-        return positions.to(device)
-
-    def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Volumes ``(B, 1, D, H, W)`` in [0, 1] -> 0-d float32 tensor."""
-        distance, count = torch.zeros((), device=prediction.device), 0
-        for axis in (2, 3, 4):
-            positions = self._positions(prediction.shape[axis], prediction.device)
-            pair = [v.float().index_select(axis, positions).movedim(axis, 1) for v in (prediction, target)]
-            x, y = (v.reshape(-1, 1, *v.shape[-2:]) for v in pair)
-            step = max(1, self.chunk_pixels // (x.shape[-2] * x.shape[-1]))
-            for start in range(0, len(x), step):
-                chunk = x[start : start + step], y[start : start + step]
-                if len(x) > step and torch.is_grad_enabled():
-                    # Recomputed in the backward pass: only one chunk's activations exist at a time.
-                    distance = distance + checkpoint(
-                        self._distance, *chunk, use_reentrant=False, preserve_rng_state=False
-                    )
-                else:
-                    distance = distance + self._distance(*chunk)
-            count += len(x)
-        return distance / count
-
-
-# ------------------------------------------------------------------------------------------------
 # The sum
 
 
@@ -397,6 +303,7 @@ class EnhancedLoss(nn.Module):
         aux: Mapping[str, torch.Tensor] | None = None,
         mask: torch.Tensor | None = None,
         xrays: torch.Tensor | None = None,
+        draws: SampleRandom | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compare volumes ``(B, 1, D, H, W)`` in [0, 1], any float dtype.
 
@@ -404,6 +311,7 @@ class EnhancedLoss(nn.Module):
         mask: ``(B, 1, D, H, W)`` in {0, 1}; what the prediction holds where it is 0 has no influence
             on any term but the projection. Terms are means over each sample's mask, then over the samples.
         xrays: ``(B, 2, H, W)`` in [0, 1]; the projection term needs them.
+        draws: random numbers of the samples, for the perceptual term's slices; see :class:`PerceptualLoss`.
         Returns ``(total, {term: unweighted 0-d float32 tensor})``. Shapes that differ raise ``ValueError``, and so
         does a term with a weight but without its input.
         """
@@ -427,7 +335,7 @@ class EnhancedLoss(nn.Module):
                 prediction = torch.where(mask > 0, prediction, target)
             parts |= self._volume_terms(prediction, target, aux, mask)
         if self.perceptual is not None:
-            parts["perceptual"] = self.perceptual(prediction, target)
+            parts["perceptual"] = self.perceptual(prediction, target, draws)
         parts = {name: parts[name] for name in self.weights if name in parts}
         return sum(self.weights[name] * value for name, value in parts.items()), parts
 

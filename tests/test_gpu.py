@@ -30,7 +30,8 @@ from xray2ct.training.determinism import deterministic
 from xray2ct.training.distributed import Processes
 from xray2ct.training.feed import Feed
 from xray2ct.training.plan import EpochPlan
-from xray2ct.training.trainer import fit
+from xray2ct.training.signals import SignalCatcher
+from xray2ct.training.trainer import Trainer, fit
 
 CUDA = torch.device("cuda", 0)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can see")
@@ -182,6 +183,30 @@ def test_a_run_learns_in_mixed_precision(root, tmp_path, precision):
     assert all(event["gpu_memory_gib"] > 0 for event in events if event["event"] == "epoch")
     losses = [e["l1"] for e in events if e["event"] == "epoch"]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("precision", ["float16", "auto"])
+def test_a_step_does_not_wait_for_the_gpu(root, tmp_path, precision):
+    """Making the batch included."""
+    config, task, model = build(root, f"training.precision={precision}", "data.repeats=2", "loss.edge_weight=0.1")
+    trainer = Trainer(model, task, config, tmp_path, Processes(device=torch.device("cuda", 0)))
+    raw = list(trainer.loader(trainer.plan.order(1), trainer.plan.batches(0), workers=0))
+    trainer.model.train()
+    trainer.step(iter(raw))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(iter(raw))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.read(SignalCatcher()).losses["loss"] > 0
+
+
+def test_a_gpu_computes_as_much_of_a_step_at_once_as_fits(root, tmp_path):
+    config, task, model = build(root, "world_size=4", "training.num_epochs=1")
+    fit(model, task, config, tmp_path, Processes(device=torch.device("cuda", 0)))
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(e["samples"], e["share"]) for e in events if e["event"] == "micro_batch"] == [(4, 4)]
 
 
 def test_convolutions_in_reduced_precision_are_right_or_the_run_falls_back(root, tmp_path, capsys):

@@ -15,6 +15,7 @@ from torch import nn
 import losses
 from losses import EnhancedLoss, PerceptualLoss, ProjectionLoss, edge_loss, multiscale_loss, ssim_loss
 from tests.helpers.paths import ROOT
+from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import FOV_MM, MU_WATER, XRAY_SCALE, Geometry, hu_to_unit, render_xrays
@@ -496,6 +497,23 @@ def test_perceptual_slices_follow_the_saved_random_state_in_training_only():
     fixed = loss.eval()(prediction, target).item()
     assert loss(prediction, target).item() == fixed
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_perceptual_slices_of_a_sample_follow_from_its_seed_whatever_the_batch():
+    torch.manual_seed(0)
+    prediction, target = torch.rand(4, 1, 16, 17, 18), torch.rand(4, 1, 16, 17, 18)
+    loss, seeds = PerceptualLoss("random", slices=3), [7, 8]
+    whole = loss(prediction, target, SampleRandom(seeds))  # of each sample two patches
+    parts = [loss(prediction[i : i + 2], target[i : i + 2], SampleRandom(seeds[i // 2 :][:1])) for i in (0, 2)]
+    assert whole.item() == pytest.approx(sum(part.item() for part in parts) / 2, rel=1e-5)
+    assert loss(prediction, target, SampleRandom([7, 9])).item() != whole.item()
+    seen = prediction.requires_grad_()
+    loss(seen, target, SampleRandom(seeds)).backward()
+    for patch in seen.grad[:, 0] != 0:
+        # Three slices of each orientation: outside them no gradient.
+        assert [patch.all(dim=axes).sum() for axes in ((1, 2), (0, 2), (0, 1))] == [3, 3, 3]
+        assert patch.sum() == 16 * 17 * 18 - 13 * 14 * 15
+    assert not torch.equal(seen.grad[0] != 0, seen.grad[1] != 0)  # patches of one sample have slices of their own
 
 
 def test_random_weights_do_not_touch_or_follow_the_global_random_state():

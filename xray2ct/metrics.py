@@ -4,6 +4,7 @@
     psnr(prediction, target), ssim_3d(prediction, target)   # volumes (D, H, W) in [0, 1]
 
 Volumes are single ``(D, H, W)`` torch tensors, computed in float64; NaN and unlike shapes raise ``ValueError``.
+``psnr_tensor`` and ``ssim_3d_tensor`` are for training: in the volumes' own precision, without waiting for the device.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ def psnr(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | No
     return min(PSNR_CAP, 20 * math.log10(peak) - 10 * math.log10(mse)) if mse > 0 else PSNR_CAP
 
 
+def psnr_tensor(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """:func:`psnr` with peak 1 as a 0-d tensor on the volumes' device; not finite for a prediction that is not."""
+    return (-10 * (prediction - target).square().mean().log10()).clamp_max(PSNR_CAP)
+
+
 def psnr_slices(prediction: torch.Tensor, target: torch.Tensor, scale: float, peak: float) -> float:
     """PSNR in dB of integer slices, averaged over the slices of each axis and then over the three axes.
 
@@ -82,13 +88,17 @@ def ssim_3d(prediction: torch.Tensor, target: torch.Tensor) -> float:
     :func:`losses.ssim_map`; equals scikit-image's ``structural_similarity(gaussian_weights=True,
     use_sample_covariance=False, data_range=1)``. Volumes below 11 voxels raise ``ValueError``.
     """
-    prediction, target = _pair(prediction, target)
-    total, count = 0.0, 0
+    return ssim_3d_tensor(*_pair(prediction, target)).item()
+
+
+def ssim_3d_tensor(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """:func:`ssim_3d` as a 0-d tensor on the volumes' device, in their precision; NaN for a prediction with NaN."""
+    total, count = torch.zeros((), dtype=target.dtype, device=target.device), 0
     margin = SSIM_TAPS - 1
     for start in range(0, max(1, len(target) - margin), _SLAB):
         stop = start + _SLAB + margin
         similarity = ssim_map(prediction[start:stop], target[start:stop])
-        total, count = total + similarity.sum().item(), count + similarity.numel()
+        total, count = total + similarity.sum(), count + similarity.numel()
     return total / count
 
 

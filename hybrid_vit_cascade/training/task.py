@@ -14,9 +14,10 @@ from hybrid_vit_cascade.models import CascadeStage
 from hybrid_vit_cascade.physics import PhysicsLoss
 from hybrid_vit_cascade.settings import CascadeConfig, StageRun
 from xray2ct.data.augment import AugmentConfig
+from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
-from xray2ct.metrics import psnr
+from xray2ct.metrics import psnr_tensor
 from xray2ct.training.config import config_dict
 from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision
@@ -24,8 +25,8 @@ from xray2ct.training.task import FILMS_DIFFER, PatientTask
 
 VALIDATION_TIMES = 4  # noise levels at which the validation loss is measured
 NOISE_PREDICTION_STEPS = 10  # of the volume that is validated where one step is not the posterior mean
-# A sample's seed is that of its augmentation; with one of these bits flipped, of other, independent draws.
-TIME, NOISE, EARLIER, EARLIER_NOISE = (1 << bit for bit in (62, 61, 60, 59))
+# A sample's seed is that of its augmentation; with one of these bits flipped, of independent volumes of noise.
+NOISE, EARLIER, EARLIER_NOISE = (1 << bit for bit in (61, 60, 59))
 
 
 class StageLoss(nn.Module):
@@ -78,6 +79,8 @@ class StageTask(PatientTask):
 
     def __init__(self, cascade: CascadeConfig, run: StageRun, earlier: Cascade | None, processes: Processes):
         self.cascade, self.config, self.earlier = cascade, run, earlier
+        if earlier is not None:
+            earlier.checked = False  # NaN shows in the loss, and looking for it would wait for the device
         size, augment = run.stage.size, run.augment
         # Noise prediction has no step from pure noise: its one-step volume is rough, and nothing is built on it.
         self.has_mean = run.prediction != "noise"
@@ -114,33 +117,26 @@ class StageTask(PatientTask):
 
     def make_batch(self, raw, seeds, device) -> dict:
         """``xrays``, ``x0`` (B, 1, D, H, W) in [-1, 1], ``noise``, ``t`` (B,); ``previous`` after stage 1."""
-        pair = super().make_batch(raw, seeds, device)
+        pair, draws = super().make_batch(raw, seeds, device), SampleRandom(seeds, device)
         xrays, x0 = pair["xrays"][:, : self.config.num_views], to_signed(pair["ct_volume"])
-        draws = [torch.Generator().manual_seed(seed ^ TIME) for seed in seeds]
-        batch = {
-            "xrays": xrays,
-            "x0": x0,
-            "t": torch.tensor([self.draw_time(draw) for draw in draws], device=device),
-            "noise": _noise(x0.shape, seeds, NOISE, device),
-        }
+        batch = {"xrays": xrays, "x0": x0, "t": self.draw_times(draws), "noise": _noise(x0.shape, seeds, NOISE, device)}
         if self.earlier is not None:
             batch |= self._condition(self.earlier, xrays, seeds, draws)
         return batch
 
-    def draw_time(self, draw: torch.Generator) -> int:
-        """A sample's time step: the last one for the share ``terminal_fraction``, otherwise uniform."""
-        last = self.schedule.num_timesteps - 1
-        if torch.rand((), generator=draw) < self.config.training.terminal_fraction:
-            return last
-        return int(torch.randint(0, last + 1, (), generator=draw))
+    def draw_times(self, draws: SampleRandom) -> torch.Tensor:
+        """Each sample's time step (B,): the last one for the share ``terminal_fraction``, otherwise uniform."""
+        count = self.schedule.num_timesteps
+        times = (draws.uniform("time") * count).long().clamp_max(count - 1)
+        return times.masked_fill(draws.uniform("terminal") < self.config.training.terminal_fraction, count - 1)
 
     @torch.no_grad()
-    def _condition(self, earlier: Cascade, xrays, seeds, draws) -> dict:
+    def _condition(self, earlier: Cascade, xrays, seeds, draws: SampleRandom) -> dict:
         """The earlier stages' volume with noise, and how much of it: the network is told its level."""
         settings = self.config.conditioning
-        means = [self.has_mean and bool(torch.rand((), generator=draw) < settings.mean_fraction) for draw in draws]
+        means = [self.has_mean and draw < settings.mean_fraction for draw in draws.on_host("mean of earlier stages")]
         previous = self._earlier_volumes(earlier, xrays, seeds, means)
-        level = torch.cat([settings.noise * torch.rand(1, generator=draw) for draw in draws]).to(xrays.device)
+        level = draws.uniform("level of noise", high=settings.noise)
         noise = _noise(previous.shape, seeds, EARLIER_NOISE, xrays.device)
         return {"previous": augment_previous(previous, level, noise), "level": level}
 
@@ -151,7 +147,8 @@ class StageTask(PatientTask):
         for mean, steps in ((True, 1), (False, self.config.conditioning.steps)):
             chosen = [i for i, wanted in enumerate(means) if wanted == mean]
             if chosen:
-                drawn = earlier.sample(xrays[chosen], steps, [generators[i] for i in chosen])
+                # Stacked: a list as an index would be copied to the device, which waits.
+                drawn = earlier.sample(torch.stack([xrays[i] for i in chosen]), steps, [generators[i] for i in chosen])
                 for i, volume in zip(chosen, drawn):
                     volumes[i] = volume
         return to_signed(torch.stack(volumes))
@@ -171,18 +168,19 @@ class StageTask(PatientTask):
 
     # -- validation ------------------------------------------------------------------------------
 
-    def score(self, model, batch, precision, index) -> tuple[dict, torch.Tensor]:
+    def score(self, model, batch, precision, index) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """PSNR of the posterior mean (with noise prediction: of a sample), losses at fixed noise levels.
 
-        The noise is the same at every validation; the volume is that of :meth:`Cascade.posterior_mean`.
+        The noise, drawn on the device, is the same at every validation; on a CPU the volume is that of
+        :meth:`Cascade.posterior_mean`.
         """
         with precision.autocast():
             return self._score(model, batch, index)
 
-    def _score(self, model, batch, index) -> tuple[dict, torch.Tensor]:
+    def _score(self, model, batch, index) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         steps = 1 if self.has_mean else NOISE_PREDICTION_STEPS
         xrays, target = batch["xrays"][:, : self.config.num_views], batch["ct_volume"]
-        generator, row, previous = torch.Generator().manual_seed(0), {}, None
+        generator, row, previous = torch.Generator(target.device).manual_seed(0), {}, None
         if self.earlier is not None:
             before = self.earlier.sample(xrays, steps, generator)
             previous = to_signed(before)
@@ -191,18 +189,18 @@ class StageTask(PatientTask):
         stage = Stage(self.config.stage.name, model, self.schedule, self.config.prediction)
         condition = model.encode(xrays, previous)
         volume = to_unit(stage.generate(condition, draw_noise(target.shape, generator, target.device), steps))
-        noise = torch.Generator().manual_seed(index + 1)
+        noise = torch.Generator(target.device).manual_seed(index + 1)
         row |= self._validation_losses(model, condition, to_signed(target), xrays, noise)
         return row | self._scores(volume, target, xrays), volume[0, 0]
 
-    def _scores(self, volume, target, xrays, suffix: str = "") -> dict[str, float]:
+    def _scores(self, volume, target, xrays, suffix: str = "") -> dict[str, torch.Tensor]:
         """PSNR and physics loss (not weighted by noise) of a volume (1, 1, D, H, W) in [0, 1]."""
-        scores = {f"psnr{suffix}": psnr(volume[0, 0], target[0, 0])}
+        scores = {f"psnr{suffix}": psnr_tensor(volume[0, 0], target[0, 0])}
         if self.physics is not None:
-            scores[f"physics{suffix}"] = self.physics(to_signed(volume), xrays).item()
+            scores[f"physics{suffix}"] = self.physics(to_signed(volume), xrays)
         return scores
 
-    def _validation_losses(self, model, condition, x0, xrays, generator) -> dict[str, float]:
+    def _validation_losses(self, model, condition, x0, xrays, generator) -> dict[str, torch.Tensor]:
         last = self.schedule.num_timesteps - 1
         rows = []
         for step in range(1, VALIDATION_TIMES + 1):
@@ -211,8 +209,8 @@ class StageTask(PatientTask):
             x_t = self.schedule.add_noise(x0, batch["noise"], t)
             output = model.denoise(x_t, self.schedule.position(t), condition)
             total, parts = self.criterion.of_output(output, x_t, batch)
-            rows.append({"loss": total.item()} | {name: value.item() for name, value in parts.items()})
-        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+            rows.append({"loss": total, **parts})
+        return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
 
 def _noise(shape, seeds, purpose: int, device) -> torch.Tensor:

@@ -27,6 +27,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_cascade import TINY
 from tests.helpers.tiny_data import make_checkpoint, make_dataset
 from xray2ct.checkpoints import load_checkpoint, save_checkpoint
+from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError, read_json, write_json
 from xray2ct.metrics import psnr
 from xray2ct.training.config import config_dict
@@ -129,11 +130,11 @@ def test_validation_scores_the_very_posterior_mean_of_inference(trained, root):
         item = PatientDataset(root, "val", size, 32)[0]
         volume = Cascade.load(trained, max_stages=stages).posterior_mean(item["xrays"][None])
         metrics = load_checkpoint(trained / name / "best.pt")["metrics"]
-        assert metrics["psnr"] == pytest.approx(psnr(volume[0, 0], item["ct_volume"][0]), abs=1e-6)
+        assert metrics["psnr"] == pytest.approx(psnr(volume[0, 0], item["ct_volume"][0]), abs=1e-4)  # in float32
     assert "psnr_before" in metrics
     coarse = Cascade.load(trained, max_stages=1).posterior_mean(item["xrays"][None])
     coarse = torch.nn.functional.interpolate(coarse, scale_factor=2, mode="trilinear")
-    assert metrics["psnr_before"] == pytest.approx(psnr(coarse[0, 0], item["ct_volume"][0]), abs=1e-6)
+    assert metrics["psnr_before"] == pytest.approx(psnr(coarse[0, 0], item["ct_volume"][0]), abs=1e-4)
 
 
 def test_a_stage_learns(words, tmp_path):
@@ -277,7 +278,7 @@ def test_a_sample_is_the_same_alone_and_as_one_of_two(trained, root, config_path
 @pytest.mark.parametrize(("fraction", "low", "high"), [(0.0, 0, 2), (0.5, 75, 125), (1.0, 200, 200)])
 def test_a_share_of_the_samples_is_pure_noise(root, config_path, fraction, low, high):
     task = make_task(root, config_path, f"training.terminal_fraction={fraction}")
-    times = [task.draw_time(torch.Generator().manual_seed(seed)) for seed in range(200)]
+    times = task.draw_times(SampleRandom(range(200))).tolist()
     assert low <= sum(t == 999 for t in times) <= high
     rest = [t for t in times if t != 999]
     assert all(0 <= t < 999 for t in rest)

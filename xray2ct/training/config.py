@@ -42,6 +42,8 @@ class CommonTraining:
     learning_rate: float = setting(3e-4, minimum=0.0)
     weight_decay: float = setting(0.01, minimum=0.0)
     gradient_accumulation_steps: int = setting(1, minimum=1)
+    # Samples that a process computes at once; 0: on a GPU as many of its share of a step as fit, else batch_size.
+    micro_batch: int = setting(0, minimum=0)
     warmup_epochs: float = setting(2.0, minimum=0.0)  # linear from 0
     min_learning_rate_ratio: float = setting(0.01, minimum=0.0, maximum=1.0)  # where the cosine ends
     ema_decay: float = setting(0.999, minimum=0.0, maximum=1.0)  # 0 switches the moving average off

@@ -6,7 +6,7 @@ import torch
 
 from model_enhanced import EnhancedDirectModel
 from xray2ct.files import InputError
-from xray2ct.metrics import psnr, ssim_3d
+from xray2ct.metrics import psnr_tensor, ssim_3d_tensor
 from xray2ct.models.coarse import CoarseModel
 from xray2ct.models.registry import KIND
 from xray2ct.training.config import EnhancedConfig, config_dict
@@ -59,10 +59,10 @@ class EnhancedTask(RegressionTask):
         volume, aux = model(batch["xrays"])
         return self.compare(volume, batch, aux)
 
-    def score(self, model, batch, precision, index) -> tuple[dict, torch.Tensor]:
+    def score(self, model, batch, precision, index) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         with precision.autocast():
             volume, aux = model(batch["xrays"])
             total, parts = self.compare(volume, batch, aux)
         volume, target = volume[0, 0].float(), batch["ct_volume"][0, 0]
-        row = {"loss": total.item(), "psnr": float(psnr(volume, target)), "ssim_3d": float(ssim_3d(volume, target))}
-        return row | {name: value.item() for name, value in parts.items()}, volume
+        row = {"loss": total, "psnr": psnr_tensor(volume, target), "ssim_3d": ssim_3d_tensor(volume, target)}
+        return row | parts, volume

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -12,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from xray2ct.files import InputError, run_cli, shown_name
 from xray2ct.training.signals import PASSED_ON, exit_status, passed_on
@@ -65,6 +68,29 @@ class Processes:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
         return tensor / self.world_size
+
+
+def data_parallel(model: nn.Module, processes: Processes, static: bool) -> DistributedDataParallel:
+    """``model`` with gradients averaged over the processes while the backward pass runs.
+
+    static: every step has one backward pass over the same parameters (no accumulation).
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(functools.partial(_strided_like, parameter.stride()))
+    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=static)
+
+
+def _strided_like(stride: tuple[int, ...], gradient: torch.Tensor) -> torch.Tensor | None:
+    """The gradient with its weight's strides where they differ in axes of size 1 alone, which the values do not know.
+
+    Kernels of one voxel come out of the backward pass in either memory format; DDP would warn and copy them.
+    """
+    theirs = gradient.stride()
+    if theirs == stride or any(n > 1 and a != b for n, a, b in zip(gradient.shape, theirs, stride)):
+        return None
+    return gradient.as_strided(gradient.shape, stride)
 
 
 def lost_peer(error: BaseException, processes: Processes) -> bool:

@@ -28,7 +28,8 @@ class EpochPlan:
     """Which samples each process takes at each step of an epoch.
 
     Patients are repeated ``repeats`` times, shuffled by (seed, epoch) and padded from the front to
-    whole global batches; step s takes positions ``[s G, (s + 1) G)``, split over micro-batches and ranks.
+    whole global batches; step s takes positions ``[s G, (s + 1) G)``, split over accumulation and ranks. How many of
+    its samples a process computes at once (``micro_batch``, a divisor of its share) does not change which they are.
     """
 
     def __init__(
@@ -38,6 +39,17 @@ class EpochPlan:
         self.accumulation, self.processes, self.seed = accumulation, processes, seed
         self.global_batch = batch_size * accumulation * processes.world_size
         self.steps = math.ceil(patients * repeats / self.global_batch)
+        self.micro_batch = batch_size
+
+    @property
+    def share(self) -> int:
+        """Samples of one process in each step."""
+        return self.batch_size * self.accumulation
+
+    @property
+    def micro_batches(self) -> int:
+        """How many this process computes one after the other in each step."""
+        return self.share // self.micro_batch
 
     def order(self, epoch: int) -> list[int]:
         """Patient index at every position of the epoch."""
@@ -50,13 +62,15 @@ class EpochPlan:
         """Positions of this rank's micro-batches from ``first_step`` on."""
         batches = []
         for step in range(first_step, self.steps):
-            for micro in range(self.accumulation):
-                start = (
-                    step * self.global_batch
-                    + (micro * self.processes.world_size + self.processes.rank) * self.batch_size
-                )
-                batches.append(list(range(start, start + self.batch_size)))
+            share = self.positions(step)
+            batches += [share[i : i + self.micro_batch] for i in range(0, self.share, self.micro_batch)]
         return batches
+
+    def positions(self, step: int) -> list[int]:
+        """Positions of this rank's samples in a step."""
+        world, rank = self.processes.world_size, self.processes.rank
+        groups = range(step * self.accumulation * world + rank, (step + 1) * self.accumulation * world, world)
+        return [group * self.batch_size + i for group in groups for i in range(self.batch_size)]
 
 
 def accumulation_steps(config, world_size: int) -> int:

@@ -10,7 +10,7 @@ from model_enhanced import RefinementNetwork
 from xray2ct.checkpoints import check_compatible, weights_fingerprint
 from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
-from xray2ct.metrics import psnr, ssim_3d
+from xray2ct.metrics import psnr_tensor, ssim_3d_tensor
 from xray2ct.models.blocks import upsample
 from xray2ct.models.loading import load_base_model
 from xray2ct.models.memory import choose_tile
@@ -170,7 +170,7 @@ class RefinementTask(RegressionTask):
 
     # -- validation ------------------------------------------------------------------------------
 
-    def score(self, model, batch, precision, index) -> tuple[dict, torch.Tensor]:
+    def score(self, model, batch, precision, index) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Full volumes, with plain upsampling of stage 1's volume and of a perfect coarse one."""
         coarse, target = self.predict_coarse(batch["xrays"], precision), batch["ct_volume"]
         tile = choose_tile(model, coarse.shape[2:], target.device, precision.dtype.itemsize)
@@ -179,13 +179,13 @@ class RefinementTask(RegressionTask):
         total, parts = self.compare(volume, batch)
         volume, perfect = volume[0, 0].float(), upsample(F.avg_pool3d(target, RefinementNetwork.scale))
         row = {
-            "loss": total.item(),
-            "psnr": float(psnr(volume, target[0, 0])),
-            "psnr_trilinear": float(psnr(upsample(coarse)[0, 0], target[0, 0])),
-            "psnr_perfect_coarse": float(psnr(perfect[0, 0], target[0, 0])),
-            "ssim_3d": float(ssim_3d(volume, target[0, 0])),
+            "loss": total,
+            "psnr": psnr_tensor(volume, target[0, 0]),
+            "psnr_trilinear": psnr_tensor(upsample(coarse)[0, 0], target[0, 0]),
+            "psnr_perfect_coarse": psnr_tensor(perfect[0, 0], target[0, 0]),
+            "ssim_3d": ssim_3d_tensor(volume, target[0, 0]),
         }
-        return row | {name: value.item() for name, value in parts.items()}, volume
+        return row | parts, volume
 
     def comment(self, metrics: dict[str, float]) -> str:
         """Which of the two stages holds the result back, from a validation's means."""

@@ -64,6 +64,7 @@ def validation_summary(metrics: dict[str, float], comment: str | None) -> str:
     return "\n".join(lines if comment is None else [*lines, f"  {comment}"])
 
 
-def numbers(losses: dict) -> str:
+def numbers(losses: dict[str, float]) -> str:
     """Components of a loss in a message: ``L1 0.05, SSIM nan``."""
-    return ", ".join(f"{LABELS.get(name, name)} {value.item():.4g}" for name, value in losses.items())
+    names = [*(name for name in LABELS if name in losses), *(name for name in losses if name not in LABELS)]
+    return ", ".join(f"{LABELS.get(name, name)} {losses[name]:.4g}" for name in names)

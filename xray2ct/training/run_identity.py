@@ -17,6 +17,7 @@ from xray2ct.training.config import config_dict
 # Settings that may change between a run and its continuation: they do not change the result.
 FREE_ON_RESUME = (
     "logging.",
+    "training.micro_batch",
     "data.num_workers",
     "data.prefetch_factor",
     "data.device_cache",

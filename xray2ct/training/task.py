@@ -18,6 +18,7 @@ from xray2ct.training.config import LossConfig, config_dict
 from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision
 from xray2ct.training.run_identity import data_header
+from xray2ct.training.validation import read_rows, sent
 
 FILMS_DIFFER = "simulated films (augment.film.probability) are no renderings of their volumes"
 
@@ -159,21 +160,28 @@ class PatientTask(Task):
 
     @torch.no_grad()
     def validate(self, model, processes, precision: Precision) -> list[dict]:
-        rows, self.samples = [], []
+        ids, rows, self.samples = [], [], []
         self.criterion.eval()
+        names = ("xrays", "ct_volume", "mask") if self.uses_mask else ("xrays", "ct_volume")
         for index in range(processes.rank, len(self.val_data), processes.world_size):
             item = self.val_data[index]
-            batch = {k: item[k].unsqueeze(0).to(processes.device) for k in ("xrays", "ct_volume", "mask")}
+            batch = {name: sent(item[name].unsqueeze(0), processes.device) for name in names}
             row, volume = self.score(model, batch, precision, index)
-            rows.append({"id": item["id"], **row})
+            ids.append(item["id"])
+            rows.append(row)
             if len(self.samples) < self.kept_samples:
                 case = {"id": item["id"], "xrays": item["xrays"], "prediction": volume}
                 self.samples.append(case | {"target": batch["ct_volume"][0, 0], "hu_window": self.val_data.hu_window})
         self.criterion.train()
-        return rows
+        return read_rows(ids, rows)
 
-    def score(self, model, batch: dict, precision: Precision, index: int) -> tuple[dict, torch.Tensor]:
-        """Scores of one validation patient, with ``loss`` and ``psnr``, and the volume (D, H, W) in float32."""
+    def score(
+        self, model, batch: dict, precision: Precision, index: int
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Scores of one validation patient, with ``loss`` and ``psnr``, and the volume (D, H, W) in float32.
+
+        Scores are 0-d tensors on the device: nothing is read before the last patient is done.
+        """
         raise NotImplementedError
 
 
@@ -195,11 +203,16 @@ class RegressionTask(PatientTask):
         weights = {k: v for k, v in config_dict(self.config.loss).items() if k != "use_scan_mask"}
         self.criterion = EnhancedLoss(**weights, acquisition=self.train_data.acquisition).to(device)
 
+    def make_batch(self, raw, seeds, device) -> dict:
+        """The base's batch, with the samples' random ``draws`` for the loss."""
+        return {**super().make_batch(raw, seeds, device), "draws": SampleRandom(seeds, device)}
+
     def compare(self, volume, batch: dict, aux=None, whole: bool = True):
         """Total loss and components of a prediction; without X-rays where it is a part (not whole) of the cube."""
         mask = batch["mask"] if self.uses_mask else None
         xrays = batch["xrays"] if whole else None  # a part of the cube has no X-ray of its own to compare with
-        return self.criterion(volume, batch["ct_volume"], aux=aux, mask=mask, xrays=xrays)
+        draws = batch.get("draws")  # in training
+        return self.criterion(volume, batch["ct_volume"], aux=aux, mask=mask, xrays=xrays, draws=draws)
 
 
 def refuse_losses(loss: LossConfig, reasons: dict[str, str]) -> None:

@@ -8,21 +8,23 @@ sees the same samples with the same augmentation.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from xray2ct.checkpoints import LAST, WriteError, remove_leftovers
 from xray2ct.files import InputError
 from xray2ct.training.convolution_check import reduced_precision_defects
-from xray2ct.training.distributed import Processes, lost_peer
+from xray2ct.training.distributed import Processes, data_parallel, lost_peer
 from xray2ct.training.feed import Feed, sample_loader
+from xray2ct.training.ledger import Ledger, StepRecord
+from xray2ct.training.micro_batch import divisors, largest_fitting, wanted_micro_batch
 from xray2ct.training.monitors import Monitors
 from xray2ct.training.plan import EpochPlan, accumulation_steps, learning_rate_at, sample_seed
 from xray2ct.training.precision import peak_gpu_memory
@@ -35,21 +37,34 @@ from xray2ct.training.reporting import (
     step_line,
     validation_summary,
 )
-from xray2ct.training.signals import Interrupted, SignalCatcher
+from xray2ct.training.signals import STOPPING, Interrupted, SignalCatcher
 from xray2ct.training.state import RunState
 from xray2ct.training.task import Task
 
 CHECKED_DEVICES = ("cuda", "cpu")  # where reduced precision is compared with float32 before training
 NUMERIC_ADVICE = "Try a lower training.learning_rate, or training.precision=float32"
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the scaler may skip while it finds its scale
+READ_SECONDS = 1.0  # several processes tell each other of signals at least this often, in whole steps
 
 
 class TrainingError(InputError):
     """Training cannot go on; the last good checkpoint is kept."""
 
 
+class Reading(NamedTuple):
+    """What :meth:`Trainer.read` found."""
+
+    losses: dict[str, float]  # of the last step, means over all processes
+    signal: int  # that one of the processes has received; 0 for none
+    save: bool  # whether one of them wants the state saved
+
+
 class Trainer(RunState):
-    """Epochs and steps of one run; see :func:`fit`."""
+    """Epochs and steps of one run; see :func:`fit`.
+
+    A step never waits for the device. Losses, gradient norms and whether they are finite stay there until
+    :meth:`read`; a step whose gradient is not finite leaves the weights as they were.
+    """
 
     def __init__(self, model: nn.Module, task: Task, config, output: Path, processes: Processes, monitors=None):
         super().__init__(model, task, config, output, processes)
@@ -59,11 +74,21 @@ class Trainer(RunState):
         samples, repeats = len(task.train_data), config.data.repeats
         self.plan = EpochPlan(samples, repeats, training.batch_size, accumulation, processes, training.seed)
         self.feed = Feed(task.train_data, config.data, processes)
+        if micro_batch := wanted_micro_batch(training.micro_batch, self.plan.share):
+            self.plan.micro_batch = micro_batch
+        self.ledger = Ledger()
+        self.pace, self.read_at = 1, time.monotonic()  # steps between readings of several processes; the last one
         self.skipped = 0  # float16 steps in a row
-        self.runner: Any = torch.compile(self.model) if training.compile else self.model
-        if processes.world_size > 1:
-            device_ids = [processes.device.index] if processes.device.type == "cuda" else None
-            self.runner = DistributedDataParallel(self.runner, device_ids=device_ids)
+        self.failed = torch.zeros((), dtype=torch.bool, device=processes.device)  # no step is taken any more
+        self.single: Any = torch.compile(self.model) if training.compile else self.model
+
+    @functools.cached_property
+    def runner(self) -> Any:
+        """The network that steps run; made at the first one, when the size of the micro-batches is known."""
+        if self.processes.world_size == 1:
+            return self.single
+        static = self.plan.micro_batches == 1 and not self.config.training.compile
+        return data_parallel(self.single, self.processes, static)
 
     # -- training --------------------------------------------------------------------------------
 
@@ -80,20 +105,19 @@ class Trainer(RunState):
             disable=not self.processes.is_main,
             leave=False,
         )
+        self.read_at = time.monotonic()
         with bar:  # closed by an error, too: its message gets a line of its own
             while self.step_in_epoch < plan.steps:
-                losses = self.step(iterator)
+                self.step(iterator)
                 self.step_in_epoch += 1
-                for name, value in losses.items():
-                    self.sums[name] = self.sums.get(name, 0.0) + value
                 bar.update()
-                if self.step_in_epoch % self.config.logging.log_interval == 0:
-                    done = (self.step_in_epoch - first) * plan.global_batch
-                    if self.processes.is_main:
-                        place = f"Epoch {self.epoch} [{self.step_in_epoch}/{plan.steps}]"
-                        tqdm.write(step_line(place, losses, done / (time.monotonic() - started)))
-                    self.log("step", step=self.updates, step_in_epoch=self.step_in_epoch, **losses)
-                self._maybe_stop(catcher)
+                logged = self.step_in_epoch % self.config.logging.log_interval == 0
+                if not (logged or self.step_in_epoch == plan.steps or self._has_to_read(catcher)):
+                    continue
+                reading = self.read(catcher)
+                if logged:
+                    self._report(reading.losses, (self.step_in_epoch - first) * plan.global_batch, started)
+                self._act_on(reading)
         samples = (plan.steps - first) * plan.global_batch
         means = {name: value / plan.steps for name, value in self.sums.items()}
         return {
@@ -116,34 +140,35 @@ class Trainer(RunState):
         schedule = (training.num_epochs * steps, round(training.warmup_epochs * steps))
         return learning_rate_at(self.updates, *schedule, training.learning_rate, training.min_learning_rate_ratio)
 
-    def step(self, iterator) -> dict[str, float]:
-        """One optimiser step over all micro-batches; returns losses averaged over them and the ranks."""
-        training, task = self.config.training, self.task
+    def step(self, iterator) -> None:
+        """One optimiser step over all micro-batches; its losses wait in the ledger for :meth:`read`."""
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, torch.Tensor] = {}
-        for micro in range(self.plan.accumulation):
+        losses, ids = [], []
+        for micro in range(self.plan.micro_batches):
             raw = self._read(iterator)
-            seeds = [sample_seed(training.seed, self.epoch, int(p)) for p in raw["position"]]
-            # What draws from torch's own generator (perceptual slices, dropout) draws the same for a micro-batch
-            # whichever process takes it, and after a resume.
-            torch.manual_seed(sample_seed(training.seed, self.epoch, -1 - int(raw["position"][0])))
-            batch = task.make_batch(raw, seeds, self.processes.device)
-            last = micro == self.plan.accumulation - 1
-            hold = self.processes.world_size > 1 and not last
+            hold = self.processes.world_size > 1 and micro < self.plan.micro_batches - 1
             with self.runner.no_sync() if hold else contextlib.nullcontext():
-                with self.precision.autocast():
-                    total, parts = task.loss(self.runner, batch)
-                self._check_finite(total, parts, raw["id"])
-                self.precision.scaler.scale(total / self.plan.accumulation).backward()
-            for name, value in {"loss": total, **parts}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float() / self.plan.accumulation
-        self._optimise(raw["id"])
-        names = sorted(sums)
-        values = self.processes.mean(torch.stack([sums[name] for name in names]))
-        return dict(zip(names, values.tolist()))
+                losses.append(self._backward(self.runner, raw))
+            ids.append(list(raw["id"]))
+        self.ledger.enter(self.step_in_epoch + 1, ids, losses, self._optimise())
+
+    def _backward(self, runner, raw: dict) -> dict[str, torch.Tensor]:
+        """Add a micro-batch's gradients; returns its losses, on the device."""
+        seed, positions = self.config.training.seed, raw["position"].tolist()
+        seeds = [sample_seed(seed, self.epoch, position) for position in positions]
+        # What draws from torch's own generator (dropout) draws the same for a micro-batch whichever process takes
+        # it, and after a resume.
+        torch.manual_seed(sample_seed(seed, self.epoch, -1 - positions[0]))
+        batch = self.task.make_batch(raw, seeds, self.processes.device)
+        with self.precision.autocast():
+            total, parts = self.task.loss(runner, batch)
+        # A loss that is not finite makes every gradient NaN, also on the other processes: they add them up.
+        guarded = total * (1.0 + 0.0 * total.detach())
+        self.precision.scaler.scale(guarded / self.plan.micro_batches).backward()
+        return {"loss": total, **parts}
 
     def _read(self, iterator) -> dict:
         """The next micro-batch; what goes wrong in a data worker becomes one sentence naming patient and file."""
@@ -157,49 +182,95 @@ class Trainer(RunState):
             reason = f"a data worker ended ({str(error).splitlines()[0]}); try data.num_workers=0"
         raise TrainingError(self.where(reason))
 
-    def _optimise(self, ids) -> None:
-        scaler, training = self.precision.scaler, self.config.training
-        scaler.unscale_(self.optimizer)
-        limit = training.grad_clip_max_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if not torch.isfinite(norm):
-            if not scaler.is_enabled():
-                raise TrainingError(self.where(f"the gradient norm is {norm.item()}", ids, NUMERIC_ADVICE))
-            self.skipped += 1
-            if self.skipped > MAX_SKIPPED_STEPS:
-                what = f"{self.skipped} float16 steps in a row overflowed"
-                raise TrainingError(self.where(what, ids, NUMERIC_ADVICE))
-        else:
-            self.skipped = 0
-        scaler.step(self.optimizer)
+    def _optimise(self) -> torch.Tensor:
+        """Clip the gradients and take the step, unless they are not finite; returns their norm before clipping."""
+        scaler, optimizer = self.precision.scaler, self.optimizer
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_max_norm or math.inf)
+        overflow = ~torch.isfinite(norm)
+        if not scaler.is_enabled():
+            overflow = self.failed.logical_or_(overflow)
+        vars(optimizer)["found_inf"] = overflow.float()  # the fused step looks at it on the device
+        optimizer.step()
         scaler.update()
         self.updates += 1
         if self.average:
             self.average.update(self.model, self.updates)
+        return norm
 
-    def _check_finite(self, total, parts, ids) -> None:
-        if torch.isfinite(total):
+    # -- reading what the steps left ---------------------------------------------------------------
+
+    def _has_to_read(self, catcher: SignalCatcher) -> bool:
+        """Whether to read before ``log_interval``, decided without asking anybody: the same on every process."""
+        if self.processes.world_size > 1:
+            return len(self.ledger) >= self.pace
+        return catcher.received is not None or self._save_is_due()
+
+    def _save_is_due(self) -> bool:
+        return (time.monotonic() - self.last_save) / 60 >= self.config.logging.checkpoint_minutes
+
+    def read(self, catcher: SignalCatcher) -> Reading:
+        """Wait for the steps since the last call and add up their losses; :class:`TrainingError` for a bad one.
+
+        Losses, signals, due checkpoints and the time of a step of all processes travel in one reduction.
+        """
+        seconds = (time.monotonic() - self.read_at) / max(1, len(self.ledger))
+        received = [float(catcher.received == number) for number in STOPPING]
+        steps, flags = self.ledger.read(self.processes, [*received, float(self._save_is_due()), seconds])
+        *received, save, seconds = flags
+        self.pace, self.read_at = max(1, int(READ_SECONDS / max(seconds, 1e-3))), time.monotonic()
+        for step in steps:
+            self._check(step)
+            for name, value in step.losses.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+        signals = [number for number, share in zip(STOPPING, received) if share > 0]
+        return Reading(steps[-1].losses if steps else {}, max(signals, default=0), save > 0)
+
+    def _check(self, step: StepRecord) -> None:
+        """Raise :class:`TrainingError` for a step whose loss or gradient was not finite: the first one ends the run.
+
+        float16 gradients may overflow some steps in a row while the scaler finds its scale.
+        """
+        if math.isfinite(step.norm):
+            self.skipped = 0
             return
-        raise TrainingError(self.where(f"the loss is {total.item()} ({numbers(parts)})", ids, NUMERIC_ADVICE))
+        what, ids = f"the gradient norm is {step.norm}", [name for micro in step.ids for name in micro]
+        if math.isfinite(step.losses["loss"]):
+            if self.precision.scaler.is_enabled():
+                self.skipped += 1
+                if self.skipped <= MAX_SKIPPED_STEPS:
+                    return
+                what = f"{self.skipped} float16 steps in a row overflowed"
+        else:
+            bad = next((i for i, losses in enumerate(step.own) if not math.isfinite(losses["loss"])), None)
+            found = None if bad is None else (_loss_text(step.own[bad]), step.ids[bad])
+            # Every process comes here, and each of them names the patients of the first that has a bad loss.
+            what, ids = next((f for f in self.processes.gather_objects(found) if f is not None), (what, ids))
+        raise TrainingError(self.where(what, ids, NUMERIC_ADVICE, step.number))
 
-    def where(self, what: str, ids=(), advice: str = "The same command goes on") -> str:
-        """An error's message: place in the run, patients, what happened, what is kept, what to do."""
+    def _report(self, losses: dict[str, float], samples: int, started: float) -> None:
+        if self.processes.is_main:
+            place = f"Epoch {self.epoch} [{self.step_in_epoch}/{self.plan.steps}]"
+            tqdm.write(step_line(place, losses, samples / (time.monotonic() - started)))
+        self.log("step", step=self.updates, step_in_epoch=self.step_in_epoch, **losses)
+
+    def _act_on(self, reading: Reading) -> None:
+        """Save the state where it is due; after a signal save it and raise :class:`Interrupted`."""
+        if reading.signal or (reading.save and self.step_in_epoch < self.plan.steps):
+            self.save_last()
+        if reading.signal:
+            raise Interrupted(reading.signal)
+
+    def where(self, what: str, ids=(), advice: str = "The same command goes on", step: int | None = None) -> str:
+        """An error's message: place in the run, patients, what happened, what is kept, what to do.
+
+        step: in the epoch, from 1; default: the current one.
+        """
         kept = self.output / LAST
         patients = f", patients {', '.join(ids)}" if ids else ""
-        place = f"epoch {self.epoch}, step {self.step_in_epoch + 1}{patients}"
+        place = f"epoch {self.epoch}, step {step or self.step_in_epoch + 1}{patients}"
         state = f"{kept} is the last good state" if kept.exists() else "nothing had been saved yet"
         return f"{place}: {what}. Stopped; {state}. {advice}"
-
-    def _maybe_stop(self, catcher: SignalCatcher) -> None:
-        number = int(self.processes.largest(catcher.received or 0))
-        if number:
-            catcher.receive(number)
-        minutes = (time.monotonic() - self.last_save) / 60
-        due = self.processes.any(minutes >= self.config.logging.checkpoint_minutes)
-        if number or (due and self.step_in_epoch < self.plan.steps):
-            self.save_last()
-        if number:
-            raise Interrupted(number)
 
     def check_precision(self) -> None:
         """Fall back to float32 where this machine computes the model's 3D convolutions wrongly in less.
@@ -211,11 +282,10 @@ class Trainer(RunState):
         device, done = self.processes.device, self.epoch > self.config.training.num_epochs
         if done or device.type not in CHECKED_DEVICES or self.precision.name == "float32":
             return
-        positions = self.plan.batches(0)[0]
-        raw = next(iter(self.loader(self.plan.order(1), [positions], workers=0)))
+        raw = self._first_samples(self.plan.micro_batch)
 
         def one_step():
-            seeds = [sample_seed(self.config.training.seed, 1, p) for p in positions]
+            seeds = [sample_seed(self.config.training.seed, 1, p) for p in raw["position"].tolist()]
             with torch.no_grad(), self.precision.autocast():
                 self.task.loss(self.model, self.task.make_batch(raw, seeds, device))
 
@@ -228,6 +298,36 @@ class Trainer(RunState):
             found = defects[0] if defects else "on another process"
             print(f"warning: {name} convolutions are wrong here ({found}); training in float32", flush=True)
         self.log("precision", fallback="float32", wanted=name, defects=defects)
+
+    def choose_micro_batch(self) -> None:
+        """On a GPU compute as much of a step at once as fits into its memory, unless the settings say how much."""
+        share, done = self.plan.share, self.epoch > self.config.training.num_epochs
+        if done or self.config.training.micro_batch or self.processes.device.type != "cuda":
+            return
+        self.plan.micro_batch = largest_fitting(share, self._fits, self.processes)
+        if self.processes.is_main and self.plan.micro_batch != self.plan.batch_size:
+            print(f"note: {self.plan.micro_batch} of the {share} samples of a step are computed at once", flush=True)
+        self.log("micro_batch", samples=self.plan.micro_batch, share=share)
+
+    def _fits(self, samples: int) -> bool:
+        """Whether this process has the memory for a step with micro-batches of ``samples``; no trace of it stays."""
+        moments: list[torch.Tensor] = []  # the optimiser's, which it makes at its first step
+        try:
+            if not self.optimizer.state:
+                moments += (torch.empty_like(p) for _ in range(2) for p in self.model.parameters())
+            self.model.train()
+            self._backward(self.single, self._first_samples(samples))
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            moments.clear()
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        return True
+
+    def _first_samples(self, count: int) -> dict:
+        """The first of this process's samples of a run, as the loader gives them."""
+        return next(iter(self.loader(self.plan.order(1), [self.plan.positions(0)[:count]], workers=0)))
 
     # -- reporting -------------------------------------------------------------------------------
 
@@ -242,13 +342,20 @@ class Trainer(RunState):
             self.monitors.log(event, self.updates, values)
 
     def validate(self) -> dict[str, float]:
-        """Validation of the weights that would be saved, over all ranks; means over patients."""
+        """Validation of the weights that would be saved, over all ranks; means over patients.
+
+        Raises :class:`TrainingError` naming the patients whose predicted volumes are not finite.
+        """
         model = self.best_weights
         was_training = model.training
         model.eval()
         rows = self.task.validate(model, self.processes, self.precision)
         model.train(was_training)
         rows = [row for part in self.processes.gather_objects(rows) for row in part]
+        bad = [row["id"] for row in rows if not math.isfinite(row["psnr"])]
+        if bad:
+            what = "validation: the predicted volumes hold NaN or infinite values"
+            raise TrainingError(self.where(what, bad, NUMERIC_ADVICE, self.step_in_epoch))
         names = [name for name in rows[0] if name != "id"]
         return {name: sum(row[name] for row in rows) / len(rows) for name in names} | {"patients": len(rows)}
 
@@ -274,6 +381,11 @@ class Trainer(RunState):
         if interval and finished % interval == 0:
             self.save_last(f"epoch_{finished}.pt")
         self.save_last()
+
+
+def _loss_text(losses: dict[str, float]) -> str:
+    parts = {name: value for name, value in losses.items() if name != "loss"}
+    return f"the loss is {losses['loss']} ({numbers(parts)})"
 
 
 def fit(model: nn.Module, task: Task, config, output, processes: Processes, monitors=None, accepted=None) -> None:
@@ -307,12 +419,16 @@ def fit(model: nn.Module, task: Task, config, output, processes: Processes, moni
     with SignalCatcher() as catcher, contextlib.closing(trainer):
         try:
             trainer.check_precision()
+            trainer.choose_micro_batch()
             while trainer.epoch <= config.training.num_epochs:
                 trainer.finish_epoch(trainer.train_epoch(catcher))
-                trainer._maybe_stop(catcher)
+                trainer._act_on(trainer.read(catcher))
         except torch.OutOfMemoryError as error:
             place = f"epoch {trainer.epoch}, step {trainer.step_in_epoch + 1}"
             reason, advice = str(error).splitlines()[0], task.memory_advice()
+            if trainer.plan.micro_batch > 1:
+                smaller = divisors(trainer.plan.micro_batch)[-2]
+                advice = f"Try --set training.micro_batch={smaller}: the run goes on as it was. Else: {advice}"
             raise TrainingError(
                 f"{place}: out of GPU memory ({reason}). {advice} (and another --output: they change the run)"
             ) from error
