@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 
 from hybrid_vit_cascade.system import load_cascade_system
+from xray2ct.conventions import REAL_XRAYS
 from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.run import FILES, evaluate
 from xray2ct.evaluation.tables import print_coverage, print_table
@@ -28,6 +29,9 @@ from xray2ct.inference.system import DirectSystem, add_tile_argument
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="data set, as from prepare_data.py")
+    parser.add_argument(
+        "--xrays", default="drr", choices=("drr", *REAL_XRAYS), help="which X-rays (default %(default)s)"
+    )
     parser.add_argument("--split", default="test", choices=(*SPLITS, "all"))
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--base", help="stage-1 checkpoint of the direct system")
@@ -96,6 +100,7 @@ def main(argv=None) -> int:
         report_cases=(args.report_cases or ["5"]) if args.report else None,
         cache_dir=args.cache_dir,
         allow_seen=args.allow_seen,
+        xrays=args.xrays,
     )
     print_table(summary, args.full_table)
     if "coverage" in summary:

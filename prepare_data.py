@@ -6,6 +6,8 @@
     python prepare_data.py --input CTS --output data/prepared --shard 3/8      # job 3 of 8, on any machine
     python prepare_data.py --output data/prepared --merge                      # when all eight are done
 
+    python prepare_data.py --input CTS --output data/scouts --geometry scout --frontal ap --with-scouts
+
 CTS may hold NIfTI files, folders of DICOM files (with pydicom installed), .mhd/.mha and .nrrd (with SimpleITK). Every
 patient folder gets ``ID.nii.gz`` (int16 HU), ``ID_mask.nii.gz``, ``ID_pa_drr.png``, ``ID_lat_drr.png`` and, last,
 ``prepared.json`` (settings and checksums): the same command run again skips what is done and goes on where it
@@ -30,6 +32,7 @@ from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.projector import FOV_MM, HU_WINDOW, KINDS, MU_WATER, XRAY_SCALE, Geometry
 from xray2ct.imaging.read_xray import MAX_EDGE
 
+OPPOSITE = {"left": "right", "right": "left"}
 SPLIT_OPTIONS = {"split", "val_fraction", "test_fraction", "seed"}
 
 
@@ -40,9 +43,17 @@ def parse_args(argv=None):
     parser.add_argument("--geometry", choices=KINDS, default="cone")
     parser.add_argument("--sdd-mm", type=float, help="source to detector (default 1800; scout: 949)")
     parser.add_argument("--sid-mm", type=float, help="source to isocentre (default 1600; scout: 541)")
+    parser.add_argument("--frontal", choices=("pa", "ap"), default="pa", help="source behind or in front (default pa)")
+    parser.add_argument(
+        "--lateral",
+        choices=("left", "right"),
+        default="left",
+        help="side at the detector, source opposite (default left)",
+    )
     parser.add_argument("--fov-mm", type=float, default=FOV_MM, help="edge of the cube (default %(default)g)")
     parser.add_argument("--size", type=int, default=256, help="voxels per edge (default %(default)s)")
     parser.add_argument("--xray-size", type=int, default=512, help="pixels per edge (default %(default)s)")
+    parser.add_argument("--with-scouts", action="store_true", help="also place the scouts of each CT's session")
     parser.add_argument("--remove-couch", action="store_true", help="set everything but the patient to air")
     parser.add_argument("--assume-ras", action="store_true", help="accept NIfTI files that state no orientation")
     parser.add_argument("--split", type=Path, help="JSON file with train, val and test lists of patient ids")
@@ -85,6 +96,10 @@ def _check_args(args):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 0 up to below 1")
     if args.val_fraction + args.test_fraction >= 1:
         raise InputError("--val-fraction and --test-fraction leave nothing to train on; expected a sum below 1")
+    if args.with_scouts and args.geometry != "scout":
+        raise InputError(f"--with-scouts goes with --geometry scout: scouts are fan beams, not {args.geometry} ones")
+    if args.geometry == "parallel" and (args.frontal, args.lateral) != ("pa", "left"):
+        raise InputError("--frontal and --lateral belong to --geometry cone or scout; parallel rays have no source")
     if args.geometry == "parallel" and (args.sdd_mm or args.sid_mm):
         raise InputError(
             "--sdd-mm and --sid-mm belong to --geometry cone or scout; parallel rays have no source distance"
@@ -104,10 +119,11 @@ def _check_args(args):
 def settings_of(args) -> dict:
     """The settings that decide what is written, as they appear in the manifest."""
     try:
-        geometry = Geometry(args.geometry, args.fov_mm, args.sdd_mm, args.sid_mm)
+        sides = ("in front" if args.frontal == "ap" else "behind", f"on the {OPPOSITE[args.lateral]}")
+        geometry = Geometry(args.geometry, args.fov_mm, args.sdd_mm, args.sid_mm, source_sides=sides)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return {
+    settings = {
         "geometry": geometry.to_dict(),
         "hu_window": list(HU_WINDOW),
         "mu_water": MU_WATER,
@@ -117,6 +133,7 @@ def settings_of(args) -> dict:
         "couch_removed": args.remove_couch,
         "assume_ras": args.assume_ras,
     }
+    return {**settings, "scouts": True} if args.with_scouts else settings
 
 
 def _prepared(args) -> Prepared:

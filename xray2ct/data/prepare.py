@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from xray2ct.conventions import RECORD, VIEW_LABELS
+from xray2ct.conventions import REAL_XRAYS, RECORD, VIEW_LABELS
+from xray2ct.data.scouts import Cube, Placed, place_scouts
 from xray2ct.files import InputError, check_patient_id, read_json, sha256, write_json
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 from xray2ct.imaging.body import locate_cube, remove_couch
@@ -20,6 +22,7 @@ from xray2ct.imaging.cube import cube_affine, resample_cube
 from xray2ct.imaging.cube_files import write_cube
 from xray2ct.imaging.find_cts import CtSource, source_files
 from xray2ct.imaging.read_ct import read_ct
+from xray2ct.imaging.read_scout import find_scouts, frame_of_reference
 from xray2ct.imaging.read_xray import write_png16
 
 
@@ -48,7 +51,8 @@ def _prepare(source, folder, settings):
     patient = check_patient_id(source.patient_id, source.path)
     geometry = Geometry.from_dict(settings["geometry"])
     fov_mm, size = geometry.fov_mm, settings["cube_size"]
-    signature = signature_of(source)  # before reading: what changes meanwhile is noticed the next time
+    scouts = find_scouts(source) if settings.get("scouts") else []
+    signature = signature_of(source, scouts)  # before reading: what changes meanwhile is noticed the next time
     ct = read_ct(source.path, source.kind, assume_ras=settings["assume_ras"])
     notes = list(ct.notes)
     centre = locate_cube(ct, fov_mm)
@@ -57,6 +61,7 @@ def _prepare(source, folder, settings):
     if settings["couch_removed"]:
         hu = remove_couch(hu, fov_mm / size)
     xrays = _render(hu, geometry, settings, notes)
+    placed = _place(scouts, source, Cube.of(hu, mask, fov_mm, centre), geometry, settings, notes) if scouts else {}
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, {"complete": False, "settings": settings})  # marks the folder as ours
@@ -69,16 +74,34 @@ def _prepare(source, folder, settings):
     write_cube(folder / names[1], mask, affine)
     for name, image in zip(names[2:], xrays):
         write_png16(folder / name, image)
+    for view, scout in placed.items():
+        write_png16(folder / scout_file(patient, view), scout.pixels)
+    names = (*names, *(scout_file(patient, view) for view in placed))
     entry = {
         "source": source.path.name,  # relative to --input in the manifest
         "centre_mm": [round(value, 3) for value in centre],
         "scan_fraction": round(float(mask.mean()), 4),
         "files": {name: sha256(folder / name) for name in names},
     }
+    if settings.get("scouts"):
+        entry["scouts"] = {scout_file(patient, view): scout.record() for view, scout in placed.items()}
     written = {name: _stamp(folder / name) for name in names}
     record = {"complete": True, "settings": settings, "signature": signature, "written": written, "patient": entry}
     write_json(folder / RECORD, record)
     return entry, notes
+
+
+def _place(paths, source, cube: Cube, geometry, settings, notes) -> dict[int, Placed]:
+    """The scouts that show the CT, by view; notes of the others."""
+    frame, size = frame_of_reference(source), settings["xray_size"]
+    placed, left_out = place_scouts(paths, cube, geometry, settings["xray_scale"], size, frame)
+    notes += left_out
+    return placed
+
+
+def scout_file(patient: str, view: int) -> str:
+    """Name of a patient's scout of a view."""
+    return f"{patient}{REAL_XRAYS['scout'][view]}.png"
 
 
 def _render(hu, geometry, settings, notes):
@@ -99,21 +122,23 @@ def patient_files(patient: str) -> tuple[str, str, str, str]:
     return f"{patient}.nii.gz", f"{patient}_mask.nii.gz", f"{patient}_pa_drr.png", f"{patient}_lat_drr.png"
 
 
-def signature_of(source: CtSource) -> dict[str, str]:
+def signature_of(source: CtSource, scouts: Sequence[Path] = ()) -> dict[str, str]:
     """What tells a changed source from the one that was prepared, of all its files (the .raw of a .mhd, every slice).
+
+    scouts: further files that were used.
 
     ``state``: names, sizes and times, quick to compare. ``content``: names and bytes, which decide where times differ.
     """
     content = hashlib.sha256()
-    state = _state(source)
-    for path in source_files(source):
+    state = _state(source, scouts)
+    for path in (*source_files(source), *scouts):
         content.update(f"{path.name}\n{sha256(path)}\n".encode("utf-8", "surrogateescape"))
     return {"state": state, "content": content.hexdigest()}
 
 
-def _state(source):
+def _state(source, scouts):
     digest = hashlib.sha256()
-    for path in source_files(source):
+    for path in (*source_files(source), *scouts):
         stat = path.stat()  # the time of the last change of status moves even when a copy keeps that of the content
         line = f"{path.name}\n{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
@@ -126,10 +151,14 @@ def _stamp(path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _unchanged(source, signature) -> bool:
+def _unchanged(source, settings, signature) -> bool:
+    scouts = find_scouts(source) if isinstance(settings, dict) and settings.get("scouts") else []
     if not isinstance(signature, dict):  # of an earlier version, which did not look at all files
         return False
-    return signature.get("state") == _state(source) or signature.get("content") == signature_of(source)["content"]
+    return (
+        signature.get("state") == _state(source, scouts)
+        or signature.get("content") == signature_of(source, scouts)["content"]
+    )
 
 
 def read_record(folder) -> dict:
@@ -145,13 +174,15 @@ def finished_entry(source: CtSource, folder: Path) -> dict | None:
         return None
     record = read_record(folder)
     try:
-        if not record.get("complete") or not _unchanged(source, record.get("signature")):
+        if not record.get("complete") or not _unchanged(source, record.get("settings"), record.get("signature")):
             return None
     except (InputError, OSError):  # reading it says what is wrong
         return None
     entry = record.get("patient")
     files = entry.get("files") if isinstance(entry, dict) else None
-    if not isinstance(files, dict) or set(files) != set(patient_files(source.patient_id)):
+    scouts = entry.get("scouts") if isinstance(entry, dict) else None
+    wanted = {*patient_files(source.patient_id), *(scouts if isinstance(scouts, dict) else ())}
+    if not isinstance(files, dict) or set(files) != wanted:
         return None
     written = record.get("written")
     stamps = written if isinstance(written, dict) else {}  # none of an earlier version
