@@ -93,6 +93,7 @@ class PatientDataset(Dataset):
         self._geometry = manifest.geometry.to_dict()  # made once: part of every cache key
         self.hu_window = tuple(hu_window or manifest.hu_window)
         self.splits = manifest.split
+        self.non_commercial = manifest.non_commercial
         self.split_hash = split_hash(manifest.split)
         if split not in (*SPLITS, "all"):
             raise InputError(f"split is {split!r}; expected one of {', '.join(SPLITS)}, all")

@@ -19,7 +19,7 @@ LAYERS = (  # lowest first; docs/architecture.md shows them
     ("xray2ct.inference",),
     ("xray2ct.evaluation",),
     ("hybrid_vit_cascade",),
-    ("evaluate", "export_onnx", "prepare_data", "reconstruct", "test_enhanced", "train_enhanced_4gpu"),
+    ("evaluate", "export_onnx", "get_data", "prepare_data", "reconstruct", "test_enhanced", "train_enhanced_4gpu"),
     ("train_refinement_4gpu", "tools", "benchmarks", "xray2ct.__main__"),
 )
 

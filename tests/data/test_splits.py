@@ -12,12 +12,39 @@ def test_split_by_hash_is_stable_complete_and_disjoint():
     parts = [set(split[name]) for name in ("train", "val", "test")]
     assert set.union(*parts) == set(ids)
     assert sum(map(len, parts)) == 200
-    assert 8 <= len(parts[1]) <= 35
-    assert 8 <= len(parts[2]) <= 35
+    assert (len(parts[1]), len(parts[2])) == (20, 20)
     more = split_by_hash([*ids, "another", "one more"])
-    for name in split:
-        assert set(split[name]) <= set(more[name])
+    stayed = sum(len(set(split[name]) & set(more[name])) for name in split)
+    assert stayed >= 196  # two more move the borders of test and validation by two ranks at most
     assert split == split_by_hash(reversed(ids))
+
+
+@pytest.mark.parametrize(("count", "val", "test"), [(25, 2, 2), (200, 20, 20), (1000, 100, 100), (35, 4, 4)])
+def test_fractions_are_exact(count, val, test):
+    split = split_by_hash([f"patient{i}" for i in range(count)])
+    assert {name: len(split[name]) for name in split} == {"train": count - val - test, "val": val, "test": test}
+    assert split != split_by_hash([f"patient{i}" for i in range(count)], seed=1)
+
+
+def test_one_person_is_never_on_two_sides():
+    ids = [f"scan{i}" for i in range(40)]
+    persons = {patient: f"person{i // 2}" for i, patient in enumerate(ids)}
+    split = split_by_hash(ids, 0.25, 0.25, persons=persons)
+    assert {name: len(split[name]) for name in split} == {"train": 20, "val": 10, "test": 10}
+    sides = [{persons[patient] for patient in patients} for patients in split.values()]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 20
+
+
+def test_an_earlier_split_is_kept_and_new_patients_fill_it_up():
+    before = {"train": [f"a{i}" for i in range(10)], "val": ["v"], "test": ["t"]}
+    kept = {patient: name for name, patients in before.items() for patient in patients}
+    new = [f"b{i}" for i in range(28)]
+    split = split_by_hash([*kept, *new], kept=kept)
+    assert all(set(before[name]) <= set(split[name]) for name in before)
+    assert {name: len(split[name]) for name in split} == {"train": 32, "val": 4, "test": 4}  # a tenth of 40
+    assert split_by_hash([*kept, "b1"], persons={"b1": "t"}, kept=kept)["test"] == ["b1", "t"]  # t's person
+    full = {f"v{i}": "val" for i in range(9)}
+    assert split_by_hash([*full, "b1"], kept=full) == {"train": [], "val": sorted(full), "test": ["b1"]}
 
 
 @pytest.mark.parametrize("count", [3, 4, 7])

@@ -160,3 +160,29 @@ def test_a_folder_of_damaged_slices_and_a_ct_beside_slices(tmp_path):
     sources, left_out = search_cts(tmp_path)
     assert [(source.patient_id, source.kind) for source in sources] == [("converted", "nifti"), ("series", "dicom")]
     assert left_out == []
+
+
+def test_a_patients_folder_of_a_download_is_one_ct_named_after_it(tmp_path):
+    pytest.importorskip("pydicom", reason="pydicom is not installed")
+    from tests.helpers.dicom_cases import lps_ct, write_slices
+
+    for series, patient in enumerate(("LIDC-IDRI-0001", "nlst_100002")):
+        write_slices(tmp_path / patient / "ct", lps_ct(), series=series + 1)
+        write_slices(tmp_path / patient / "scouts", lps_ct(), only=[0, 1], series=series + 8)
+    write_slices(tmp_path / "nlst_100002" / "films", lps_ct(), only=[0], series=20)
+    write_slices(tmp_path / "nlst_100002" / ".ct.part", lps_ct(), only=[0], series=21)
+    (tmp_path / "sources.csv").write_text("id\n")
+    sources, left_out = search_cts(tmp_path)
+    assert [source.patient_id for source in sources] == ["LIDC-IDRI-0001", "nlst_100002"]
+    assert {source.path.name for source in sources} == {"ct"}
+    assert not left_out
+    write_slices(tmp_path / "other" / "scouts", lps_ct(), series=30)  # without ct beside it, a name like any other
+    assert [source.patient_id for source in search_cts(tmp_path)[0]][-1] == "scouts"
+
+
+def test_without_a_download_a_folder_named_ct_is_a_name_like_any_other(tmp_path):
+    for patient in "ab":
+        path = tmp_path / patient / "ct" / "slice.dcm"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(128) + b"DICM")
+    assert [source.patient_id for source in search_cts(tmp_path)[0]] == ["a_ct", "b_ct"]

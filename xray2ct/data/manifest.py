@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from xray2ct.conventions import CUBE_SIZE, MANIFEST, MANIFEST_VERSION, VIEW_NAMES, VOLUME_SUFFIXES
+from xray2ct.data.archive.collections import is_non_commercial
+from xray2ct.data.archive.sources import licence_of
 from xray2ct.data.patient_files import PatientFolder, loose_files, some, visible
 from xray2ct.data.splits import check_split, split_by_hash
 from xray2ct.files import InputError, check_patient_id, is_file_name, read_json, shown, stays_inside
@@ -89,7 +91,10 @@ class Manifest:
             listed = _listed(path, data)
             _match_folders(path, listed, patients)
             self.split = check_split(data.get("split"), listed, f"{path} (split)")
+            entries = data["patients"].items()
+            self.non_commercial = {patient for patient, entry in entries if is_non_commercial(licence_of(entry))}
         else:
+            self.non_commercial = set()
             self.split = split_by_hash(patients)
 
 

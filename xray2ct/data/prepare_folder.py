@@ -17,6 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from xray2ct.conventions import MANIFEST, MANIFEST_VERSION, RECORD
+from xray2ct.data.archive.sources import person_of, provenance
 from xray2ct.data.prepare import finished_entry, patient_files, prepare_patient, read_record
 from xray2ct.data.shards import Shard, read_shards, write_shard
 from xray2ct.data.splits import SPLITS, check_split, split_by_hash, split_hash
@@ -71,6 +72,7 @@ def prepare_folder(
         print(f"left out: {text}")
     _check_apart(output, sources)
     ids = [source.patient_id for source in sources]
+    origins = provenance(folder)
     given = check_split(read_json(splitter.file), ids, splitter.file) if splitter.file and not shard else None
     job, everything = shard or Shard(), sources
     sources = job.share(sources)
@@ -85,6 +87,8 @@ def prepare_folder(
         for source in sources:
             if source.patient_id in entries:
                 entries[source.patient_id]["source"] = source.path.relative_to(folder).as_posix()
+                if source.patient_id in origins:
+                    entries[source.patient_id]["provenance"] = origins[source.patient_id]
         if shard:
             counted = {"found": len(sources), "left_out": left_out}
             done = {"list": fingerprint(everything), "entries": entries, "failures": failures, **counted}
@@ -112,10 +116,21 @@ def _finished(output, settings, splitter: Splitter, given: dict | None, done: Pr
     if given:
         done.split = {name: [patient for patient in given[name] if patient in done.entries] for name in SPLITS}
     else:
-        done.split = split_by_hash(done.entries, splitter.val_fraction, splitter.test_fraction, splitter.seed)
+        done.split = _split(output, done.entries, splitter)
     if done.entries:
         write_manifest(output, settings, done.split, "file" if given else "hash", done.entries)
     return done
+
+
+def _split(output: Path, entries: dict, splitter: Splitter) -> dict[str, list[str]]:
+    """Split by hash; patients of an earlier manifest stay on their sides, so that old checkpoints can be compared."""
+    kept = _split_of(read_json(output / MANIFEST)) if (output / MANIFEST).exists() else {}
+    persons = {patient: person_of(entry.get("provenance"), patient) for patient, entry in entries.items()}
+    fractions = splitter.val_fraction, splitter.test_fraction, splitter.seed
+    split = split_by_hash(entries, *fractions, persons, kept)
+    if kept and split != split_by_hash(entries, *fractions, persons):
+        print(f"note: patients of the earlier {MANIFEST} keep their split; remove that file to split all of them anew")
+    return split
 
 
 def _check_apart(output: Path, sources: list[CtSource]) -> None:

@@ -1,36 +1,62 @@
-"""Which patients train, validate and test: by a stable hash or by a file, always by patient, always checked."""
+"""Which patients train, validate and test: by a stable hash or by a file, always by person, always checked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 
 from xray2ct.files import InputError, check_patient_id
 
 SPLITS = ("train", "val", "test")
 
 
-def split_by_hash(ids, val_fraction: float = 0.1, test_fraction: float = 0.1, seed: int = 0) -> dict:
-    """Split patients by a stable hash: ``{"train": [...], "val": [...], "test": [...]}``, each sorted.
+def split_by_hash(
+    ids,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    persons: Mapping[str, str] | None = None,
+    kept: Mapping[str, str] | None = None,
+) -> dict[str, list[str]]:
+    """Split by a stable hash, in exact fractions: a list of ids for each of train, val and test, sorted.
 
-    A patient's number in [0, 1) is the SHA-256 of ``seed:id``; below ``test_fraction`` it is a test patient,
-    below ``test_fraction + val_fraction`` a validation patient, else a training patient: independent of the
-    other patients. Only where a split with a fraction above 0 would be empty (three or more patients), the
-    patients with the nearest numbers fill it. One or two patients are all training patients.
+    People are ranked by the SHA-256 of ``seed:person``. The first ``test_fraction`` of them (rounded, at least one
+    where the fraction is above 0) are test patients, the next ``val_fraction`` validation patients, the others train.
+    One or two people all train.
+
+    persons: who each id is, where that is not the id itself; one person is never on two sides.
+    kept: the side on which an earlier split has an id. It stays there; new people fill validation and test up to
+    their fractions first, in the order of their ranks, and train otherwise.
     """
-    order = sorted(ids, key=lambda patient: (_hash_number(patient, seed), patient))
-    count = len(order)
-    test_end = sum(_hash_number(patient, seed) < test_fraction for patient in order)
-    val_end = sum(_hash_number(patient, seed) < test_fraction + val_fraction for patient in order)
-    if count < 3:
-        test_end = val_end = 0
-    else:
-        least_test, least_val = int(test_fraction > 0), int(val_fraction > 0)
-        test_end = min(max(test_end, least_test), count - 1 - least_val)
-        val_end = min(max(val_end, test_end + least_val), count - 1)
-    parts = {"train": order[val_end:], "val": order[test_end:val_end], "test": order[:test_end]}
+    persons, kept = persons or {}, kept or {}
+    members: dict[str, list[str]] = {}
+    for patient in sorted(ids):
+        members.setdefault(persons.get(patient, patient), []).append(patient)
+    sides = {p: next((kept[i] for i in found if i in kept), None) for p, found in members.items()}
+    places = dict(zip(("test", "val"), _places(len(members), val_fraction, test_fraction)))
+    for side in places:
+        places[side] -= sum(found == side for found in sides.values())
+    for new in sorted((p for p in members if sides[p] is None), key=lambda p: (_hash_number(p, seed), p)):
+        sides[new] = next((side for side, left in places.items() if left > 0), "train")
+        if sides[new] in places:
+            places[sides[new]] -= 1
+    parts: dict[str, list[str]] = {name: [] for name in SPLITS}
+    for one, found in members.items():
+        for patient in found:
+            parts[kept.get(patient, sides[one])].append(patient)
     return {name: sorted(patients) for name, patients in parts.items()}
+
+
+def _places(count: int, val_fraction: float, test_fraction: float) -> tuple[int, int]:
+    """How many of ``count`` people test and validate; someone always trains."""
+    if count < 3:
+        return 0, 0
+    test = max(round(count * test_fraction), int(test_fraction > 0))
+    val = max(round(count * val_fraction), int(val_fraction > 0))
+    test = min(test, count - 1 - int(val_fraction > 0))
+    return test, min(val, count - 1 - test)
 
 
 def _hash_number(patient, seed):

@@ -22,6 +22,9 @@ from xray2ct.imaging.read_dicom import (
     series_of,
 )
 
+# In a folder that get_data.py made: its record, and the folders of each patient.
+SOURCES, CT_FOLDER, XRAY_FOLDERS = "sources.csv", "ct", ("scouts", "films")
+
 
 @dataclass(frozen=True)
 class CtSource:
@@ -35,7 +38,9 @@ class CtSource:
 def find_cts(folder) -> list[CtSource]:
     """List every CT below ``folder``: each NIfTI, MetaImage or NRRD file, each folder of DICOM files.
 
-    The patient id is the file name without its suffix (DICOM: the folder's name), made a plain name by
+    In a patient's folder as get_data.py makes it (``ID/ct``) the folders ``scouts`` and ``films`` are left out.
+    The patient id is the file name without its suffix (DICOM: the folder's name, ``ID`` for ``ID/ct``), made a plain
+    name by
     :func:`files.safe_name`; never a name from a DICOM header. Where ids collide
     (ignoring case), the names of the parent folders are put in front. Sorted by id; hidden files and
     folders are left out, links are followed. Raises InputError when the folder is missing or holds no CT, or ids
@@ -99,6 +104,8 @@ def _walk(folder, left_out):
     linked: list[Path] = []
     for root, directories, names in os.walk(folder, onerror=unreadable, followlinks=True):
         directories[:] = sorted(name for name in directories if not name.startswith("."))
+        if CT_FOLDER in directories:
+            directories[:] = [name for name in directories if name not in XRAY_FOLDERS]
         for path in [Path(root, name) for name in directories if Path(root, name).is_symlink()]:
             target = path.resolve()
             if any(start.is_relative_to(target) for start in (top, *linked) if start != target):
@@ -231,11 +238,20 @@ def _dicomdirs(root, folder):
         yield from (path for path in (place / "DICOMDIR", place / "dicomdir") if path.is_file())
 
 
+def _of_download(folder, path) -> bool:
+    """True for ``ID/ct`` as get_data.py makes it; in other trees a folder ``ct`` is a name like any other."""
+    if path.name != CT_FOLDER or not path.is_dir():
+        return False
+    return (folder / SOURCES).exists() or any((path.parent / name).is_dir() for name in XRAY_FOLDERS)
+
+
 def _with_ids(folder, found):
     parts = []
     for path, kind in found:
         names = list(path.relative_to(folder).parts) or [path.resolve().name]
         names[-1] = names[-1][: len(names[-1]) - len(suffix_of(path))] if kind != "dicom" else names[-1]
+        if len(names) > 1 and _of_download(folder, path):
+            names.pop()
         parts.append([safe_name(name) for name in names])
     short = Counter(names[-1].lower() for names in parts)
     ids = [names[-1] if short[names[-1].lower()] == 1 else safe_name("_".join(names)) for names in parts]

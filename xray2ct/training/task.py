@@ -118,7 +118,9 @@ class PatientTask(Task):
 
     def patients(self) -> str:
         """How many there are, in words."""
-        return f"{len(self.train_data)} training and {len(self.val_data)} validation patients"
+        restricted = len(self.train_data.non_commercial.intersection(self.train_data.ids))
+        terms = f" ({restricted} of the former under a non-commercial licence)" if restricted else ""
+        return f"{len(self.train_data)} training and {len(self.val_data)} validation patients{terms}"
 
     def header(self) -> dict:
         return {

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xray2ct.conventions import MANIFEST
+from xray2ct.data.archive.sources import licence_lines
 from xray2ct.data.checks.anatomy import orientation
 from xray2ct.data.checks.findings import FAILED, SIDES, UNKNOWN, Finding, one_per_problem, print_report, report_dict
 from xray2ct.data.checks.near_duplicates import VIEW_CHECKS, check_duplicates, name_other_patients
@@ -200,6 +201,8 @@ def check_command(root, json_file=None) -> int:
         check_writable(json_file, "--json")
     findings = check_dataset(root, progress=lambda ids: tqdm(ids, desc="checking", unit="patient", leave=False))
     print_report(findings)
+    for line in licence_lines(read_settings(Path(root))[0].entries):
+        print(line)
     if json_file is not None:
         write_json(json_file, report_dict(findings))
     return int(any(finding.status == FAILED for finding in findings))

@@ -10,6 +10,7 @@ from itertools import combinations
 import numpy as np
 
 from xray2ct.conventions import VIEW_LABELS
+from xray2ct.data.archive.sources import person_of, read_provenance
 from xray2ct.data.checks.findings import Finding, one_per_problem
 from xray2ct.data.checks.xray_comparison import SAME_XRAY_COARSE, ncc_distance
 
@@ -62,10 +63,15 @@ def check_duplicates(patients, fingerprints, settings) -> list[Finding]:
                 problems[one].append("the PA and the lateral X-ray are the same file")
             else:
                 pair(one, other, f"its {VIEW_LABELS[view]} X-ray is the same file as the {VIEW_LABELS[view_other]} of")
+    persons = defaultdict(list)
     sources = defaultdict(list)
     for patient, entry in settings.entries.items():
         if isinstance(entry.get("source"), str):
             sources[entry["source"]].append(patient)
+        persons[person_of(read_provenance(entry), patient)].append(patient)
+    for owners in persons.values():
+        for one, other in combinations(owners, 2):
+            pair(one, other, "the same person, by the archive's ids, as")
     for source, owners in sources.items():
         for one, other in combinations(owners, 2):
             pair(one, other, f"made from the same source {source!r} as")
