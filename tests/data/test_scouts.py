@@ -149,7 +149,7 @@ def test_scouts_of_both_views_and_sides_are_placed(tmp_path, ct, cube, view, sid
 
 
 def test_dark_bone_is_turned_bright(tmp_path, ct, cube):
-    scout = read_scout(write_scout(tmp_path / "s.dcm", ct, gain=-400.0))
+    scout = read_scout(write_scout(tmp_path / "s.dcm", ct, gain=-60.0))
     data_set = Geometry("scout", source_sides=("in front", "on the right"))
     placed = place_scout(scout, cube, data_set, 10.0, 64)
     assert placed.ncc > 0.995
