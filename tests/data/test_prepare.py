@@ -304,6 +304,17 @@ def test_patients_that_left_or_changed_sides_are_reported(cts, capsys):
     assert (output / "c" / "c.nii.gz").exists()
 
 
+def test_patients_of_an_earlier_manifest_keep_their_split(cts, capsys):
+    _, output = run(cts)
+    before = manifest_of(output)["split"]
+    save_nifti(cts / "d.nii.gz", thorax(centre=(0, 10)))
+    run(cts, "--seed", "7")
+    after = manifest_of(output)["split"]
+    assert {name: [p for p in after[name] if p != "d"] for name in after} == before
+    assert after["train"] == sorted([*before["train"], "d"])  # a tenth of four is one each, which there is
+    assert "keep their split" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------
 # Broken CTs, foreign files, wrong options
 

@@ -20,7 +20,7 @@ def _import(name: str):
     try:
         return __import__(name)
     except ImportError:
-        raise InputError(f"get_data.py needs {name}; run: pip install 'idc-index>=0.11'") from None
+        raise InputError(f"get_data.py needs {name}; run: pip install 'idc-index>=0.13'") from None
 
 
 class ArchiveIndex:
