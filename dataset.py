@@ -32,10 +32,10 @@ from xray2ct.geometry.lifting import averaged_to
 from xray2ct.geometry.projector import HU_WINDOW, hu_to_unit
 from xray2ct.imaging.cube import cube_affine
 from xray2ct.imaging.cube_files import read_array_cube, read_cube
-from xray2ct.imaging.film import check_spacings, check_views
-from xray2ct.imaging.read_xray import read_xray
+from xray2ct.imaging.film import check_views
+from xray2ct.imaging.read_films import read_films
 
-CACHE_VERSION = 3  # raised when the cached arrays' meaning or values change
+CACHE_VERSION = 4  # raised when the cached arrays' meaning or values change
 RENDER_SIZE = 512  # pixels per edge of a missing X-ray before it is averaged to the size in use
 
 
@@ -52,10 +52,10 @@ class PatientDataset(Dataset):
 
     split: "train", "val", "test" or "all". max_patients: the first so many (by id).
     hu_window: another window than the data set's own. xray_normalization: for X-rays of a data set
-    without manifest (see :func:`read_xray.read_xray`). raw: leave ct_volume as uint16 (65535 = 1) and
+    without manifest (see :func:`read_films.read_films`). raw: leave ct_volume as uint16 (65535 = 1) and
     mask as uint8, to be converted on the device. xrays: ``"drr"`` for the X-rays that belong to the volume, ``"scout"``
     or ``"film"`` for real ones of the same patient (``ID_pa_scout.png``): patients without both views are left out, and
-    named by ``without_xrays``; scouts have the data set's scale, films are read as those of unknown scale.
+    named by ``without_xrays``; scouts have the data set's scale, films are read by :func:`read_films.read_films`.
     Raises :class:`InputError` naming file or folder for anything unusable.
     """
 
@@ -68,7 +68,7 @@ class PatientDataset(Dataset):
         cache_dir=None,
         max_patients: int | None = None,
         hu_window=None,
-        xray_normalization: str = "percentile",
+        xray_normalization: str = "auto",
         raw: bool = False,
         xrays: str = "drr",
     ):
@@ -106,7 +106,8 @@ class PatientDataset(Dataset):
             raise InputError(f"{self.root}: the {split} split is empty ({len(patients)} patients in all)")
         self._patients = patients
         made_here = (manifest.present and xrays == "drr") or xrays == "scout"
-        self._normalization = "manifest" if made_here else xray_normalization
+        # Prepared films have the data set's scale, and a mark that says so, which "auto" knows.
+        self._normalization = "manifest" if made_here else "auto" if xrays == "film" else xray_normalization
         self.volume_size, self.xray_size, self.raw = int(volume_size), xray_size, raw
         if self.cube_size % self.volume_size:
             raise InputError(f"volume size {volume_size} does not divide the data set's cube of {self.cube_size}")
@@ -260,27 +261,21 @@ class PatientDataset(Dataset):
         return self._cached(patient, name, shape, np.uint16, sources, partial(self._read_xrays, patient, size))
 
     def _read_xrays(self, patient, size: int):
-        images, rendered, read = [], None, {}
-        for view, path in enumerate(self._xray_files(patient, patient.xrays)):
-            if path is None:
-                if rendered is None:
-                    hu = self._read_cube(patient)[0]
-                    volume = torch.from_numpy(hu_to_unit(hu, self.hu_window))[None, None]
-                    pixels = (max(RENDER_SIZE, size),) * 2
-                    rendered = self.acquisition.render(volume, pixels)
-                    rendered = averaged_to(rendered, (size, size))[0].clip(0, 1).numpy()
-                images.append(rendered[view])
-            else:
-                xray = read_xray(path, self._normalization, size, view, geometry=self.geometry)
-                read[path] = xray
-                for note in xray.notes:
-                    if not self.has_manifest:
-                        warnings.warn(f"{path}: {note}", stacklevel=2)
-                images.append(xray.pixels)
         paths = self._xray_files(patient, patient.xrays)
-        names = [str(path or f"{patient.id} (rendered)") for path in paths]
-        check_spacings(read)
-        check_views(images[0], images[1], names)
+        pair = read_films(tuple(paths), self._normalization, size, self.geometry)
+        if not self.has_manifest:
+            for note in pair.notes:
+                warnings.warn(note, stacklevel=2)
+        images = [None if xray is None else xray.pixels for xray in pair.views]
+        if None in paths:
+            hu = self._read_cube(patient)[0]
+            volume = torch.from_numpy(hu_to_unit(hu, self.hu_window))[None, None]
+            rendered = self.acquisition.render(volume, (max(RENDER_SIZE, size),) * 2)
+            rendered = averaged_to(rendered, (size, size))[0].clip(0, 1).numpy()
+            images = [rendered[view] if image is None else image for view, image in enumerate(images)]
+            if not pair.films:
+                names = [str(path or f"{patient.id} (rendered)") for path in paths]
+                check_views(images[0], images[1], names)
         return np.round(np.stack(images) * 65535.0).astype(np.uint16)
 
 

@@ -152,7 +152,7 @@ def cubes_of_64(monkeypatch):
 def test_a_folder_without_manifest_works_with_stated_defaults(tmp_path):
     for name, seed in (("a", 0), ("c", 2)):
         by_hand(tmp_path, name, make_hu(seed, 64), xrays=name == "a")
-    with pytest.warns(UserWarning, match=r"no dataset\.json: assuming cone.*HU window.*normalised by 'percentile'"):
+    with pytest.warns(UserWarning, match=r"no dataset\.json: assuming cone.*HU window.*normalised by 'auto'"):
         data = PatientDataset(tmp_path, "all", volume_size=16, xray_size=64)
     assert not data.has_manifest
     items = {item["id"]: item for item in (data[i] for i in range(2))}

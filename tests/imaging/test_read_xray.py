@@ -9,11 +9,10 @@ from tests.helpers.tiny_data import make_hu
 from tests.helpers.xray_cases import eight, picture, refused, sixteen, write_dicom
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
-from xray2ct.imaging import film
-from xray2ct.imaging import read_xray as read_xray_module
-from xray2ct.imaging.dicom_xray import Exposure
+from xray2ct.imaging import film, xray_scale
 from xray2ct.imaging.film import body_width, check_spacings, check_views
 from xray2ct.imaging.read_xray import REFERENCE_PERCENTILES, read_xray, write_png16
+from xray2ct.imaging.stored_xray import Exposure
 
 # ------------------------------------------------------------------------------------------------
 # Formats and scales
@@ -122,7 +121,7 @@ def test_reference_percentiles_fit_rendered_xrays():
 
 def test_unknown_normalization_is_named(tmp_path):
     Image.fromarray(eight()).save(tmp_path / "x.png")
-    with pytest.raises(InputError, match="normalization is 'minmax'; expected one of manifest, percentile"):
+    with pytest.raises(InputError, match="normalization is 'minmax'; expected one of auto, manifest, percentile"):
         read_xray(tmp_path / "x.png", "minmax")
 
 
@@ -141,8 +140,8 @@ def test_histogram_undoes_any_increasing_curve(tmp_path, view):
         results.append(read_xray(tmp_path / f"{name}.npy", normalization="histogram", view=view).pixels)
     for result in results:
         assert np.abs(result - results[0]).max() < 0.1  # between the percentiles the curves' own bend is left
-        found = np.percentile(result, read_xray_module.HISTOGRAM_PERCENTILES)
-        assert found == pytest.approx(read_xray_module.REFERENCE_HISTOGRAMS[view], abs=0.01)
+        found = np.percentile(result, xray_scale.HISTOGRAM_PERCENTILES)
+        assert found == pytest.approx(xray_scale.REFERENCE_HISTOGRAMS[view], abs=0.01)
         assert (np.diff(result.ravel()[np.argsort(truth.ravel())]) >= -1e-6).all()
 
 
@@ -280,8 +279,10 @@ def test_oblong_pictures_are_padded_not_stretched(tmp_path, rows, columns):
     np.save(tmp_path / "x.npy", values)
     xray = read_xray(tmp_path / "x.npy", size=96)
     assert xray.notes == [f"padded from {columns} x {rows} to a square, not stretched"]
-    expected = np.full((96, 96), 0.1)
-    expected[36:60, 36:60] = 0.9  # still square and in the middle; the new border repeats the old one
+    expected = np.zeros((96, 96))  # air, not a smeared border
+    start = (96 - rows) // 2, (96 - columns) // 2
+    expected[start[0] : start[0] + rows, start[1] : start[1] + columns] = 0.1
+    expected[36:60, 36:60] = 0.9  # still square and in the middle
     assert xray.pixels == pytest.approx(expected)
 
 

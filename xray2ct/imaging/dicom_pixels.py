@@ -14,6 +14,7 @@ from xray2ct.files import InputError
 from xray2ct.imaging.optional import import_sitk
 
 DECODERS = "SimpleITK pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+COLOUR_SPREAD, COLOURED = 0.06, 0.01  # of the scale, between a pixel's colours; share of pixels beyond it
 
 
 def stored_frames(path, data, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -39,17 +40,53 @@ def stored_frames(path, data, shape: tuple[int, int, int]) -> tuple[np.ndarray, 
     return _used_bits(path, data, stored, padding), padding
 
 
-def _decoded(path, data, shape) -> np.ndarray:
-    """All bits of the pixels: those above BitsStored tell padding, overlays and wrong headers."""
+def grey_of_colours(path, data, shape: tuple[int, int]) -> np.ndarray:
+    """Grey pixels ``shape`` (rows, columns) of a coloured pydicom dataset, such as a grey secondary capture.
+
+    Raises InputError naming the file for a picture that is coloured indeed, and as :func:`stored_frames`.
+    """
+    from pydicom.pixels import pixel_array
+
+    syntax = _syntax(path, data)
+    try:
+        colours = pixel_array(data)  # as RGB
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(f"{_no_decoder(path, syntax)}; run: pip install {DECODERS}") from error
+    if colours.shape != (*shape, 3):
+        raise InputError(f"{path}: shape {colours.shape}; expected one picture of 3 colours")
+    red, green, blue = (colours[..., channel] for channel in range(3))
+    spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+    coloured = float((spread > COLOUR_SPREAD * (2 ** int(data.BitsStored) - 1)).mean())
+    if coloured > COLOURED:
+        raise InputError(f"{path}: {coloured:.0%} of its pixels are coloured; expected an X-ray in grey")
+    return green
+
+
+def _syntax(path, data):
+    """The transfer syntax; raises InputError without pixels."""
     from pydicom import uid
-    from pydicom.pixels import get_decoder
 
     if "PixelData" not in data:
         raise InputError(f"{path}: no PixelData (7FE0,0010); expected an image")
     if not getattr(data.file_meta, "TransferSyntaxUID", None):  # files without preamble: these two are what there is
         implicit = data.original_encoding[0]
         data.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
-    syntax = data.file_meta.TransferSyntaxUID
+    return data.file_meta.TransferSyntaxUID
+
+
+def _no_decoder(path, syntax) -> str:
+    from pydicom.uid import UID_dictionary
+
+    name = f"{syntax.name} ({syntax})" if syntax in UID_dictionary else "unknown"
+    return f"{path}: no decoder for its transfer syntax, {name}"
+
+
+def _decoded(path, data, shape) -> np.ndarray:
+    """All bits of the pixels: those above BitsStored tell padding, overlays and wrong headers."""
+    from pydicom import uid
+    from pydicom.pixels import get_decoder
+
+    syntax = _syntax(path, data)
     if syntax in uid.UncompressedTransferSyntaxes:  # not by pydicom, which needs header fields that old CTs lack
         size = {8: 1, 16: 2, 32: 4}[int(data.BitsAllocated)]  # KeyError, named by the caller, for what no image has
         kind = np.dtype(f"{'<' if syntax.is_little_endian else '>'}{'iu'[not data.PixelRepresentation]}{size}")
@@ -71,10 +108,9 @@ def _decoded(path, data, shape) -> np.ndarray:
 def _decoded_by_sitk(path, data, syntax) -> np.ndarray:
     """As :func:`_decoded`; SimpleITK gets a file of the pixels alone, so that it applies nothing of the header."""
     from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import SecondaryCaptureImageStorage, UID_dictionary, generate_uid
+    from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
 
-    name = f"{syntax.name} ({syntax})" if syntax in UID_dictionary else "unknown"
-    message, remedy = f"{path}: no decoder for its transfer syntax, {name}", f"run: pip install {DECODERS}"
+    message, remedy = _no_decoder(path, syntax), f"run: pip install {DECODERS}"
     try:
         sitk = import_sitk(path)
     except InputError:

@@ -1,4 +1,4 @@
-"""DICOM X-rays (CR, DX, secondary capture): pixels the right way round, and how the picture was taken.
+"""DICOM X-rays (CR, DX, secondary capture): values that rise with attenuation, and how the picture was taken.
 
 Only pixels and the exposure's numbers are taken: no name, id or text of the header gets into a result or a message.
 """
@@ -6,143 +6,159 @@ Only pixels and the exposure's numbers are taken: no name, id or text of the hea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
 from scipy.special import expit
 
-from xray2ct.conventions import VIEW_LABELS
 from xray2ct.files import InputError
 from xray2ct.imaging.dicom_files import is_dicom, reading
-from xray2ct.imaging.dicom_pixels import stored_frames
+from xray2ct.imaging.dicom_pixels import grey_of_colours, stored_frames
+from xray2ct.imaging.dicom_shutter import hidden_pixels
+from xray2ct.imaging.dicom_view import check_subject, read_claims
 from xray2ct.imaging.optional import import_pydicom
+from xray2ct.imaging.stored_xray import MAX_VALUE, Exposure, StoredXray, converted, reduction
 
-MAX_VALUE = 1e30  # beyond it float32 and differences overflow
-OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "H": "F", "F": "H"}
-WORDS = {"L": "left", "R": "right", "A": "anterior", "P": "posterior", "H": "head", "F": "feet"}
-# Where columns and rows of the project's views run to (projector.py): PA, lateral.
-WANTED = (("L", "F"), ("P", "F"))
-MODALITIES = ("CR", "DX", "DR", "RG", "RF", "XA", "OT", "SC", "")  # projections; OT and SC are scanned films
 GREY = {"MONOCHROME1": True, "MONOCHROME2": False}  # True: low values are shown white
-COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
-
-
-@dataclass(frozen=True)
-class Exposure:
-    """How an X-ray was taken, all in millimetres; None where it is not known.
-
-    pixel_spacing_mm: of the detector, or with spacing_at_patient of the plane through the middle of the patient.
-    sdd_mm, sid_mm: source to detector, source to the middle of the patient.
-    Raises :class:`InputError` for lengths that are none, or a patient behind the detector.
-    """
-
-    pixel_spacing_mm: float | None = None
-    sdd_mm: float | None = None
-    sid_mm: float | None = None
-    spacing_at_patient: bool = False
-
-    def __post_init__(self):
-        for name in ("pixel_spacing_mm", "sdd_mm", "sid_mm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1e5:
-                raise InputError(f"--{name.replace('_', '-')} is {value:g}; expected a length above 0 mm")
-        if self.sdd_mm and self.sid_mm and self.sid_mm > self.sdd_mm:
-            raise InputError(f"--sid-mm is {self.sid_mm:g}, beyond the detector (--sdd-mm {self.sdd_mm:g})")
-
-    def over(self, other: Exposure) -> Exposure:
-        """What is known here, else what ``other`` knows."""
-        spacing = self if self.pixel_spacing_mm is not None else other
-        return Exposure(
-            spacing.pixel_spacing_mm,
-            self.sdd_mm if self.sdd_mm is not None else other.sdd_mm,
-            self.sid_mm if self.sid_mm is not None else other.sid_mm,
-            spacing.spacing_at_patient,
-        )
+COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
 
 
 @dataclass
-class StoredXray:
-    """An X-ray as its file has it, whatever the format: ``pixels`` (H, W) float64, bone bright as far as the file says.
+class _Values:
+    """From stored values to ones that rise with attenuation: steps, and the range (low, high) that they can reach."""
 
-    ``full_scale`` is the value that means 1. NaN marks padding and transparency: pixels that show nothing.
-    """
-
-    pixels: np.ndarray
+    low: float
+    high: float
     full_scale: float
     notes: list[str]
-    exposure: Exposure
+    steps: list[Callable[[np.ndarray], np.ndarray]] = field(default_factory=list)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        for step in self.steps:
+            values = step(values)
+        return values
 
 
-def decode_dicom(path, view: int, check_shape) -> StoredXray:
-    """Read one DICOM X-ray.
+def decode_dicom(path, check_shape, edge: int | None = None, strict: bool = True) -> StoredXray:
+    """Read one DICOM X-ray, as it lies in the file (its ``claims`` say how that is).
 
-    view: 0 PA, 1 lateral: Patient Orientation (0020,0020) turns the picture to the project's axes, which a note says.
-    check_shape: called with ``(rows, columns)`` before memory is taken. Applied in DICOM's order (PS3.4, N.2):
-    Modality LUT or Rescale Slope and Intercept, VOI LUT tables and sigmoids (a linear window only clips: left out),
-    MONOCHROME1. Padding is NaN.
-    Raises :class:`InputError` naming the file: unreadable, no X-ray, in colour, several frames, a header that
-    contradicts the pixels or itself, the other view, compressed without a decoder at hand, without pydicom.
+    check_shape: called with ``(rows, columns)`` before memory is taken. edge: average by whole factors while the longer
+    edge stays at so many pixels. strict: refuse another body part, which is a note otherwise.
+
+    Applied in DICOM's order (PS3.4, N.2): Modality LUT or Rescale Slope and Intercept, VOI LUT tables and sigmoids (a
+    linear window only clips: left out), MONOCHROME1. Values that are a logarithm of the intensity by the header
+    (Rescale Type LOG_E REL, Pixel Intensity Relationship LOG) are linear in attenuation, so that no display curve is
+    applied to them; of values proportional to the intensity (LIN) the logarithm is taken. Padding and what lies behind
+    a shutter or the collimator is NaN.
+    Raises :class:`InputError` naming the file: unreadable, no X-ray, another part of the body, in colour, several
+    frames, a header that contradicts the pixels, compressed without a decoder at hand, without pydicom.
     """
     pydicom = import_pydicom(path, "reading DICOM X-rays")
     with reading(path):
         data = pydicom.dcmread(path, force=is_dicom(path))  # also without preamble
-        pixels, full_scale, notes = _values(path, data, check_shape)
-        _check_view(path, data, view)
-        exposure = _exposure(path, data, notes)
-        return StoredXray(_turned(path, data, pixels, view, notes), full_scale, notes, exposure)
+        rows, columns = shape = int(data.Rows), int(data.Columns)
+        check_shape(shape)
+        notes = check_subject(path, data, strict)
+        stored, padding = _frame(path, data, shape, notes)
+        values = _values(path, data, notes)
+        hidden = hidden_pixels(data, shape, notes)
+        hidden = padding if hidden is None else hidden if padding is None else hidden | padding
+        exposure, factor = _exposure(path, data, notes), reduction((rows, columns), edge)
+        return StoredXray(
+            converted(stored, hidden, factor, values),
+            values.full_scale,
+            notes,
+            exposure.coarser(factor),
+            factor,
+            _relation(data) != "",
+            read_claims(data),
+        )
 
 
-def _values(path, data, check_shape):
-    _check_kind(path, data, check_shape)
-    bits, signed = int(data.BitsStored), data.PixelRepresentation == 1
+def _frame(path, data, shape, notes) -> tuple[np.ndarray, np.ndarray | None]:
+    """The one frame of a grey file, or the grey of a coloured one, and where it is padding."""
+    if int(data.get("NumberOfFrames") or 1) > 1:
+        raise InputError(f"{path}: shape {(int(data.NumberOfFrames), *shape)}; expected one picture")
+    photometric = str(data.get("PhotometricInterpretation") or "")
+    samples, bits = int(data.get("SamplesPerPixel") or 1), int(data.get("BitsStored", 0))
+    if photometric not in GREY and not (photometric in COLOUR and samples == 3):
+        shown = photometric if photometric in (*COLOUR, "PALETTE COLOR") else "missing or unknown"
+        raise InputError(f"{path}: Photometric Interpretation is {shown}; expected {' or '.join(GREY)}, or grey as RGB")
+    if not 2 <= bits <= 32:
+        raise InputError(f"{path}: {bits} bits per pixel; expected 8 to 16")
+    if photometric not in GREY:
+        notes.append(f"converted from colour ({photometric}) to grey")
+        return grey_of_colours(path, data, shape), None
+    (stored,), padding = stored_frames(path, data, (1, *shape))
+    return stored, None if padding is None else padding[0]
+
+
+def _relation(data) -> str:
+    """``log`` for values linear in the logarithm of the intensity, ``intensity`` for the intensity, "" for unknown."""
+    table = data.get("ModalityLUTSequence")
+    kind = str((table[0].get("ModalityLUTType") if table else data.get("RescaleType")) or "").upper()
+    relationship = str(data.get("PixelIntensityRelationship") or "").upper()
+    if kind.startswith("LOG_E"):
+        return "log"
+    if kind.startswith("P"):  # P-VALUES, P REL: made for a display
+        return ""
+    return {"LOG": "log", "LIN": "intensity"}.get(relationship, "")
+
+
+def _values(path, data, notes) -> _Values:
+    bits, signed = int(data.BitsStored), int(data.get("PixelRepresentation") or 0) == 1
     low, high = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
-    full_scale, notes = high - low, []
-    (values,), padding = stored_frames(path, data, (1, int(data.Rows), int(data.Columns)))
+    values, relation = _Values(low, high, high - low, notes), _relation(data)
     if data.get("ModalityLUTSequence"):
-        values, high = _look_up(path, data, "Modality LUT", values, (low, high), notes)
-        low, full_scale = 0.0, high
+        _look_up(path, data, "Modality LUT", values)
     else:
         slope, intercept = _number(data, "RescaleSlope", 1.0), _number(data, "RescaleIntercept", 0.0)
         if not (0 < abs(slope) < MAX_VALUE and abs(intercept) < MAX_VALUE):
             raise InputError(f"{path}: RescaleSlope is {slope:g}, RescaleIntercept {intercept:g}; expected a slope")
-        values = values.astype(np.float64) * slope + intercept
-        low, high = sorted((low * slope + intercept, high * slope + intercept))
-    if data.get("VOILUTSequence"):
-        values, high = _look_up(path, data, "VOI LUT", values, (low, high), notes)
-        low, full_scale = 0.0, high
+        if (slope, intercept) != (1.0, 0.0):
+            values.steps.append(lambda x: x.astype(np.float64) * slope + intercept)
+            values.low, values.high = sorted((low * slope + intercept, high * slope + intercept))
+    grey = GREY.get(data.PhotometricInterpretation, False)
+    inverted = grey or str(data.get("PresentationLUTShape") or "") == "INVERSE"
+    if relation:
+        inverted ^= _leave_out_curve(path, data, values)
+    elif data.get("VOILUTSequence"):
+        _look_up(path, data, "VOI LUT", values)
     elif _curve(path, data) == "SIGMOID":
-        values = _sigmoid(path, data, values, notes)
-        low, high, full_scale = 0.0, 1.0, 1.0
-    shape = str(data.get("PresentationLUTShape") or "")
-    inverted = GREY[data.PhotometricInterpretation] or shape == "INVERSE"
-    if inverted:
-        values = high + low - values
-        name = "MONOCHROME1" if GREY[data.PhotometricInterpretation] else "Presentation LUT Shape INVERSE"
+        _sigmoid(path, data, values)
+    if relation == "intensity":
+        _take_logarithm(values, inverted)
+    elif inverted:
+        low, high = values.low, values.high
+        values.steps.append(lambda x: (high + low) - x.astype(np.float64, copy=False))
+        name = "MONOCHROME1" if grey else "Presentation LUT Shape INVERSE"
         notes.append(f"{name}: inverted, so that bone is bright")
     notes += _intensity_notes(data, inverted)
-    if padding is not None:
-        values[padding[0]] = np.nan
-    return values, full_scale, notes
+    return values
 
 
-def _check_kind(path, data, check_shape) -> None:
-    """Raise :class:`InputError` for what is no single grey X-ray, or a header that this reader does not know."""
-    check_shape((int(data.Rows), int(data.Columns)))
-    modality = str(data.get("Modality") or "")
-    if modality not in MODALITIES:
-        shown = modality if len(modality) == 2 and modality.isalpha() else "another"  # never a text of the header
-        raise InputError(f"{path}: Modality is {shown}; expected an X-ray ({', '.join(filter(None, MODALITIES))})")
-    if int(data.get("NumberOfFrames") or 1) > 1:
-        frames = int(data.NumberOfFrames)
-        raise InputError(f"{path}: shape {(frames, int(data.Rows), int(data.Columns))}; expected one picture")
-    photometric = str(data.get("PhotometricInterpretation") or "")
-    if photometric not in GREY:
-        shown = photometric if photometric in COLOUR else "missing or unknown"
-        raise InputError(f"{path}: Photometric Interpretation is {shown}; expected {' or '.join(GREY)}")
-    stored = int(data.get("BitsStored", 0))
-    if not 2 <= stored <= 32:
-        raise InputError(f"{path}: {stored} bits per pixel; expected 8 to 16")
+def _leave_out_curve(path, data, values: _Values) -> bool:
+    """Note a display curve that is not applied; True where it falls: the values themselves are the other way."""
+    sequence = data.get("VOILUTSequence")
+    if not sequence and _curve(path, data) != "SIGMOID":
+        return False
+    values.notes.append("its display curve (VOI LUT) is left out: the values are physical ones already")
+    if not sequence:
+        return False
+    table, _, _ = _table(path, data, "VOI LUT", (values.low, values.high))
+    return bool(table[-1] < table[0])
+
+
+def _take_logarithm(values: _Values, inverted: bool) -> None:
+    """Attenuation of an intensity: log(highest / intensity), 0 to log(range). inverted: high values are shown dark."""
+    low, high = values.low, values.high
+    span = max(high - low, 2.0)
+    base, sign = (low, 1.0) if inverted else (high, -1.0)
+    values.steps.append(lambda x: math.log(span) - np.log(((x.astype(np.float64) - base) * sign).clip(1.0, span)))
+    values.low, values.high, values.full_scale = 0.0, math.log(span), math.log(span)
+    values.notes.append("pixels are proportional to the X-ray intensity (LIN): their logarithm was taken")
 
 
 @overload
@@ -158,8 +174,25 @@ def _number(data, key, default=None):
     return float(value)
 
 
-def _look_up(path, data, name, values, span, notes) -> tuple[np.ndarray, float]:
-    """``values``, of the possible range ``span``, through the first table of a sequence, and the table's full scale."""
+def _look_up(path, data, name, values: _Values) -> None:
+    """``values`` through the first table of a sequence; the table's depth is their scale from then on."""
+    table, first, depth = _table(path, data, name, (values.low, values.high))
+    count = len(data[f"{name.replace(' ', '')}Sequence"].value)
+    values.notes.append(f"{name} applied" + (f", the first of {count}" if count > 1 else ""))
+    entries = table.astype(np.float32)
+    last = len(entries) - 1
+
+    def look_up(x):
+        index = x.astype(np.int32) if x.dtype.kind in "ui" else np.rint(x)
+        return entries[(index - first).clip(0, last).astype(np.int32)]
+
+    values.steps.append(look_up)
+    values.low, values.high = 0.0, 2.0**depth - 1
+    values.full_scale = values.high
+
+
+def _table(path, data, name, span) -> tuple[np.ndarray, int, int]:
+    """Entries, first value mapped and depth in bits of a sequence's first table; ``span``: range of what it maps."""
     items = data[f"{name.replace(' ', '')}Sequence"].value
     entries, first, depth = (int(value) for value in items[0].LUTDescriptor)
     entries = entries % 65536 or 65536
@@ -176,9 +209,7 @@ def _look_up(path, data, name, values, span, notes) -> tuple[np.ndarray, float]:
             f"{path}: its {name} holds {len(table)} entries up to {table.max()}; expected {entries} of {depth} bits"
             " by its LUT Descriptor"
         )
-    notes.append(f"{name} applied" + (f", the first of {len(items)}" if len(items) > 1 else ""))
-    index = (np.rint(values) - first).clip(0, entries - 1).astype(np.intp)
-    return table[index].astype(np.float64), 2.0**depth - 1
+    return table[:entries], first, depth
 
 
 def _curve(path, data) -> str:
@@ -188,23 +219,22 @@ def _curve(path, data) -> str:
     return function
 
 
-def _sigmoid(path, data, values, notes) -> np.ndarray:
+def _sigmoid(path, data, values: _Values) -> None:
     """Through the first window of a sigmoid, to 0 to 1 (PS3.3, C.11.2.1.3.1)."""
     center, width = _number(data, "WindowCenter"), _number(data, "WindowWidth")
     if center is None or width is None or not (abs(center) < MAX_VALUE and 0 < width < MAX_VALUE):
         raise InputError(f"{path}: VOI LUT Function is SIGMOID; expected a Window Center, and a Window Width above 0")
     count = data["WindowCenter"].VM
-    notes.append("VOI LUT applied: a sigmoid" + (f", the first of {count}" if count > 1 else ""))
-    return expit(4 * (values - center) / width)
+    values.notes.append("VOI LUT applied: a sigmoid" + (f", the first of {count}" if count > 1 else ""))
+    values.steps.append(lambda x: expit(4 * (x.astype(np.float64, copy=False) - center) / width))
+    values.low, values.high, values.full_scale = 0.0, 1.0, 1.0
 
 
 def _intensity_notes(data, inverted: bool) -> list[str]:
     """Doubts by what the header says of pixel values and X-ray intensity."""
-    notes, relationship = [], data.get("PixelIntensityRelationship")
-    if relationship == "LIN":
-        notes.append("pixels are proportional to the X-ray intensity (LIN): the normalization 'histogram' fits such")
-    if relationship == "DISP":
-        notes.append("pixels went through a display's curve (DISP): the normalization 'histogram' fits such")
+    notes = []
+    if data.get("PixelIntensityRelationship") == "DISP":
+        notes.append("pixels went through a display's curve (DISP)")
     sign = _number(data, "PixelIntensityRelationshipSign")
     if sign in (1, -1) and not data.get("ModalityLUTSequence") and not data.get("VOILUTSequence"):
         sign *= math.copysign(1, _number(data, "RescaleSlope", 1.0))
@@ -214,38 +244,6 @@ def _intensity_notes(data, inverted: bool) -> list[str]:
                 " which was used: pass --invert if it is"
             )
     return notes
-
-
-def _check_view(path, data, view) -> None:
-    """Raise :class:`InputError` where View Position (0018,5101) says that it is the other view."""
-    position = str(data.get("ViewPosition") or "").upper()
-    lateral = position in ("LL", "RL", "LATERAL", "LLD", "RLD")
-    if position and ((view == 0 and lateral) or (view == 1 and position in ("PA", "AP"))):
-        raise InputError(
-            f"{path}: View Position is {position}; expected the {VIEW_LABELS[view]} view"
-            " (are --pa and --lateral swapped?)"
-        )
-
-
-def _turned(path, data, pixels, view, notes):
-    """The picture with columns and rows running as the project's, by Patient Orientation where there is one."""
-    letters = [str(value)[:1].upper() for value in data.get("PatientOrientation") or ()]
-    if len(letters) != 2 or any(letter not in OPPOSITE for letter in letters):
-        return pixels
-    given, (columns, rows) = tuple(letters), letters
-    wanted_columns, wanted_rows = WANTED[view]
-    if columns in "HF":
-        pixels, columns, rows = pixels.T, rows, columns
-    if {columns, rows} - {wanted_columns, OPPOSITE[wanted_columns], "H", "F"} or rows not in "HF":
-        runs = " and ".join(WORDS[letter] for letter in given)
-        raise InputError(f"{path}: Patient Orientation says it runs to {runs}; that is no {VIEW_LABELS[view]} view")
-    if columns != wanted_columns:
-        pixels = pixels[:, ::-1]
-    if rows != wanted_rows:
-        pixels = pixels[::-1]
-    if given != WANTED[view]:
-        notes.append(f"turned by Patient Orientation: it ran to {WORDS[given[0]]} and {WORDS[given[1]]}")
-    return np.ascontiguousarray(pixels)
 
 
 def _exposure(path, data, notes) -> Exposure:

@@ -11,30 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from xray2ct.conventions import DICOM_SUFFIXES, PICTURES
 from xray2ct.files import InputError, atomic_path
-from xray2ct.geometry.lifting import averaged_to
 from xray2ct.geometry.projector import Geometry
 from xray2ct.imaging.dicom_files import is_dicom
-from xray2ct.imaging.dicom_xray import MAX_VALUE, Exposure, StoredXray, decode_dicom
-from xray2ct.imaging.xray_picture import decode_array, decode_picture
+from xray2ct.imaging.dicom_view import check_view, turned
+from xray2ct.imaging.dicom_xray import decode_dicom
+from xray2ct.imaging.stored_xray import MAX_VALUE, Exposure, StoredXray
+from xray2ct.imaging.xray_field import MAX_EDGE, fit_field, fit_size
+from xray2ct.imaging.xray_picture import OWN_MARK, decode_array, decode_picture, is_rendered
+from xray2ct.imaging.xray_scale import AIR, NORMALIZATIONS, REFERENCE_PERCENTILES, normalise
 
-NORMALIZATIONS = ("manifest", "percentile", "histogram")
-# 1st and 99th percentile of the project's own X-rays (PA, lateral): means over 25 public chest CTs rendered with
-# the default geometry and scale; an X-ray of unknown scale is stretched onto them.
-REFERENCE_PERCENTILES = ((0.01, 0.53), (0.0, 0.74))
-# The whole distribution, for pictures whose values are any increasing function of attenuation: percentiles, and
-# the values there (PA, lateral), means over the same X-rays.
-HISTOGRAM_PERCENTILES = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 100)
-REFERENCE_HISTOGRAMS = (
-    (0.005, 0.008, 0.029, 0.056, 0.138, 0.202, 0.248, 0.287, 0.321, 0.354, 0.394, 0.449, 0.486, 0.528, 0.562),
-    (0.0, 0.0, 0.0, 0.001, 0.012, 0.057, 0.130, 0.241, 0.358, 0.442, 0.506, 0.591, 0.648, 0.736, 0.806),
-)
+__all__ = ["MAX_EDGE", "NORMALIZATIONS", "REFERENCE_PERCENTILES", "XrayImage", "decode", "read_xray", "write_png16"]
 MIN_SIZE = 32
-MAX_EDGE = 8192  # pixels; the picture is padded to a square in memory
 
 
 @dataclass
@@ -49,7 +41,9 @@ class XrayImage:
 def write_png16(path: str | os.PathLike, image01) -> None:
     """Write ``image01`` ``(H, W)`` as 16-bit grey PNG, atomically: pixel = round(65535 * clip(value, 0, 1)).
 
-    Raises ``ValueError`` on another shape, NaN or infinity.
+    A name that ends in ``_drr.png``, as rendered X-rays have it, marks the file as one on the project's scale, so that
+    a copy under another name is still known (:data:`xray_picture.OWN_MARK`). Raises ``ValueError`` on another shape,
+    NaN or infinity.
     """
     pixels = np.asarray(image01, dtype=np.float64)
     if pixels.ndim != 2:
@@ -58,7 +52,10 @@ def write_png16(path: str | os.PathLike, image01) -> None:
         raise ValueError(f"{path}: X-ray contains NaN or infinity")
     pixels = np.rint(65535.0 * pixels.clip(0.0, 1.0)).astype(np.uint16)
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        info = PngInfo()
+        if is_rendered(path):
+            info.add_text(*OWN_MARK)
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
 
 
 def read_xray(
@@ -97,44 +94,66 @@ def read_xray(
     not square.
     """
     path = Path(path)
-    if normalization not in NORMALIZATIONS:
-        raise InputError(f"X-ray normalization is {normalization!r}; expected one of {', '.join(NORMALIZATIONS)}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such X-ray file")
-    decoded = _decode(path, view)
+    check_normalization(normalization)
+    decoded = decode(path)
+    if decoded.claims is not None:
+        check_view(path, decoded.claims, view)
+        decoded.pixels = turned(path, decoded.pixels, decoded.claims, view, decoded.notes)
     raw, full_scale, notes = decoded.pixels, decoded.full_scale, decoded.notes
-    outside, shown = _checked(path, raw, notes)
+    outside, shown = checked(path, raw, notes)
     if invert:
         raw = full_scale - raw
         notes.append("inverted")
-    pixels = _normalise(path, raw, full_scale, normalization, view)
-    _check_polarity(path, pixels[shown])
-    pixels = np.where(outside, np.nanmin(pixels), pixels)
+    pixels = normalise(path, raw, full_scale, chosen(normalization, decoded), view)
+    check_polarity(path, pixels[shown])
+    pixels = np.where(outside, AIR, pixels)
     known = (exposure or Exposure()).over(decoded.exposure)
     if geometry is not None and known.pixel_spacing_mm is not None:
-        pixels = _fit_field(path, pixels, known, geometry, notes)
+        pixels = fit_field(path, pixels, known, geometry, notes)
     if size is not None:
-        pixels = _fit(pixels, size, notes)
+        pixels = fit_size(pixels, size, notes)
     return XrayImage(np.ascontiguousarray(pixels, dtype=np.float32), notes, known.pixel_spacing_mm is not None)
+
+
+def check_normalization(name: str) -> None:
+    """Raise :class:`InputError` for a name that is none of :data:`NORMALIZATIONS`."""
+    if name not in NORMALIZATIONS:
+        raise InputError(f"X-ray normalization is {name!r}; expected one of {', '.join(NORMALIZATIONS)}")
+
+
+def chosen(normalization: str, stored: StoredXray) -> str:
+    """The normalisation that ``auto`` stands for: by the picture's own scale, by its header, by its histogram."""
+    if normalization != "auto":
+        return normalization
+    if stored.own:
+        return "manifest"
+    return "percentile" if stored.linear else "body"
 
 
 # ------------------------------------------------------------------------------------------------
 # Decoding
 
 
-def _decode(path: Path, view: int) -> StoredXray:
-    """Pixels as they are stored, bone bright where a header says how."""
+def decode(path: str | os.PathLike, edge: int | None = None, strict: bool = True) -> StoredXray:
+    """Pixels as they are stored and lie in the file, bone bright where a header says how.
+
+    edge: average by whole factors while the longer edge stays at so many pixels. strict: refuse another body part.
+    Raises :class:`InputError` naming the file for what cannot be read as one grey picture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such X-ray file")
     suffix = path.suffix.lower()
     if suffix in PICTURES:
-        return decode_picture(path, lambda shape: _check_edges(path, shape))
+        return decode_picture(path, lambda shape: _check_edges(path, shape), edge)
     if suffix == ".npy":
         return decode_array(path)
     if suffix in DICOM_SUFFIXES or is_dicom(path):
-        return decode_dicom(path, view, lambda shape: _check_edges(path, shape))
+        return decode_dicom(path, lambda shape: _check_edges(path, shape), edge, strict)
     raise InputError(f"{path}: unknown X-ray format; expected {', '.join(PICTURES)}, .npy or DICOM")
 
 
-def _checked(path, raw, notes):
+def checked(path, raw, notes):
     """Raise :class:`InputError` for what is no X-ray of any scale.
 
     Returns where there is padding, and the index of the part that has other rows and columns than padding.
@@ -169,36 +188,7 @@ def _check_edges(path, shape) -> None:
 # Values and size
 
 
-def _normalise(path, raw, full_scale, normalization, view):
-    if normalization == "percentile":
-        low, high = np.nanpercentile(raw, [1, 99])
-        if high <= low:
-            raise InputError(f"{path}: 98 % of the pixels have the same value; expected an X-ray")
-        to_low, to_high = REFERENCE_PERCENTILES[view]
-        return ((raw - low) / (high - low) * (to_high - to_low) + to_low).clip(0.0, 1.0)
-    if normalization == "histogram":
-        return _match_histogram(path, raw, view)
-    low, high = float(np.nanmin(raw)), float(np.nanmax(raw))
-    if low < -1e-6 * full_scale or high > (1 + 1e-6) * full_scale or high - low < full_scale / 16:
-        raise InputError(
-            f"{path}: values {low:g} to {high:g}; expected 0 to {full_scale:g}"
-            " (an X-ray of unknown scale, such as 12 bits in a file of 16, needs the normalization 'percentile')"
-        )
-    return (raw / full_scale).clip(0.0, 1.0)
-
-
-def _match_histogram(path, raw, view) -> np.ndarray:
-    """Piecewise linear between the percentiles of :data:`HISTOGRAM_PERCENTILES`: increasing, so order is kept."""
-    levels, where = np.unique(np.nanpercentile(raw, HISTOGRAM_PERCENTILES), return_inverse=True)
-    if len(levels) < 4:
-        raise InputError(f"{path}: most pixels have the same value; expected an X-ray")
-    reference = np.asarray(REFERENCE_HISTOGRAMS[view])
-    # A value that many pixels share (air, a burnt-in frame) spans percentiles: it gets their mean.
-    targets = np.bincount(where, weights=reference) / np.bincount(where)
-    return np.interp(raw, levels, targets)
-
-
-def _check_polarity(path, pixels) -> None:
+def check_polarity(path, pixels) -> None:
     """Air next to the body is dark where bone is bright: a border far brighter than the middle is inverted.
 
     ``pixels`` without rows and columns of padding, which would pass for air.
@@ -213,67 +203,3 @@ def _check_polarity(path, pixels) -> None:
         raise InputError(
             f"{path}: bone looks dark and air bright; expected bone bright (invert the picture, or pass --invert)"
         )
-
-
-def _fit_field(path, pixels, exposure: Exposure, geometry: Geometry, notes) -> np.ndarray:
-    """Cut or pad the picture to a square of what the geometry's detector sees at the isocentre.
-
-    The isocentre stands where it does in the geometry, before the detector, unless ``sid_mm`` is known. The rays'
-    other slant where the source stood nearer stays: only the scale is made right.
-    """
-    wanted, spacing = geometry.detector_mm, exposure.pixel_spacing_mm
-    assert wanted is not None
-    assert spacing is not None  # known to the caller
-    if geometry.kind == "cone":
-        assert geometry.sdd_mm is not None
-        assert geometry.sid_mm is not None
-        wanted *= geometry.sid_mm / geometry.sdd_mm
-        if not exposure.spacing_at_patient:
-            behind = geometry.sdd_mm - geometry.sid_mm
-            sdd = exposure.sdd_mm or geometry.sdd_mm
-            sid = exposure.sid_mm or sdd - behind
-            if not 0 < sid <= sdd:
-                raise InputError(
-                    f"{path}: source to detector is {sdd:g} mm; expected more than {behind:g}, or --sid-mm too"
-                )
-            spacing *= sid / sdd
-    edge = round(wanted / spacing)
-    if not max(pixels.shape) / 4 <= edge <= min(MAX_EDGE, 4 * max(pixels.shape)):
-        seen = " x ".join(f"{n * spacing:.0f}" for n in reversed(pixels.shape))
-        raise InputError(
-            f"{path}: shows {seen} mm of the patient by its pixel spacing of {exposure.pixel_spacing_mm:g} mm;"
-            f" expected about {wanted:.0f} x {wanted:.0f} mm (--pixel-spacing-mm gives another)"
-        )
-    if pixels.shape != (edge, edge):
-        seen = " x ".join(f"{n * spacing:.0f}" for n in reversed(pixels.shape))
-        notes.append(f"cut or padded from {seen} mm to the {wanted:.0f} x {wanted:.0f} mm that the model sees")
-    return _to_edge(pixels, edge)
-
-
-def _to_edge(pixels, edge: int) -> np.ndarray:
-    """Cut or pad both axes about the middle to ``edge`` pixels; what is added has the border's value."""
-    for axis in range(2):
-        missing = edge - pixels.shape[axis]
-        if missing < 0:
-            start = -missing // 2
-            pixels = pixels[start : start + edge] if axis == 0 else pixels[:, start : start + edge]
-        elif missing:
-            padding = [(0, 0), (0, 0)]
-            padding[axis] = (missing // 2, missing - missing // 2)
-            pixels = np.pad(pixels, padding, mode="edge")
-    return pixels
-
-
-def _fit(pixels, size, notes):
-    rows, columns = pixels.shape
-    if rows != columns:
-        notes.append(f"padded from {columns} x {rows} to a square, not stretched")
-        pixels = _to_edge(pixels, max(rows, columns))
-    if pixels.shape[0] != size:
-        notes.append(f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {size} x {size}")
-        if pixels.shape[0] > size:
-            pixels = averaged_to(torch.from_numpy(np.array(pixels, np.float64))[None, None], (size, size))[0, 0].numpy()
-        else:
-            picture = Image.fromarray(pixels.astype(np.float32))
-            pixels = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
-    return pixels

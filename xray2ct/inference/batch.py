@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,17 @@ from tqdm import tqdm
 
 from xray2ct.data.patient_files import find_pairs
 from xray2ct.files import InputError, check_writable, describe
-from xray2ct.imaging.dicom_xray import Exposure
 from xray2ct.imaging.figures import save_panel
-from xray2ct.imaging.read_xray import NORMALIZATIONS
+from xray2ct.imaging.read_films import FilmWarning
 from xray2ct.imaging.write_volume import FORMATS, check_output, write_volume
+from xray2ct.inference.film_arguments import add_film_arguments, exposures, film_options
 from xray2ct.inference.reconstruction import Pipeline
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every script that turns X-ray files into volumes."""
     parser.add_argument("--pa", help="frontal X-ray: PNG, JPEG, TIFF, .npy or DICOM")
-    parser.add_argument("--lateral", help="lateral X-ray, anterior on the left")
+    parser.add_argument("--lateral", help="lateral X-ray")
     parser.add_argument(
         "--folder", help="instead: all pairs ID_pa.png, ID_lat.png (and the like) in and below this folder"
     )
@@ -36,23 +37,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-existing", action="store_true", help="with --folder: leave out what has a volume already"
     )
-    parser.add_argument(
-        "--xray-normalization",
-        "--xray_normalization",
-        default="manifest",
-        choices=NORMALIZATIONS,
-        help="manifest: the project's own X-rays; percentile: unknown linear scale; histogram: unknown increasing"
-        " scale, such as pictures without the logarithm taken (default %(default)s)",
-    )
-    parser.add_argument("--pixel-spacing-mm", type=float, help="of the detector; default: as a DICOM file says")
-    parser.add_argument("--sdd-mm", type=float, help="source to detector; default: as a DICOM file or the model says")
-    parser.add_argument(
-        "--sid-mm",
-        type=float,
-        help="source to the patient's middle; default: as far from the detector as the model has it",
-    )
-    parser.add_argument("--invert", action="store_true", help="bone is dark in the files")
-    parser.add_argument("--no-check", action="store_true", help="do not look for swapped views")
+    add_film_arguments(parser)
     parser.add_argument("--picture", help="also draw the X-rays and the volume (.png); a folder with --folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
     parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
@@ -60,7 +45,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_common_arguments(args) -> None:
     """Raise :class:`InputError`, before anything is loaded, for what cannot be read or written."""
-    _exposure(args)
+    exposures(args)
+    film_options(args)
     if args.folder:
         if args.pa or args.lateral:
             raise InputError("--folder stands for --pa and --lateral; expected one or the other")
@@ -80,11 +66,6 @@ def check_common_arguments(args) -> None:
         _check_picture(args.picture, (args.pa, args.lateral))
 
 
-def _exposure(args) -> Exposure:
-    """How the X-rays were taken, as far as the options say; :class:`InputError` for impossible lengths."""
-    return Exposure(args.pixel_spacing_mm, args.sdd_mm, args.sid_mm)
-
-
 def _check_picture(path, xrays) -> None:
     if not str(path).endswith(".png") or os.path.isdir(path):
         raise InputError(f"--picture {path}: expected a file's name ending in .png")
@@ -98,14 +79,9 @@ def reconstruct_one(pipeline: Pipeline, pa, lateral, output, picture, args) -> t
 
     Notes about the X-rays go to standard error. Nothing is written unless all can be: :func:`check_common_arguments`.
     """
-    xrays = pipeline.read(
-        pa,
-        lateral,
-        args.xray_normalization,
-        args.invert,
-        check=not args.no_check,
-        exposure=_exposure(args),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FilmWarning)  # they are among the notes
+        xrays = pipeline.read(pa, lateral, args.xray_normalization, exposure=exposures(args), films=film_options(args))
     for note in pipeline.notes:
         tqdm.write(f"note: {note}", file=sys.stderr)
     volume = pipeline.predict(xrays)

@@ -6,8 +6,8 @@ volume_hu, affine = load_pipeline("best_model.pt", "best_refinement.pt")("PA.png
 
 from __future__ import annotations
 
+import warnings
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ import torch
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import unit_to_hu
 from xray2ct.imaging.cube import cube_affine
-from xray2ct.imaging.dicom_xray import Exposure
-from xray2ct.imaging.film import check_spacings, check_views
-from xray2ct.imaging.read_xray import REFERENCE_PERCENTILES, read_xray
+from xray2ct.imaging.film import check_views
+from xray2ct.imaging.film_sides import FilmOptions
+from xray2ct.imaging.read_films import FilmWarning, read_films
+from xray2ct.imaging.stored_xray import Exposure
+from xray2ct.imaging.xray_scale import OWN_LEVELS, REFERENCE_PERCENTILES
 from xray2ct.inference.predictor import Predictor, check_view_count
 from xray2ct.inference.system import DirectSystem
 
@@ -37,39 +39,40 @@ class Pipeline:
         self,
         pa: XraySource,
         lateral: XraySource | None = None,
-        normalization: str = "manifest",
+        normalization: str = "auto",
         invert: bool = False,
         check: bool = True,
-        exposure: Exposure | None = None,
+        exposure: Exposure | tuple[Exposure | None, Exposure | None] | None = None,
+        films: FilmOptions | None = None,
     ) -> torch.Tensor:
         """X-ray files or arrays (H, W) in [0, 1] -> ``(num_views, S, S)`` float32 at the model's resolution.
 
-        lateral: None for a system of one view. normalization, invert: see :func:`read_xray`. exposure: pixel
-        spacing and distances of the files, in place of what a DICOM header says; an array shows what the model's
-        detector sees. Raises :class:`InputError` naming the file for anything unusable, for a pixel spacing that is
-        known of one file only, for swapped views (``check``), and for another number of views than the system's. What
-        was done to the pictures is left in ``notes``.
+        lateral: None for a system of one view. normalization, exposure: see :func:`read_films`; an array shows what the
+        model's detector sees. films: what the user decides about files, in place of ``invert`` and ``check`` (of
+        swapped views). What was done to the pictures is left in ``notes``; what was decided by the pixels of films, or
+        is uncertain, is warned of (:class:`FilmWarning`).
+        Raises :class:`InputError` naming the file for anything unusable, for swapped views of X-rays that the project
+        rendered, and for another number of views than the system's.
         """
         sources = (pa,) if lateral is None else (pa, lateral)
         check_view_count(self.system.name, self.system.num_views, len(sources))
-        size = self.system.xray_size
-        self.notes, images, xrays = list(self.system.notes), [], {}
-        for view, source in enumerate(sources):
-            if isinstance(source, np.ndarray | torch.Tensor):
-                images.append(_array_view(source, view, size))
-                continue
-            xray = read_xray(
-                source, normalization, size, view, invert, geometry=self.system.geometry, exposure=exposure
-            )
-            self.notes += [f"{source}: {note}" for note in xray.notes]
-            images.append(xray.pixels)
-            xrays[source] = xray
-            if normalization == "manifest":
-                self.notes += [f"{source}: {note}" for note in _brightness_notes(xray.pixels, view)]
-        check_spacings(xrays)
-        if check and len(sources) == 2:
-            names = [str(s) if isinstance(s, str | Path) else n for s, n in zip(sources, VIEW_ARGUMENTS)]
+        size, films = self.system.xray_size, films or FilmOptions(invert=invert, check=check)
+        arrays = [isinstance(source, np.ndarray | torch.Tensor) for source in (pa, lateral)]
+        paths = tuple(None if array else source for source, array in zip((pa, lateral), arrays))
+        pair = read_films(paths, normalization, size, self.system.geometry, exposure, films)
+        self.notes = [*self.system.notes, *pair.notes]
+        images = [
+            _array_view(source, view, size) if array else pair.views[view].pixels
+            for view, (source, array) in enumerate(zip(sources, arrays))
+        ]
+        for view, path in enumerate(paths):
+            if path is not None and normalization == "manifest":
+                self.notes += [f"{path}: {note}" for note in _brightness_notes(images[view], view)]
+        if any(arrays) and films.check and len(sources) == 2:
+            names = [name if array else str(source) for source, array, name in zip(sources, arrays, VIEW_ARGUMENTS)]
             self.notes += check_views(images[0], images[1], names)
+        for doubt in pair.doubts:
+            warnings.warn(doubt, FilmWarning, stacklevel=2)
         return torch.from_numpy(np.stack(images).astype(np.float32))
 
     def predict(self, xrays: torch.Tensor) -> torch.Tensor:
@@ -132,12 +135,12 @@ def _array_view(source, view: int, size: int) -> np.ndarray:
 def _brightness_notes(pixels, view: int) -> list[str]:
     """A doubt where a picture read on the project's own scale is far darker or brighter than its X-rays.
 
-    Their 99th percentiles lay between 0.76 and 1.23 times the mean on 25 public chest CTs.
+    See :data:`xray_scale.OWN_LEVELS`.
     """
     level, usual = float(np.percentile(pixels, 99)), REFERENCE_PERCENTILES[view][1]
-    if 0.65 * usual < level < 1.3 * usual:
+    if OWN_LEVELS[0] * usual < level < OWN_LEVELS[1] * usual:
         return []
     return [
         f"brightness {level:.2f} (99th percentile), {usual:.2f} is usual for X-rays rendered by this project;"
-        " a picture from elsewhere needs the normalization 'percentile' (--xray-normalization)"
+        " a picture from elsewhere needs the normalization 'auto' or 'percentile' (--xray-normalization)"
     ]

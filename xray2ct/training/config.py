@@ -12,6 +12,7 @@ from pathlib import Path
 
 from xray2ct.data.augment import AugmentConfig
 from xray2ct.files import InputError, parse_json, read_json, shown, shown_name
+from xray2ct.imaging.xray_scale import NORMALIZATIONS
 from xray2ct.settings import setting
 
 
@@ -80,7 +81,8 @@ class CommonData:
     cache_dir: str | None = None  # default: DATASET/.cache
     # auto, render (augmented pairs), files (the X-rays on disk, no augmentation)
     xray_source: str = setting("auto", choices=("auto", "render", "files"))
-    xray_normalization: str = "percentile"  # for data sets without dataset.json
+    # for data sets without dataset.json
+    xray_normalization: str = setting("auto", choices=NORMALIZATIONS)
 
 
 @dataclass

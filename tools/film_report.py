@@ -1,0 +1,220 @@
+"""Reconstruct real films without a CT to compare with, and show what can be said: findings, residuals, a contact sheet.
+
+    python -m tools.film_report --pa PA --lateral LATERAL --base best_model.pt --output report
+    python -m tools.film_report --folder FILMS --base best_model.pt --refinement best_refinement.pt --output report
+
+Per pair: what the pixels of the two films say (view, facing, polarity, turn, frame, markers, scale), how large the
+lungs are at the network's scale, how well the X-rays rendered from the reconstruction fit the films (NCC and gradient
+NCC, next to a control that is shifted by 5 mm and turned by 5 degrees: a fit that does not notice this means
+little), and whether the reconstruction has its anatomy the right way round. Writes report.json and a picture per pair:
+films | what the network saw | coronal, sagittal, axial | rendered X-rays. A pair that the reader refuses is listed
+with the reason, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from xray2ct.conventions import PICTURES
+from xray2ct.data.checks.anatomy import orientation
+from xray2ct.data.patient_files import find_pairs
+from xray2ct.files import InputError, atomic_path, check_writable, describe, run_cli, write_json
+from xray2ct.geometry.acquisition import Acquisition
+from xray2ct.imaging import film_frame, film_scale
+from xray2ct.imaging.cube import area_average
+from xray2ct.imaging.dicom_xray import decode_dicom
+from xray2ct.imaging.figures import DISPLAY_WINDOW_HU, planes
+from xray2ct.imaging.film_view import FilmFinding, classify
+from xray2ct.imaging.read_xray import NORMALIZATIONS
+from xray2ct.imaging.xray_picture import decode_array, decode_picture
+from xray2ct.inference.reconstruction import Pipeline, load_pipeline
+
+VIEWS = ("pa", "lateral")
+CONTROL_MM, CONTROL_DEGREES = 5.0, 5.0
+TILE, CAPTION, GAP = 220, 20, 4
+
+
+def stored_pixels(path, view: int) -> np.ndarray:
+    """Pixels (H, W) as the file stores them, NaN where there is padding; raises :class:`InputError` as the decoders."""
+    path = Path(path)
+    if path.suffix.lower() in PICTURES:
+        return decode_picture(path, lambda shape: None).pixels
+    if path.suffix.lower() == ".npy":
+        return decode_array(path).pixels
+    return decode_dicom(path, view, lambda shape: None).pixels
+
+
+def describe_film(pixels: np.ndarray) -> tuple[FilmFinding, dict]:
+    """What the pixels of one film say, and the same as plain values with the notes."""
+    finding = classify(pixels)
+    box, notes = film_frame.trim(pixels)
+    _, marks = film_frame.mask_markers(box.cut(pixels))
+    slanted = film_frame.perspective(pixels)
+    return finding, {
+        **asdict(finding),
+        "picture": {"pixels": list(pixels.shape), "within_frame": list(box)},
+        "notes": [*notes, *marks, *([slanted] if slanted else [])],
+    }
+
+
+def ncc(one, other) -> float:
+    """Normalised cross-correlation of two arrays of one shape, -1 to 1; 0 where one is constant."""
+    one, other = (np.asarray(a, np.float64) - np.mean(a) for a in (one, other))
+    norm = np.sqrt((one**2).sum() * (other**2).sum())
+    return float((one * other).sum() / norm) if norm > 0 else 0.0
+
+
+def gradient_ncc(one, other) -> float:
+    """Mean :func:`ncc` of the two derivatives (Penney et al., IEEE TMI 17, 1998, gradient correlation)."""
+    return float(np.mean([ncc(np.diff(one, axis=axis), np.diff(other, axis=axis)) for axis in (0, 1)]))
+
+
+def misplaced(volume: torch.Tensor, fov_mm: float) -> torch.Tensor:
+    """``(D, H, W)`` shifted by 5 mm downwards and turned by 5 degrees about the head-feet axis; air comes in."""
+    angle = np.deg2rad(CONTROL_DEGREES)
+    cos, sin = float(np.cos(angle)), float(np.sin(angle))
+    shift = 2 * CONTROL_MM / fov_mm  # the cube's edge is 2 in these coordinates, which run (W, H, D)
+    matrix = torch.tensor([[cos, -sin, 0, 0], [sin, cos, 0, 0], [0, 0, 1, -shift]], dtype=volume.dtype)
+    grid = torch.nn.functional.affine_grid(matrix[None], [1, 1, *volume.shape], align_corners=False)
+    return torch.nn.functional.grid_sample(volume[None, None], grid, align_corners=False)[0, 0]
+
+
+def residuals(pipeline: Pipeline, xrays: torch.Tensor, volume: torch.Tensor) -> tuple[dict, np.ndarray]:
+    """How well both X-rays rendered from ``volume`` fit ``xrays``, by view; and those X-rays ``(2, S, S)``."""
+    system = pipeline.system
+    acquisition = Acquisition(system.geometry, system.hu_window, system.xray_scale)
+    size = tuple(xrays.shape[-2:])
+    rendered = {
+        "": acquisition.render(volume[None, None], size)[0].numpy(),
+        "control_": acquisition.render(misplaced(volume, system.geometry.fov_mm)[None, None], size)[0].numpy(),
+    }
+    rows = {}
+    for view, name in enumerate(VIEWS):
+        film = xrays[view].numpy()
+        rows[name] = {
+            f"{which}{score.__name__}": score(film, pictures[view])
+            for which, pictures in rendered.items()
+            for score in (ncc, gradient_ncc)
+        }
+    return rows, rendered[""]
+
+
+def examine(pipeline: Pipeline, paths, normalization: str) -> tuple[dict, Image.Image]:
+    """Report and contact sheet of one pair; :class:`InputError` where the reader refuses a film."""
+    films = [stored_pixels(path, view) for view, path in enumerate(paths)]
+    findings, rows = zip(*(describe_film(film) for film in films))
+    report = dict(zip(VIEWS, rows))
+    upright = [finding.upright(film) for finding, film in zip(findings, films)]
+    scale = film_scale.estimate(*upright)
+    report["scale"] = {**asdict(scale), "note": scale.note()}
+    xrays = pipeline.read(*paths, normalization=normalization, check=False)
+    for view in range(2):
+        # What the reader has not put upright is put upright here.
+        pixels = classify(xrays[view].numpy()).upright(xrays[view].numpy())
+        xrays[view] = torch.from_numpy(np.ascontiguousarray(pixels))
+    report["notes"] = list(pipeline.notes)
+    mm = pipeline.system.geometry.fov_mm / xrays.shape[-1]
+    (height, width), (_, depth) = (film_scale.lung_size(xrays[view].numpy(), view) for view in range(2))
+    names = ("lung_height_mm", "lung_width_mm", "lung_depth_mm")
+    report["as_the_network_sees_it"] = dict(zip(names, (height * mm, width * mm, depth * mm)))
+    volume = pipeline.predict(xrays)
+    report["projection"], rendered = residuals(pipeline, xrays, volume)
+    hu, _ = pipeline.to_hu(volume)
+    factor = max(1, len(hu) // 64)
+    spacing = pipeline.system.geometry.fov_mm * factor / len(hu)
+    answers = orientation(area_average(hu.astype(np.float32), factor), spacing)
+    report["anatomy"] = {side: {"status": status, "message": message} for side, (status, message) in answers.items()}
+    return report, contact_sheet(films, xrays.numpy(), hu, rendered)
+
+
+def contact_sheet(films, xrays, hu, rendered) -> Image.Image:
+    """Nine tiles in a row: films, what the network saw, coronal, sagittal and axial slice, rendered X-rays."""
+    low, high = DISPLAY_WINDOW_HU
+    axial, coronal, sagittal = ((plane - low) / (high - low) for plane in planes(hu))
+    tiles = [
+        *((f"film, {name}", _stretched(film)) for name, film in zip(VIEWS, films)),
+        *((f"network saw, {name}", _stretched(xray)) for name, xray in zip(VIEWS, xrays)),
+        *(("coronal", coronal), ("sagittal", sagittal), ("axial", axial)),
+        *((f"rendered, {name}", _stretched(xray)) for name, xray in zip(VIEWS, rendered)),
+    ]
+    sheet = Image.new("L", (len(tiles) * (TILE + GAP), TILE + CAPTION), 16)
+    draw = ImageDraw.Draw(sheet)
+    for place, (caption, tile) in enumerate(tiles):
+        picture = Image.fromarray((np.clip(np.nan_to_num(tile), 0, 1) * 255).astype(np.uint8))
+        factor = TILE / max(picture.size)
+        picture = picture.resize([max(1, round(edge * factor)) for edge in picture.size], Image.Resampling.BILINEAR)
+        sheet.paste(picture, (place * (TILE + GAP), 0))
+        draw.text((place * (TILE + GAP) + 2, TILE + 2), caption, fill=225, font=ImageFont.load_default(size=13))
+    return sheet
+
+
+def _stretched(pixels) -> np.ndarray:
+    low, high = np.nanpercentile(pixels, [0.5, 99.5])
+    return (pixels - low) / max(high - low, 1e-12)
+
+
+def summary(name: str, report: dict) -> str:
+    """The report of one pair in a few lines."""
+    lines = [name]
+    for view in VIEWS:
+        film, fit = report[view], report["projection"][view]
+        said = film["view"] or "no chest radiograph"
+        facing = f", faces {film['faces']}" if film["faces"] else ""
+        lines.append(
+            f"  {view}: {said}{facing}, bone {film['polarity']}, {film['quarter_turns']} quarter turns"
+            f" (chest {film['confidence']['chest']:.2f}); NCC {fit['ncc']:.3f} (control {fit['control_ncc']:.3f}),"
+            f" gradient NCC {fit['gradient_ncc']:.3f} (control {fit['control_gradient_ncc']:.3f})"
+        )
+        lines += [f"    {note}" for note in film["notes"]]
+    seen = report["as_the_network_sees_it"]
+    sides = "; ".join(f"{side}: {answer['status']}" for side, answer in report["anatomy"].items())
+    lines += [
+        f"  {report['scale']['note']}",
+        f"  lungs at the network's scale: {seen['lung_height_mm']:.0f} mm high, {seen['lung_width_mm']:.0f} wide,"
+        f" {seen['lung_depth_mm']:.0f} deep",
+        f"  anatomy of the reconstruction: {sides}",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pa", help="frontal film")
+    parser.add_argument("--lateral", help="lateral film")
+    parser.add_argument("--folder", help="instead: all pairs ID_pa.png, ID_lat.png (and the like) in it")
+    parser.add_argument("--base", required=True, help="stage-1 checkpoint")
+    parser.add_argument("--refinement", help="stage-2 checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="folder for report.json and ID.png")
+    parser.add_argument("--xray-normalization", default="histogram", choices=NORMALIZATIONS, help="default %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
+    args = parser.parse_args(argv)
+    if bool(args.folder) == bool(args.pa or args.lateral) or bool(args.pa) != bool(args.lateral):
+        raise InputError("expected --pa and --lateral, or --folder")
+    pairs = find_pairs(args.folder)[0] if args.folder else {Path(args.pa).stem: (Path(args.pa), Path(args.lateral))}
+    check_writable(args.output / "report.json", "--output")
+    pipeline = load_pipeline(args.base, args.refinement, args.device)
+    reports, failed = {}, 0
+    for name, paths in sorted(pairs.items()):
+        try:
+            if None in paths:
+                raise InputError(f"{name}: one of the two views is missing")
+            reports[name], sheet = examine(pipeline, paths, args.xray_normalization)
+        except (InputError, ValueError) as error:
+            reports[name], failed = {"error": describe(error)}, failed + 1
+            print(f"{name}: {describe(error)}")
+            continue
+        with atomic_path(args.output / f"{name}.png") as temporary:
+            sheet.save(temporary, format="PNG")
+        print(summary(name, reports[name]))
+    write_json(args.output / "report.json", reports)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,264 @@
+"""What is not patient in a film's picture: uniform frames, burnt-in markers, the slanted edges of a photographed one.
+
+All functions take pixels (H, W) of any size and scale, NaN where there is padding, and look at a decimated copy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+WORKING_EDGE = 512  # pixels; the copy that is looked at has an edge of 512 to 1,023
+FRAME_OUTLIERS = 0.03  # share of a frame's row that a caption or dust may cover
+STRAIGHT_SHARE = 0.45  # share of a row that leaves the frame at once where its straight edge lies; a body tapers
+MARKER_SHARE = 0.01  # of the picture; a letter is smaller
+SLANT_DEGREES = 2.0  # between opposite edges: a tilted film on a scanner keeps them parallel
+
+
+class Box(NamedTuple):
+    """Rows ``top`` to ``bottom`` and columns ``left`` to ``right`` (the ends excluded) of a picture."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def cut(self, pixels: np.ndarray) -> np.ndarray:
+        """The part of ``pixels`` (H, W) within the box: a view."""
+        return pixels[self.top : self.bottom, self.left : self.right]
+
+
+def decimated(pixels: np.ndarray, edge: int = WORKING_EDGE) -> tuple[np.ndarray, int]:
+    """Every n-th pixel as float32, and n: the longer edge stays at ``edge`` pixels or above, below twice it."""
+    step = max(1, max(pixels.shape) // edge)
+    return np.array(pixels[::step, ::step], np.float32), step
+
+
+# ------------------------------------------------------------------------------------------------
+# Frames
+
+
+def trim(pixels: np.ndarray) -> tuple[Box, list[str]]:
+    """Find the picture inside uniform frames: a white page, a black page, borders, several of them nested.
+
+    A frame's rows hold one value (3 % of their pixels may be a caption), and it ends at a straight edge: nearly half of
+    the next row leaves that value at once. Air beside a body is uniform too, but the body's outline is curved: it
+    stays. Wholly padded rows (NaN) go as well. Returns the :class:`Box` that is left, and a note on what was cut, none
+    where nothing was. Where less than a quarter of an edge would be left, nothing is cut.
+    """
+    small, step = decimated(pixels)
+    rows, columns = small.shape
+    span = _span(small)
+    if not span:
+        return Box(0, pixels.shape[0], 0, pixels.shape[1]), []
+    top, bottom, left, right = 0, rows, 0, columns
+    cut: dict[str, int] = {}
+    while True:
+        inside = small[top:bottom, left:right]
+        found = {
+            "top": _frame_width(inside, span),
+            "bottom": _frame_width(inside[::-1], span),
+            "left": _frame_width(inside.T, span),
+            "right": _frame_width(inside.T[::-1], span),
+        }
+        if not any(found.values()):
+            break
+        top, bottom = top + found["top"], bottom - found["bottom"]
+        left, right = left + found["left"], right - found["right"]
+        if bottom - top < rows / 4 or right - left < columns / 4:
+            return Box(0, pixels.shape[0], 0, pixels.shape[1]), []
+        cut = {side: cut.get(side, 0) + width for side, width in found.items()}
+    box = Box(
+        min(top * step, pixels.shape[0]),
+        pixels.shape[0] if bottom == rows else bottom * step,
+        left * step,
+        pixels.shape[1] if right == columns else right * step,
+    )
+    shares = {"top": rows, "bottom": rows, "left": columns, "right": columns}
+    words = [f"{cut[side] / length:.0%} {side}" for side, length in shares.items() if cut.get(side, 0) >= length / 200]
+    return box, [f"uniform frame cut off: {', '.join(words)}"] if words else []
+
+
+def _span(small) -> float:
+    """Range of the grey values without the outermost half per cent; 0 for a uniform picture."""
+    values = small[np.isfinite(small)]
+    return float(np.subtract(*np.percentile(values, [99.5, 0.5]))) if values.size else 0.0
+
+
+def _frame_width(picture, span) -> int:
+    """Rows of ``picture``, from its first on, that are frame."""
+    padded = ~np.isfinite(picture).any(axis=1)
+    count = int(np.argmin(padded)) if not padded.all() else 0
+    if count:
+        return count
+    first = picture[0]
+    level = np.nanmedian(first)
+    away = ~(np.abs(picture - level) <= 0.02 * span)  # NaN is away
+    share = away.mean(axis=1)
+    if share[0] > FRAME_OUTLIERS:
+        return 0
+    beyond = np.flatnonzero(share > FRAME_OUTLIERS)
+    if not len(beyond):
+        return 0
+    width = int(beyond[0])
+    # The edge may be blurred or tilted by a degree.
+    reach = width + max(2, len(picture) // 50)
+    if share[width : reach + 1].max() < STRAIGHT_SHARE:
+        return 0
+    return int(width + np.argmax(share[width : reach + 1] >= STRAIGHT_SHARE))
+
+
+# ------------------------------------------------------------------------------------------------
+# Markers
+
+
+def mask_markers(pixels: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Find burnt-in letters and markers: ``(H, W)`` bool, true where one lies, and a note on them.
+
+    They are small, brighter than all else near them (or darker, on a bright page) and end sharply: components of
+    the morphological top-hat (an opening by 1/16 of the edge) within the upper tenth of the grey scale, no larger than
+    1 % of the picture, with a rim as sharp as print; in the outer third of the picture, since metal inside the chest
+    (clips, a pacemaker) belongs to the patient. :func:`fill` replaces them.
+    """
+    small, step = decimated(pixels)
+    valid = np.isfinite(small)
+    if not valid.any():
+        return np.zeros(pixels.shape, bool), []
+    low, high = np.percentile(small[valid], [0.5, 99.9])
+    picture = np.where(valid, small, low)
+    span = max(float(high - low), 1e-12)
+    found = np.zeros(small.shape, bool)
+    for sign in (1, -1):
+        found |= _marks(sign * picture / span, valid)
+    if not found.any():
+        return np.zeros(pixels.shape, bool), []
+    found = ndimage.binary_dilation(found, iterations=2)
+    number = ndimage.label(ndimage.binary_dilation(found, iterations=max(2, max(small.shape) // 64)))[1]
+    full = found.repeat(step, axis=0).repeat(step, axis=1)[: pixels.shape[0], : pixels.shape[1]]
+    note = f"{number} burnt-in marker{'s' if number > 1 else ''} replaced by the surroundings ({found.mean():.1%})"
+    return full, [note]
+
+
+def _marks(picture, valid):
+    """Marks brighter than their surroundings."""
+    reach = max(5, max(picture.shape) // 16) | 1
+    lifted = picture - ndimage.grey_opening(picture, size=(reach, reach))
+    edges = ndimage.gaussian_gradient_magnitude(picture, 0.7)
+    bright = lifted > 0.3
+    labels, count = ndimage.label(bright, structure=np.ones((3, 3)))
+    marks = np.zeros(picture.shape, bool)
+    if not count:
+        return marks
+    top = np.percentile(picture[valid], 99.5)
+    rows, columns = picture.shape
+    for index, where in enumerate(ndimage.find_objects(labels), start=1):
+        own = labels[where] == index
+        height, width = own.shape
+        middle = [(part.start + part.stop) / 2 / length for part, length in zip(where, picture.shape)]
+        central = max(abs(place - 0.5) for place in middle) < 0.3
+        small = 6 <= own.sum() <= MARKER_SHARE * rows * columns and max(height / rows, width / columns) < 0.15
+        if central or not small:
+            continue
+        rim = own & ~ndimage.binary_erosion(own)
+        flat = np.ptp(np.percentile(picture[where][own], [25, 90])) < 0.25
+        sharp = np.percentile(edges[where][rim], 50) > 0.09
+        if sharp and flat and picture[where][own].max() >= top - 0.1:
+            marks[where] |= own
+    return marks
+
+
+def fill(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A copy of ``pixels`` with the masked ones replaced by the mean of what is around them, weighted by nearness.
+
+    Each connected region of ``mask`` is filled by itself: normalised convolution with a Gaussian of half its size.
+    NaN takes no part.
+    """
+    out = np.array(pixels)
+    labels, _ = ndimage.label(mask)
+    for where in ndimage.find_objects(labels):
+        size = max(part.stop - part.start for part in where)
+        around = tuple(slice(max(0, part.start - size), part.stop + size) for part in where)
+        known = ~mask[around] & np.isfinite(out[around])
+        sigma = max(1.0, size / 2)
+        weight = ndimage.gaussian_filter(known.astype(np.float32), sigma, truncate=3)
+        value = ndimage.gaussian_filter(np.where(known, out[around], 0).astype(np.float32), sigma, truncate=3)
+        fillable = mask[around] & (weight > 1e-6)
+        out[around][fillable] = (value[fillable] / weight[fillable]).astype(out.dtype)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------
+# Photographs
+
+
+def perspective(pixels: np.ndarray) -> str | None:
+    """Say why a picture looks like a photograph of a film or screen taken at an angle; None where it does not.
+
+    Its four edges are straight lines within the picture, and opposite ones are not parallel (by 2 degrees at least).
+    Both a bright quadrilateral on a dark ground and a dark one on a bright ground are looked for. The sentence is meant
+    for an error message: "... crop and straighten it".
+    """
+    small, _ = decimated(pixels, 256)
+    valid = np.isfinite(small)
+    if not valid.any():
+        return None
+    picture = ndimage.gaussian_filter(np.where(valid, small, np.nanmin(small)), 1.0)
+    low, high = np.percentile(picture, [2, 98])
+    if high <= low:
+        return None
+    for sign in (1, -1):
+        lines = _quadrilateral(sign * (picture - low) / (high - low) + (sign < 0))
+        if lines is None:
+            continue
+        slants = [abs(lines[a] - lines[b]) for a, b in (("left", "right"), ("top", "bottom"))]
+        if max(slants) >= SLANT_DEGREES:
+            return (
+                f"a photograph taken at an angle: opposite edges of the film are {max(slants):.1f} degrees from"
+                " parallel; crop and straighten it (perspective correction) first"
+            )
+    return None
+
+
+def _quadrilateral(picture) -> dict[str, float] | None:
+    """Angles (degrees) of the four straight edges of the brighter region, or None."""
+    region = ndimage.binary_opening(picture > _otsu(picture), iterations=2)
+    labels, count = ndimage.label(region)
+    if not count:
+        return None
+    region = ndimage.binary_fill_holes(labels == 1 + np.bincount(labels.ravel())[1:].argmax())
+    rows, columns = region.shape
+    if not 0.15 < region.mean() < 0.95:
+        return None
+    angles = {}
+    for side, turned in (
+        ("left", region),
+        ("right", region[:, ::-1]),
+        ("top", region.T),
+        ("bottom", region.T[:, ::-1]),
+    ):
+        occupied = np.flatnonzero(turned.any(axis=1))
+        first = turned[occupied].argmax(axis=1).astype(float)
+        middle = slice(int(0.15 * len(occupied)), int(0.85 * len(occupied)) or 1)
+        where, edge = occupied[middle], first[middle]
+        if len(where) < 20 or (edge <= 1).mean() > 0.1:  # reaches the picture's border: cropped, not an edge
+            return None
+        slope, offset = np.polyfit(where, edge, 1)
+        if np.abs(edge - slope * where - offset).mean() > 0.006 * max(rows, columns):
+            return None
+        mirrored = side in ("right", "bottom")
+        angles[side] = float(np.degrees(np.arctan(-slope if mirrored else slope)))
+    return angles
+
+
+def _otsu(picture) -> float:
+    """Otsu's threshold (IEEE Trans. SMC 9, 1979) of values about [0, 1]."""
+    counts, edges = np.histogram(picture, bins=128, range=(0, 1))
+    centres = (edges[:-1] + edges[1:]) / 2
+    weight = np.cumsum(counts)
+    mean = np.cumsum(counts * centres)
+    total, whole = weight[-1], mean[-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (whole * weight / total - mean) ** 2 / (weight * (total - weight))
+    return float(centres[np.nanargmax(between)])
