@@ -7,15 +7,18 @@
     python prepare_data.py --output data/prepared --merge                      # when all eight are done
 
     python prepare_data.py --input CTS --output data/scouts --geometry scout --frontal ap --with-scouts
+    python prepare_data.py --input CTS --output data/films --with-films
 
 CTS may hold NIfTI files, folders of DICOM files (with pydicom installed), .mhd/.mha and .nrrd (with SimpleITK). Every
 patient folder gets ``ID.nii.gz`` (int16 HU), ``ID_mask.nii.gz``, ``ID_pa_drr.png``, ``ID_lat_drr.png`` and, last,
 ``prepared.json`` (settings and checksums): the same command run again skips what is done and goes on where it
 was stopped. ``dataset.json`` is written at the end. A CT that cannot be used, or a file that may hold one but is not
 read, is reported by name at the end, the others are done, and the exit status is 1. ``--geometry scout`` renders
-X-rays as the localizer of a CT scanner takes them, for networks that read real scouts. Nothing that names a person is
-read from DICOM or NIfTI headers; the names of the input's files and folders become ids and are noted in the manifest
-(``source``).
+X-rays as the localizer of a CT scanner takes them, for networks that read real scouts. ``--with-scouts`` and
+``--with-films`` add real X-rays of the patients (``ID_pa_scout.png``, ``ID_lat_film.png``), from ``ID/scouts`` and
+``ID/films`` next to ``ID/ct``, or ``ID_scouts`` and ``ID_films`` next to ``ID.nii.gz`` (docs/real_xrays.md). Nothing
+that names a person is read from DICOM or NIfTI headers; the names of the input's files and folders become ids and are
+noted in the manifest (``source``).
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ def parse_args(argv=None):
     parser.add_argument("--size", type=int, default=256, help="voxels per edge (default %(default)s)")
     parser.add_argument("--xray-size", type=int, default=512, help="pixels per edge (default %(default)s)")
     parser.add_argument("--with-scouts", action="store_true", help="also place the scouts of each CT's session")
+    parser.add_argument("--with-films", action="store_true", help="also read the DICOM films of each patient")
     parser.add_argument("--remove-couch", action="store_true", help="set everything but the patient to air")
     parser.add_argument("--assume-ras", action="store_true", help="accept NIfTI files that state no orientation")
     parser.add_argument("--split", type=Path, help="JSON file with train, val and test lists of patient ids")
@@ -98,6 +102,8 @@ def _check_args(args):
         raise InputError("--val-fraction and --test-fraction leave nothing to train on; expected a sum below 1")
     if args.with_scouts and args.geometry != "scout":
         raise InputError(f"--with-scouts goes with --geometry scout: scouts are fan beams, not {args.geometry} ones")
+    if args.with_films and args.geometry != "cone":
+        raise InputError(f"--with-films goes with --geometry cone: films are cone beams, not {args.geometry} ones")
     if args.geometry == "parallel" and (args.frontal, args.lateral) != ("pa", "left"):
         raise InputError("--frontal and --lateral belong to --geometry cone or scout; parallel rays have no source")
     if args.geometry == "parallel" and (args.sdd_mm or args.sid_mm):
@@ -133,7 +139,8 @@ def settings_of(args) -> dict:
         "couch_removed": args.remove_couch,
         "assume_ras": args.assume_ras,
     }
-    return {**settings, "scouts": True} if args.with_scouts else settings
+    wanted = {"scouts": args.with_scouts, "films": args.with_films}
+    return settings | {kind: True for kind, given in wanted.items() if given}
 
 
 def _prepared(args) -> Prepared:

@@ -12,7 +12,7 @@ from dataset import PatientDataset
 from xray2ct.checkpoints import check_compatible
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.patient_files import some
-from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS
+from xray2ct.evaluation.real_xrays import BY_KIND, columns_of
 from xray2ct.evaluation.report import ReportCollector, choose_cases
 from xray2ct.evaluation.scoring import BASELINE, Observer, differences, mean_method, score_patients, summary_of
 from xray2ct.evaluation.statistics import summarise
@@ -51,7 +51,7 @@ def evaluate(
     data, training, seen, notes = open_data(predictor, root, split, cache_dir, allow_seen, xrays)
     methods = predictor.methods()
     first = next(iter(methods))
-    others = read_rows(compare, compare_method or first, data.ids) if compare else None
+    others = read_rows(compare, compare_method or first, data.ids, xrays) if compare else None
     report = None
     if report_cases is not None:
         cases = choose_cases(report_cases, data.ids)
@@ -167,8 +167,8 @@ def describe_run(predictor: Predictor, data: PatientDataset, split: str, seen: l
         "seen_in_training": seen,
         "volume_size": list(predictor.volume_size),
         **data.acquisition.to_dict(),
-        "protocols": COLUMNS,
-        "protocol_columns": {name: list(protocol.columns) for name, protocol in PROTOCOLS.items()},
+        "protocols": columns_of(data.xrays),
+        "protocol_columns": {name: list(protocol.columns) for name, protocol in BY_KIND[data.xrays].items()},
         "device": predictor.device.type,
         "precision": predictor.precision.name,
         "torch": torch.__version__,

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from xray2ct.files import InputError
-from xray2ct.imaging.dicom_files import is_dicom, reading
+from xray2ct.imaging.dicom_files import dicom_files, is_dicom, reading
 from xray2ct.imaging.dicom_pixels import stored_frames
-from xray2ct.imaging.find_cts import CtSource
+from xray2ct.imaging.find_cts import CtSource, xray_folder
 from xray2ct.imaging.optional import import_pydicom
 
 MAX_TILT = np.cos(np.deg2rad(3.0))  # of rows and columns against the patient's axes
@@ -96,18 +96,10 @@ def _upright(path, pixels, position, directions, spacing, rest) -> Scout:
 def find_scouts(source: CtSource) -> list[Path]:
     """DICOM files that may be scouts of a CT, sorted.
 
-    Those in a folder ``scouts`` next to the CT's own (``ID/ct``, ``ID/scouts``), or ``ID_scouts`` next to a CT that is
-    a file; and the localizers among a DICOM CT's slices.
+    Those in its folder of scouts (:func:`find_cts.xray_folder`), and the localizers among a DICOM CT's slices.
     """
-    if source.kind != "dicom":
-        return _dicom_in(source.path.parent / f"{source.patient_id}_scouts")
-    inside = [path for path in _dicom_in(source.path) if _is_localizer(path)]
-    return [*(_dicom_in(source.path.parent / "scouts") if source.path.name == "ct" else []), *inside]
-
-
-def _dicom_in(folder: Path) -> list[Path]:
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in files if path.is_file() and not path.name.startswith(".") and is_dicom(path)]
+    inside = [path for path in dicom_files(source.path) if _is_localizer(path)] if source.kind == "dicom" else []
+    return [*dicom_files(xray_folder(source, "scouts")), *inside]
 
 
 def frame_of_reference(source: CtSource) -> str:
@@ -115,7 +107,7 @@ def frame_of_reference(source: CtSource) -> str:
     if source.kind != "dicom":
         return ""
     pydicom = import_pydicom(source.path)
-    for path in _dicom_in(source.path):
+    for path in dicom_files(source.path):
         if not _is_localizer(path):
             with reading(path):
                 data = pydicom.dcmread(path, force=True, specific_tags=["FrameOfReferenceUID"], stop_before_pixels=True)
