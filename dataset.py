@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from xray2ct.conventions import MANIFEST
+from xray2ct.conventions import MANIFEST, REAL_XRAYS
 from xray2ct.data.cache import UNREADABLE, complete, open_cached, write_cached
 from xray2ct.data.manifest import Manifest, check_patients, find_patients
 from xray2ct.data.patient_files import HEADERS, PatientFolder, some, visible
@@ -56,7 +56,9 @@ class PatientDataset(Dataset):
     hu_window: another window than the data set's own. xray_normalization: for X-rays of a data set
     without manifest (see :func:`read_films.read_films`). raw: leave ct_volume as uint16 (65535 = 1) and
     mask as uint8, to be converted on the device. with_mask: False leaves the mask out. body: whether ``"body"`` is
-    wanted.
+    wanted. xrays: ``"drr"`` for the X-rays that belong to the volume, ``"scout"`` or ``"film"`` for real ones of the
+    same patient (``ID_pa_scout.png``): patients without both views are left out, and named by ``without_xrays``;
+    scouts have the data set's scale, films are read by :func:`read_films.read_films`.
     Raises :class:`InputError` naming file or folder for anything unusable.
     """
 
@@ -73,6 +75,7 @@ class PatientDataset(Dataset):
         raw: bool = False,
         with_mask: bool = True,
         body: bool = False,
+        xrays: str = "drr",
     ):
         self.root = Path(root)
         patients = find_patients(self.root)
@@ -100,16 +103,32 @@ class PatientDataset(Dataset):
         if split not in (*SPLITS, "all"):
             raise InputError(f"split is {split!r}; expected one of {', '.join(SPLITS)}, all")
         ids = sorted(patients) if split == "all" else manifest.split[split]
+        self.xrays = xrays
+        self.without_xrays = self._without_xrays(ids, patients)
+        ids = [patient for patient in ids if patient not in self.without_xrays]
         self.ids = ids[:max_patients] if max_patients else list(ids)
         if not self.ids:
             raise InputError(f"{self.root}: the {split} split is empty ({len(patients)} patients in all)")
         self._patients = patients
-        self._normalization = "manifest" if manifest.present else xray_normalization
+        made_here = (manifest.present and xrays == "drr") or xrays == "scout"
+        # Prepared films have the data set's scale, and a mark that says so, which "auto" knows.
+        self._normalization = "manifest" if made_here else "auto" if xrays == "film" else xray_normalization
         self.volume_size, self.xray_size = int(volume_size), xray_size
         self.raw, self.with_mask, self.body = raw, with_mask, body
         if self.cube_size % self.volume_size:
             raise InputError(f"volume size {volume_size} does not divide the data set's cube of {self.cube_size}")
         self.cache = Path(cache_dir) if cache_dir else self.root / ".cache"
+
+    def _without_xrays(self, ids, patients) -> list[str]:
+        if self.xrays == "drr":
+            return []
+        if self.xrays not in REAL_XRAYS:
+            raise InputError(f"X-rays are {self.xrays!r}; expected drr, {', '.join(REAL_XRAYS)}")
+        missing = [patient for patient in ids if None in patients[patient].real[self.xrays]]
+        if ids and len(missing) == len(ids):
+            names = " and ".join(f"ID{name}.png" for name in REAL_XRAYS[self.xrays])
+            raise InputError(f"{self.root}: none of {len(ids)} patients has {names}; see docs/real_xrays.md")
+        return missing
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -182,8 +201,7 @@ class PatientDataset(Dataset):
             name, shape = f"body{self.volume_size}", (self.volume_size,) * 3
             yield self._entry(patient, name, shape, [patient.volume]), shape, np.uint8
         if self.xray_size is not None:
-            name, shape = f"xrays{self.xray_size}", (2, self.xray_size, self.xray_size)
-            yield self._entry(patient, name, shape, patient.xray_sources), shape, np.uint16
+            yield self._entry(patient, *self._xray_array(patient)), self._xray_array(patient)[1], np.uint16
 
     def _volume_arrays(self):
         size = self.volume_size
@@ -257,25 +275,33 @@ class PatientDataset(Dataset):
             return read_array_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
         return read_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
 
+    def _xray_array(self, patient):
+        """Name, shape and sources of the X-rays in use."""
+        kind, size = "xrays" if self.xrays == "drr" else self.xrays, self.xray_size
+        return f"{kind}{size}", (2, size, size), self._xray_files(patient, patient.xray_sources)
+
+    def _xray_files(self, patient, own):
+        return own if self.xrays == "drr" else patient.real[self.xrays]
+
     def _xrays(self, patient, size: int):
-        sources = patient.xray_sources
-        shape, make = (2, size, size), partial(self._read_xrays, patient, size)
-        return self._cached(patient, f"xrays{size}", shape, np.uint16, sources, make)
+        name, shape, sources = self._xray_array(patient)
+        return self._cached(patient, name, shape, np.uint16, sources, partial(self._read_xrays, patient, size))
 
     def _read_xrays(self, patient, size: int):
-        pair = read_films(patient.xrays, self._normalization, size, self.geometry)
+        paths = self._xray_files(patient, patient.xrays)
+        pair = read_films(tuple(paths), self._normalization, size, self.geometry)
         if not self.has_manifest:
             for note in pair.notes:
                 warnings.warn(note, stacklevel=2)
         images = [None if xray is None else xray.pixels for xray in pair.views]
-        if None in patient.xrays:
+        if None in paths:
             hu = self._read_cube(patient)[0]
             volume = torch.from_numpy(hu_to_unit(hu, self.hu_window))[None, None]
             rendered = self.acquisition.render(volume, (max(RENDER_SIZE, size),) * 2)
             rendered = averaged_to(rendered, (size, size))[0].clip(0, 1).numpy()
             images = [rendered[view] if image is None else image for view, image in enumerate(images)]
             if not pair.films:
-                names = [str(path or f"{patient.id} (rendered)") for path in patient.xrays]
+                names = [str(path or f"{patient.id} (rendered)") for path in paths]
                 check_views(images[0], images[1], names)
         return np.round(np.stack(images) * 65535.0).astype(np.uint16)
 

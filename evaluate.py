@@ -3,6 +3,7 @@
     python evaluate.py --data data --split test --base checkpoints_enhanced/best_model.pt --output evaluation
     python evaluate.py --data data --base checkpoints_enhanced/best_model.pt \
         --refinement checkpoints_refinement/best_refinement.pt --output evaluation_256
+    python evaluate.py --data data/scouts --xrays scout --base checkpoints_scout/best_model.pt --output scouts
     python evaluate.py --data data --cascade hybrid_vit_cascade/checkpoints/quick_2stage --samples 8 --output evaluation
 
 Writes ``per_patient.csv`` (one row per method and patient), ``summary.json`` (mean, sd, n, 95 % t interval, paired
@@ -17,6 +18,7 @@ import os
 from pathlib import Path
 
 from hybrid_vit_cascade.system import load_cascade_system
+from xray2ct.conventions import REAL_XRAYS
 from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.run import FILES, evaluate
 from xray2ct.evaluation.tables import print_coverage, print_table
@@ -28,6 +30,12 @@ from xray2ct.inference.system import DirectSystem, add_tile_argument
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="data set, as from prepare_data.py")
+    parser.add_argument(
+        "--xrays",
+        default="drr",
+        choices=("drr", *REAL_XRAYS),
+        help="rendered, scouts of the CT's session, or films, for which no voxels are scored (default %(default)s)",
+    )
     parser.add_argument("--split", default="test", choices=(*SPLITS, "all"))
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--base", help="stage-1 checkpoint of the direct system")
@@ -60,6 +68,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--samples is {args.samples}, --steps {args.steps}; expected at least 0 and 1")
     if args.compare_method and not args.compare:
         parser.error("--compare-method belongs to --compare")
+    if args.report and args.xrays == "film":
+        parser.error("--report compares voxels with the CT; films were taken at another time and have none to compare")
     if args.report_cases and not args.report:
         parser.error("--report-cases belongs to --report")
     return args
@@ -96,6 +106,7 @@ def main(argv=None) -> int:
         report_cases=(args.report_cases or ["5"]) if args.report else None,
         cache_dir=args.cache_dir,
         allow_seen=args.allow_seen,
+        xrays=args.xrays,
     )
     print_table(summary, args.full_table)
     if "coverage" in summary:

@@ -6,14 +6,19 @@
     python prepare_data.py --input CTS --output data/prepared --shard 3/8      # job 3 of 8, on any machine
     python prepare_data.py --output data/prepared --merge                      # when all eight are done
 
+    python prepare_data.py --input CTS --output data/scouts --geometry scout --frontal ap --with-scouts
+    python prepare_data.py --input CTS --output data/films --with-films
+
 CTS may hold NIfTI files, folders of DICOM files (with pydicom installed), .mhd/.mha and .nrrd (with SimpleITK). Every
 patient folder gets ``ID.nii.gz`` (int16 HU), ``ID_mask.nii.gz``, ``ID_pa_drr.png``, ``ID_lat_drr.png`` and, last,
 ``prepared.json`` (settings and checksums): the same command run again skips what is done and goes on where it
 was stopped. ``dataset.json`` is written at the end. A CT that cannot be used, or a file that may hold one but is not
 read, is reported by name at the end, the others are done, and the exit status is 1. ``--geometry scout`` renders
-X-rays as the localizer of a CT scanner takes them, for networks that read real scouts. Nothing that names a person is
-read from DICOM or NIfTI headers; the names of the input's files and folders become ids and are noted in the manifest
-(``source``).
+X-rays as the localizer of a CT scanner takes them, for networks that read real scouts. ``--with-scouts`` and
+``--with-films`` add real X-rays of the patients (``ID_pa_scout.png``, ``ID_lat_film.png``), from ``ID/scouts`` and
+``ID/films`` next to ``ID/ct``, or ``ID_scouts`` and ``ID_films`` next to ``ID.nii.gz`` (docs/real_xrays.md). Nothing
+that names a person is read from DICOM or NIfTI headers; the names of the input's files and folders become ids and are
+noted in the manifest (``source``).
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.projector import FOV_MM, HU_WINDOW, KINDS, MU_WATER, XRAY_SCALE, Geometry
 from xray2ct.imaging.read_xray import MAX_EDGE
 
+OPPOSITE = {"left": "right", "right": "left"}
 SPLIT_OPTIONS = {"split", "val_fraction", "test_fraction", "seed"}
 
 
@@ -40,9 +46,18 @@ def parse_args(argv=None):
     parser.add_argument("--geometry", choices=KINDS, default="cone")
     parser.add_argument("--sdd-mm", type=float, help="source to detector (default 1800; scout: 949)")
     parser.add_argument("--sid-mm", type=float, help="source to isocentre (default 1600; scout: 541)")
+    parser.add_argument("--frontal", choices=("pa", "ap"), default="pa", help="source behind or in front (default pa)")
+    parser.add_argument(
+        "--lateral",
+        choices=("left", "right"),
+        default="left",
+        help="side at the detector, source opposite (default left)",
+    )
     parser.add_argument("--fov-mm", type=float, default=FOV_MM, help="edge of the cube (default %(default)g)")
     parser.add_argument("--size", type=int, default=256, help="voxels per edge (default %(default)s)")
     parser.add_argument("--xray-size", type=int, default=512, help="pixels per edge (default %(default)s)")
+    parser.add_argument("--with-scouts", action="store_true", help="also place the scouts of each CT's session")
+    parser.add_argument("--with-films", action="store_true", help="also read the DICOM films of each patient")
     parser.add_argument("--remove-couch", action="store_true", help="set everything but the patient to air")
     parser.add_argument("--assume-ras", action="store_true", help="accept NIfTI files that state no orientation")
     parser.add_argument("--split", type=Path, help="JSON file with train, val and test lists of patient ids")
@@ -85,6 +100,12 @@ def _check_args(args):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 0 up to below 1")
     if args.val_fraction + args.test_fraction >= 1:
         raise InputError("--val-fraction and --test-fraction leave nothing to train on; expected a sum below 1")
+    if args.with_scouts and args.geometry != "scout":
+        raise InputError(f"--with-scouts goes with --geometry scout: scouts are fan beams, not {args.geometry} ones")
+    if args.with_films and args.geometry != "cone":
+        raise InputError(f"--with-films goes with --geometry cone: films are cone beams, not {args.geometry} ones")
+    if args.geometry == "parallel" and (args.frontal, args.lateral) != ("pa", "left"):
+        raise InputError("--frontal and --lateral belong to --geometry cone or scout; parallel rays have no source")
     if args.geometry == "parallel" and (args.sdd_mm or args.sid_mm):
         raise InputError(
             "--sdd-mm and --sid-mm belong to --geometry cone or scout; parallel rays have no source distance"
@@ -104,10 +125,11 @@ def _check_args(args):
 def settings_of(args) -> dict:
     """The settings that decide what is written, as they appear in the manifest."""
     try:
-        geometry = Geometry(args.geometry, args.fov_mm, args.sdd_mm, args.sid_mm)
+        sides = ("in front" if args.frontal == "ap" else "behind", f"on the {OPPOSITE[args.lateral]}")
+        geometry = Geometry(args.geometry, args.fov_mm, args.sdd_mm, args.sid_mm, source_sides=sides)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return {
+    settings = {
         "geometry": geometry.to_dict(),
         "hu_window": list(HU_WINDOW),
         "mu_water": MU_WATER,
@@ -117,6 +139,8 @@ def settings_of(args) -> dict:
         "couch_removed": args.remove_couch,
         "assume_ras": args.assume_ras,
     }
+    wanted = {"scouts": args.with_scouts, "films": args.with_films}
+    return settings | {kind: True for kind, given in wanted.items() if given}
 
 
 def _prepared(args) -> Prepared:

@@ -18,12 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from xray2ct.conventions import PICTURES
 from xray2ct.data.checks.anatomy import orientation
 from xray2ct.data.patient_files import find_pairs
+from xray2ct.evaluation.residuals import VIEWS, residuals
 from xray2ct.files import InputError, atomic_path, check_writable, describe, run_cli, write_json
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.imaging import film_frame, film_scale
@@ -35,8 +35,6 @@ from xray2ct.imaging.read_xray import NORMALIZATIONS
 from xray2ct.imaging.xray_picture import decode_array, decode_picture
 from xray2ct.inference.reconstruction import Pipeline, load_pipeline
 
-VIEWS = ("pa", "lateral")
-CONTROL_MM, CONTROL_DEGREES = 5.0, 5.0
 TILE, CAPTION, GAP = 220, 20, 4
 
 
@@ -63,48 +61,6 @@ def describe_film(pixels: np.ndarray) -> tuple[FilmFinding, dict]:
     }
 
 
-def ncc(one, other) -> float:
-    """Normalised cross-correlation of two arrays of one shape, -1 to 1; 0 where one is constant."""
-    one, other = (np.asarray(a, np.float64) - np.mean(a) for a in (one, other))
-    norm = np.sqrt((one**2).sum() * (other**2).sum())
-    return float((one * other).sum() / norm) if norm > 0 else 0.0
-
-
-def gradient_ncc(one, other) -> float:
-    """Mean :func:`ncc` of the two derivatives (Penney et al., IEEE TMI 17, 1998, gradient correlation)."""
-    return float(np.mean([ncc(np.diff(one, axis=axis), np.diff(other, axis=axis)) for axis in (0, 1)]))
-
-
-def misplaced(volume: torch.Tensor, fov_mm: float) -> torch.Tensor:
-    """``(D, H, W)`` shifted by 5 mm downwards and turned by 5 degrees about the head-feet axis; air comes in."""
-    angle = np.deg2rad(CONTROL_DEGREES)
-    cos, sin = float(np.cos(angle)), float(np.sin(angle))
-    shift = 2 * CONTROL_MM / fov_mm  # the cube's edge is 2 in these coordinates, which run (W, H, D)
-    matrix = torch.tensor([[cos, -sin, 0, 0], [sin, cos, 0, 0], [0, 0, 1, -shift]], dtype=volume.dtype)
-    grid = torch.nn.functional.affine_grid(matrix[None], [1, 1, *volume.shape], align_corners=False)
-    return torch.nn.functional.grid_sample(volume[None, None], grid, align_corners=False)[0, 0]
-
-
-def residuals(pipeline: Pipeline, xrays: torch.Tensor, volume: torch.Tensor) -> tuple[dict, np.ndarray]:
-    """How well both X-rays rendered from ``volume`` fit ``xrays``, by view; and those X-rays ``(2, S, S)``."""
-    system = pipeline.system
-    acquisition = Acquisition(system.geometry, system.hu_window, system.xray_scale)
-    size = tuple(xrays.shape[-2:])
-    rendered = {
-        "": acquisition.render(volume[None, None], size)[0].numpy(),
-        "control_": acquisition.render(misplaced(volume, system.geometry.fov_mm)[None, None], size)[0].numpy(),
-    }
-    rows = {}
-    for view, name in enumerate(VIEWS):
-        film = xrays[view].numpy()
-        rows[name] = {
-            f"{which}{score.__name__}": score(film, pictures[view])
-            for which, pictures in rendered.items()
-            for score in (ncc, gradient_ncc)
-        }
-    return rows, rendered[""]
-
-
 def examine(pipeline: Pipeline, paths, normalization: str) -> tuple[dict, Image.Image]:
     """Report and contact sheet of one pair; :class:`InputError` where the reader refuses a film."""
     films = [stored_pixels(path, view) for view, path in enumerate(paths)]
@@ -120,7 +76,9 @@ def examine(pipeline: Pipeline, paths, normalization: str) -> tuple[dict, Image.
     names = ("lung_height_mm", "lung_width_mm", "lung_depth_mm")
     report["as_the_network_sees_it"] = dict(zip(names, (height * mm, width * mm, depth * mm)))
     volume = pipeline.predict(xrays)
-    report["projection"], rendered = residuals(pipeline, xrays, volume)
+    system = pipeline.system
+    acquisition = Acquisition(system.geometry, system.hu_window, system.xray_scale)
+    report["projection"], rendered = residuals(acquisition, xrays, volume)
     hu, _ = pipeline.to_hu(volume)
     factor = max(1, len(hu) // 64)
     spacing = pipeline.system.geometry.fov_mm * factor / len(hu)

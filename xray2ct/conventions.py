@@ -35,6 +35,8 @@ DICOM_SUFFIXES = (".dcm", ".dicom")  # DICOM files without any suffix are known 
 XRAY_SUFFIXES = (*PICTURES, ".npy", *DICOM_SUFFIXES)
 VOLUME_SUFFIXES = (*SUFFIXES, ".npy")
 VIEW_NAMES = (("_pa_drr", "_pa", "_frontal"), ("_lat_drr", "_lat", "_lateral"))
+# Real X-rays of a patient next to the rendered ones, by kind: scouts of the CT's session, films.
+REAL_XRAYS = {"scout": ("_pa_scout", "_lat_scout"), "film": ("_pa_film", "_lat_film")}
 VIEW_LABELS = ("PA", "lateral")
 OTHER_PICTURES = (".gif", ".webp", ".jp2", ".j2k", ".heic", ".avif", ".tga", ".pgm", ".ppm")  # no reader for these
 MANIFEST = "dataset.json"

@@ -215,7 +215,8 @@ def _match_folders(path: Path, listed: set[str], patients: dict[str, PatientFold
 
 
 def _check_links(root: Path, patient: PatientFolder) -> None:
-    for path in (patient.folder, patient.volume, patient.mask, *patient.xrays):
+    real = (path for pair in patient.real.values() for path in pair)
+    for path in (patient.folder, patient.volume, patient.mask, *patient.xrays, *real):
         if path is not None and path.is_symlink() and not stays_inside(path, root):
             raise InputError(
                 f"{path}: is a link that leaves the data set {root}; expected the files themselves"

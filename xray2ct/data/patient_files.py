@@ -19,6 +19,7 @@ from xray2ct.conventions import (
     DICOM_SUFFIXES,
     OTHER_PICTURES,
     PICTURES,
+    REAL_XRAYS,
     SUFFIXES,
     VIEW_LABELS,
     VIEW_NAMES,
@@ -84,6 +85,7 @@ class PatientFolder:
         :data:`VOLUME_SUFFIXES`); without it the only other volume there is taken, whatever it is called.
     mask: the scan mask that belongs to the volume, or None.
     xrays: PA and lateral, ``ID_pa.png`` or plainly ``pa.png`` and the like; None where one has to be rendered.
+    real: the patient's real X-rays by kind (:data:`REAL_XRAYS`), each PA and lateral, None where there is none.
     problems: sentences, each naming a file or the folder, for what makes it unusable. unused: what is not taken.
     """
 
@@ -95,6 +97,7 @@ class PatientFolder:
         self._volumes: tuple[list[Path], list[Path]] = ([], [])  # called as expected, otherwise
         self._views: tuple[tuple[list[Path], list[Path]], ...] = (([], []), ([], []))
         self._masks: list[Path] = []
+        self.real: dict[str, list[Path | None]] = {kind: [None, None] for kind in REAL_XRAYS}
         slices = [path for path in visible(folder) if self._sort(path)]
         if slices:  # DICOM files of the CT in the patient's folder itself
             self._volumes[1].append(folder)
@@ -150,6 +153,8 @@ class PatientFolder:
             return False
         elif name is not None:
             self._sort_xray(path, name)
+        elif self._is_real(path, stem, suffix):
+            return False
         elif stem.endswith("_mask") and suffix in SUFFIXES:
             self._masks.append(path)
         elif suffix in SUFFIXES:
@@ -158,6 +163,18 @@ class PatientFolder:
             return True
         else:
             self.unused.append(path)
+        return False
+
+    def _is_real(self, path: Path, stem: str, suffix: str) -> bool:
+        """True for a scout or film, which is noted; a second one of the same kind and view is a problem."""
+        for kind, names in REAL_XRAYS.items():
+            for view, name in enumerate(names):
+                if stem == self.id.lower() + name and can_be_xray(path, suffix):
+                    other = self.real[kind][view]
+                    if other is not None:
+                        self.problems.append(f"{self.folder}: {other.name} and {path.name} are one {kind}'s view")
+                    self.real[kind][view] = path
+                    return True
         return False
 
     def _sort_xray(self, path, name: XrayName) -> None:

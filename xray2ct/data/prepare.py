@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from xray2ct.conventions import RECORD, VIEW_LABELS
+from xray2ct.conventions import REAL_XRAYS, RECORD, VIEW_LABELS
+from xray2ct.data.films import choose_films
+from xray2ct.data.scouts import Cube, place_scouts
 from xray2ct.files import InputError, check_patient_id, read_json, sha256, write_json
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 from xray2ct.imaging.body import locate_cube, remove_couch
 from xray2ct.imaging.cube import cube_affine, resample_cube
 from xray2ct.imaging.cube_files import write_cube
-from xray2ct.imaging.find_cts import CtSource, source_files
+from xray2ct.imaging.dicom_files import dicom_files
+from xray2ct.imaging.find_cts import XRAY_FOLDERS, CtSource, source_files, xray_folder
 from xray2ct.imaging.read_ct import read_ct
+from xray2ct.imaging.read_scout import find_scouts, frame_of_reference
 from xray2ct.imaging.read_xray import write_png16
 
 
@@ -48,7 +53,8 @@ def _prepare(source, folder, settings):
     patient = check_patient_id(source.patient_id, source.path)
     geometry = Geometry.from_dict(settings["geometry"])
     fov_mm, size = geometry.fov_mm, settings["cube_size"]
-    signature = signature_of(source)  # before reading: what changes meanwhile is noticed the next time
+    scouts, films = _real_xrays(source, settings)
+    signature = signature_of(source, [*scouts, *films])  # before reading: a change meanwhile is noticed the next time
     ct = read_ct(source.path, source.kind, assume_ras=settings["assume_ras"])
     notes = list(ct.notes)
     centre = locate_cube(ct, fov_mm)
@@ -57,6 +63,8 @@ def _prepare(source, folder, settings):
     if settings["couch_removed"]:
         hu = remove_couch(hu, fov_mm / size)
     xrays = _render(hu, geometry, settings, notes)
+    cube = Cube.of(hu, mask, fov_mm, centre) if scouts else None
+    pictures, records = _real_pictures(source, scouts, films, cube, geometry, settings, notes)
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, {"complete": False, "settings": settings})  # marks the folder as ours
@@ -69,16 +77,51 @@ def _prepare(source, folder, settings):
     write_cube(folder / names[1], mask, affine)
     for name, image in zip(names[2:], xrays):
         write_png16(folder / name, image)
+    for name, image in pictures.items():
+        write_png16(folder / name, image, own_scale=True)
+    names = (*names, *pictures)
     entry = {
         "source": source.path.name,  # relative to --input in the manifest
         "centre_mm": [round(value, 3) for value in centre],
         "scan_fraction": round(float(mask.mean()), 4),
         "files": {name: sha256(folder / name) for name in names},
     }
+    entry |= records
     written = {name: _stamp(folder / name) for name in names}
     record = {"complete": True, "settings": settings, "signature": signature, "written": written, "patient": entry}
     write_json(folder / RECORD, record)
     return entry, notes
+
+
+def _real_pictures(source, scouts, films, cube: Cube | None, geometry, settings, notes):
+    """``({file: pixels}, {"scouts": {file: record}, "films": ...})`` of the kinds that the settings ask for."""
+    patient, size = source.patient_id, settings["xray_size"]
+    pictures, records = {}, {kind: {} for kind in XRAY_FOLDERS if settings.get(kind)}
+    if cube is not None:
+        frame = frame_of_reference(source)
+        placed, left_out = place_scouts(scouts, cube, geometry, settings["xray_scale"], size, frame)
+        notes += left_out
+        pictures |= {real_xray(patient, "scout", view): scout.pixels for view, scout in placed.items()}
+        records["scouts"] = {real_xray(patient, "scout", view): scout.record() for view, scout in placed.items()}
+    if films:
+        pair, found, left_out = choose_films(films, geometry, size)
+        notes += left_out
+        views = enumerate(() if pair is None else pair.views)
+        pictures |= {real_xray(patient, "film", view): image.pixels for view, image in views}
+        records["films"] = {real_xray(patient, "film", view): record for view, record in found.items()}
+    return pictures, records
+
+
+def _real_xrays(source: CtSource, settings) -> tuple[list[Path], list[Path]]:
+    """Files of scouts and of films that belong to a CT, as far as the settings ask for them."""
+    wanted = settings if isinstance(settings, dict) else {}
+    scouts = find_scouts(source) if wanted.get("scouts") else []
+    return scouts, dicom_files(xray_folder(source, "films")) if wanted.get("films") else []
+
+
+def real_xray(patient: str, kind: str, view: int) -> str:
+    """File name of a patient's real X-ray of a kind and view."""
+    return f"{patient}{REAL_XRAYS[kind][view]}.png"
 
 
 def _render(hu, geometry, settings, notes):
@@ -99,21 +142,23 @@ def patient_files(patient: str) -> tuple[str, str, str, str]:
     return f"{patient}.nii.gz", f"{patient}_mask.nii.gz", f"{patient}_pa_drr.png", f"{patient}_lat_drr.png"
 
 
-def signature_of(source: CtSource) -> dict[str, str]:
+def signature_of(source: CtSource, xrays: Sequence[Path] = ()) -> dict[str, str]:
     """What tells a changed source from the one that was prepared, of all its files (the .raw of a .mhd, every slice).
+
+    xrays: further files that were used.
 
     ``state``: names, sizes and times, quick to compare. ``content``: names and bytes, which decide where times differ.
     """
     content = hashlib.sha256()
-    state = _state(source)
-    for path in source_files(source):
+    state = _state(source, xrays)
+    for path in (*source_files(source), *xrays):
         content.update(f"{path.name}\n{sha256(path)}\n".encode("utf-8", "surrogateescape"))
     return {"state": state, "content": content.hexdigest()}
 
 
-def _state(source):
+def _state(source, xrays):
     digest = hashlib.sha256()
-    for path in source_files(source):
+    for path in (*source_files(source), *xrays):
         stat = path.stat()  # the time of the last change of status moves even when a copy keeps that of the content
         line = f"{path.name}\n{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
@@ -126,10 +171,15 @@ def _stamp(path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _unchanged(source, signature) -> bool:
+def _unchanged(source, settings, signature) -> bool:
+    scouts, films = _real_xrays(source, settings)
+    xrays = [*scouts, *films]
     if not isinstance(signature, dict):  # of an earlier version, which did not look at all files
         return False
-    return signature.get("state") == _state(source) or signature.get("content") == signature_of(source)["content"]
+    return (
+        signature.get("state") == _state(source, xrays)
+        or signature.get("content") == signature_of(source, xrays)["content"]
+    )
 
 
 def read_record(folder) -> dict:
@@ -145,13 +195,15 @@ def finished_entry(source: CtSource, folder: Path) -> dict | None:
         return None
     record = read_record(folder)
     try:
-        if not record.get("complete") or not _unchanged(source, record.get("signature")):
+        if not record.get("complete") or not _unchanged(source, record.get("settings"), record.get("signature")):
             return None
     except (InputError, OSError):  # reading it says what is wrong
         return None
     entry = record.get("patient")
     files = entry.get("files") if isinstance(entry, dict) else None
-    if not isinstance(files, dict) or set(files) != set(patient_files(source.patient_id)):
+    real = [entry.get(kind) for kind in XRAY_FOLDERS] if isinstance(entry, dict) else []
+    wanted = {*patient_files(source.patient_id), *(name for part in real if isinstance(part, dict) for name in part)}
+    if not isinstance(files, dict) or set(files) != wanted:
         return None
     written = record.get("written")
     stamps = written if isinstance(written, dict) else {}  # none of an earlier version

@@ -288,10 +288,11 @@ def score(case: Case) -> dict[str, float | None]:
 
 
 def format_score(column: str, value: float | None, signed: bool = False) -> str:
-    """A score with the digits that mean something: dB 2, SSIM 3, HU 1, projection 4; "-" for none."""
+    """A score with the digits that mean something: dB, litres 2, SSIM, NCC 3, HU 1, projection 4; "-" for none."""
     if value is None:
         return "-"
-    digits = 3 if column.startswith("ssim") else 1 if column.endswith("hu") else 2 if column.startswith("psnr") else 4
+    three, two = column.startswith("ssim") or column.endswith("ncc"), column.startswith(("psnr", "lung_litres"))
+    digits = 3 if three else 1 if column.endswith("hu") else 2 if two else 4
     return f"{value:{'+' if signed else ''}.{digits}f}"
 
 

@@ -11,7 +11,8 @@ import torch
 from dataset import PatientDataset
 from xray2ct.checkpoints import check_compatible
 from xray2ct.conventions import MANIFEST
-from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS
+from xray2ct.data.patient_files import some
+from xray2ct.evaluation.real_xrays import BY_KIND, columns_of
 from xray2ct.evaluation.report import ReportCollector, choose_cases
 from xray2ct.evaluation.scoring import BASELINE, Observer, differences, mean_method, score_patients, summary_of
 from xray2ct.evaluation.statistics import summarise
@@ -35,6 +36,7 @@ def evaluate(
     report_cases: Sequence[str] | None = None,
     cache_dir: str | None = None,
     allow_seen: bool = False,
+    xrays: str = "drr",
 ) -> dict:
     """Score every method of ``predictor`` and the mean training volume on a split of the data set ``root``.
 
@@ -46,10 +48,10 @@ def evaluate(
     output = Path(output)
     for note in predictor.notes:
         print(f"note: {note}")
-    data, training, seen, notes = open_data(predictor, root, split, cache_dir, allow_seen)
+    data, training, seen, notes = open_data(predictor, root, split, cache_dir, allow_seen, xrays)
     methods = predictor.methods()
     first = next(iter(methods))
-    others = read_rows(compare, compare_method or first, data.ids) if compare else None
+    others = read_rows(compare, compare_method or first, data.ids, xrays) if compare else None
     report = None
     if report_cases is not None:
         cases = choose_cases(report_cases, data.ids)
@@ -74,7 +76,7 @@ def evaluate(
 
 
 def open_data(
-    predictor: Predictor, root, split: str, cache_dir, allow_seen: bool
+    predictor: Predictor, root, split: str, cache_dir, allow_seen: bool, xrays: str = "drr"
 ) -> tuple[PatientDataset, PatientDataset, list[str], list[str]]:
     """The patients to score, those of the training split, which of the first were trained on, and notes (printed).
 
@@ -83,7 +85,9 @@ def open_data(
     # X-rays of a data set without manifest are read as they were in training.
     common: dict[str, Any] = {"cache_dir": cache_dir, "xray_normalization": predictor.xray_normalization}
     size = predictor.volume_size[0]
-    data = PatientDataset(root, split, size, predictor.xray_size, **common)
+    data = PatientDataset(root, split, size, predictor.xray_size, xrays=xrays, **common)
+    if data.without_xrays:
+        print(f"note: {len(data.without_xrays)} patients have no {xrays} of both views: {some(data.without_xrays)}")
     seen: set[str] = set()
     notes: list[str] = []
     for loaded in predictor.checkpoints():
@@ -158,12 +162,13 @@ def describe_run(predictor: Predictor, data: PatientDataset, split: str, seen: l
         "data": data.root.resolve().name,
         "split": split,
         "split_hash": data.split_hash,
+        "xrays": data.xrays,
         "patients": data.ids,
         "seen_in_training": seen,
         "volume_size": list(predictor.volume_size),
         **data.acquisition.to_dict(),
-        "protocols": COLUMNS,
-        "protocol_columns": {name: list(protocol.columns) for name, protocol in PROTOCOLS.items()},
+        "protocols": columns_of(data.xrays),
+        "protocol_columns": {name: list(protocol.columns) for name, protocol in BY_KIND[data.xrays].items()},
         "device": predictor.device.type,
         "precision": predictor.precision.name,
         "torch": torch.__version__,

@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from dataset import PatientDataset, mean_volume
-from xray2ct.evaluation.protocols import COLUMNS, Case, scanned_body, score
+from xray2ct.evaluation.protocols import Case, scanned_body
+from xray2ct.evaluation.real_xrays import score
 from xray2ct.evaluation.report import ReportCollector
 from xray2ct.evaluation.statistics import coverage, paired_interval, summarise
 from xray2ct.imaging.figures import save_panel
@@ -27,7 +28,9 @@ def mean_method(data: PatientDataset) -> Method:
 
 
 def score_patients(data: PatientDataset, methods: dict[str, Method], observe=None) -> list[dict]:
-    """Rows ``{"method", "id", <scores of protocols.COLUMNS>, "seconds"}`` for every method and patient.
+    """Rows ``{"method", "id", <scores of the data's X-rays>, "seconds"}`` for every method and patient.
+
+    Which scores: :data:`real_xrays.BY_KIND`.
 
     A score that a patient cannot have (a tissue that is not there) is None. observe: called with ``(method, item,
     prediction, its scores)`` for each of them; ``item["body"]`` is the scanned part of the true body, bool (D, H, W).
@@ -42,7 +45,7 @@ def score_patients(data: PatientDataset, methods: dict[str, Method], observe=Non
             start = time.perf_counter()
             volume = predict(item)
             seconds = time.perf_counter() - start
-            scores = score(Case(volume, target, mask, item["body"], item.get("xrays"), **common))
+            scores = score(Case(volume, target, mask, item["body"], item.get("xrays"), **common), data.xrays)
             rows.append({"method": method, "id": item["id"], **scores, "seconds": seconds})
             if observe is not None:
                 observe(method, item, volume, scores)
@@ -66,7 +69,7 @@ def summary_of(rows: list[dict]) -> dict:
 
 def differences(rows: list[dict], others: list[dict]) -> dict:
     """Paired statistics of every common score's difference between two methods on the same patients."""
-    common = [column for column in COLUMNS if column in rows[0] and column in others[0]]
+    common = [column for column in rows[0] if column in others[0] and column not in ("method", "id", "seconds")]
     return {column: paired_interval([r[column] for r in rows], [r[column] for r in others]) for column in common}
 
 
@@ -95,12 +98,14 @@ class Observer:
         if self.report is not None:
             self.report.observe(method, item, volume, scores)
         std = getattr(self.methods[method], "std", None)
-        if std is not None:
+        if std is not None and self.data.xrays != "film":  # whose volumes have no voxel-wise truth
             # In the air around the body every sample is right, which would flatter the standard deviation.
             shares = coverage(volume, std, item["ct_volume"][0], item["body"])
             self.coverages.append({"method": method, "id": item["id"], **shares})
 
     def _draw(self, item, volume, scores):
-        title = f"{item['id']}    PSNR {scores['psnr_strict']:.1f} dB, SSIM {scores['ssim_3d']:.3f}"
+        shown = f"NCC {scores['pa_ncc']:.3f}, {scores['lateral_ncc']:.3f}" if self.data.xrays == "film" else None
+        shown = shown or f"PSNR {scores['psnr_strict']:.1f} dB, SSIM {scores['ssim_3d']:.3f}"
+        title = f"{item['id']}    {shown}"
         path = self.output / "pictures" / f"{item['id']}.png"
         save_panel(path, item["xrays"], volume, item["ct_volume"][0], self.data.hu_window, title)

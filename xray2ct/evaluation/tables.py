@@ -6,21 +6,24 @@ import csv
 import math
 from pathlib import Path
 
-from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS, format_score
+from xray2ct.evaluation.protocols import format_score
+from xray2ct.evaluation.real_xrays import BY_KIND, columns_of
 from xray2ct.evaluation.statistics import FEW
 from xray2ct.files import InputError, atomic_path, read_json
 
 GAINS = ("psnr_strict", "ssim_3d", "mae_hu", "body_mae_hu", "psnr_x2ct", "projection_relative")  # printed by default
+REAL_GAINS = ("pa_ncc", "lateral_ncc", "lung_litres_absolute_error")  # likewise, for scouts and films
 
 
 # ------------------------------------------------------------------------------------------------
 # Another run
 
 
-def read_rows(path, method: str, patients: list[str]) -> list[dict]:
+def read_rows(path, method: str, patients: list[str], xrays: str = "drr") -> list[dict]:
     """Another run's rows of one method, in the order of ``patients``, from its ``per_patient.csv``.
 
-    Columns that an earlier version did not write are named in a note and left out; an empty cell is None.
+    xrays: kind of X-rays whose scores are to be compared; a run on another kind has only some of them. Columns that the
+    file does not have are named in a note and left out; an empty cell is None.
     Raises :class:`InputError` naming the file when it is missing, of another kind, or lacks the method or a patient.
     """
     try:
@@ -28,9 +31,10 @@ def read_rows(path, method: str, patients: list[str]) -> list[dict]:
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--compare {path}: cannot be read ({error}); expected a per_patient.csv") from None
-    columns = [column for column in COLUMNS if rows and column in rows[0]]
+    wanted = columns_of(xrays)
+    columns = [column for column in wanted if rows and column in rows[0]]
     if not columns or not {"method", "id"} <= rows[0].keys():
-        raise InputError(f"--compare {path}: not a per_patient.csv of evaluate.py (method, id, scores)")
+        raise InputError(f"--compare {path}: not a per_patient.csv of evaluate.py --xrays {xrays} (method, id, scores)")
     found = {row["id"]: row for row in rows if row["method"] == method}
     if not found:
         names = ", ".join(dict.fromkeys(row["method"] for row in rows))
@@ -38,9 +42,10 @@ def read_rows(path, method: str, patients: list[str]) -> list[dict]:
     if set(found) != set(patients):
         odd = sorted(set(found) ^ set(patients))
         raise InputError(f"--compare {path}: other patients than scored here ({', '.join(odd[:5])})")
-    if len(columns) < len(COLUMNS):
-        missing = ", ".join(column for column in COLUMNS if column not in columns)
-        print(f"note: {path} is of an earlier version; not compared, since it does not have them: {missing}")
+    if len(columns) < len(wanted):
+        missing = ", ".join(column for column in wanted if column not in columns)
+        what = "of an earlier version" if xrays == "drr" else "of an earlier version or of other X-rays"
+        print(f"note: {path} is {what}; not compared, since it does not have them: {missing}")
     return [{column: _cell(path, found[patient], column) for column in columns} for patient in patients]
 
 
@@ -64,7 +69,7 @@ def note_other_truth(path, summary: dict) -> None:
     if not other_summary.exists():
         return
     other = read_json(other_summary)
-    for key in ("volume_size", "hu_window", "geometry"):
+    for key in ("volume_size", "hu_window", "geometry", "xrays"):
         if key in other and other[key] != summary[key]:
             print(f"note: {path} was scored with {key} {other[key]}, this with {summary[key]}: not the same task")
 
@@ -89,16 +94,16 @@ def print_table(summary: dict, full: bool = False) -> None:
     """
     methods = summary["methods"]
     first = next(iter(methods))
-    patients = methods[first]["psnr_strict"]["n"]
+    patients = max(statistics["n"] for statistics in methods[first].values())
     print(f"{'':36}" + "".join(f"{name:>18}" for name in methods))
-    for name, protocol in PROTOCOLS.items():
+    for name, protocol in BY_KIND[summary.get("xrays", "drr")].items():
         for index, column in enumerate(protocol.columns if full else protocol.main):
             cells = "".join(_mean(column, s[column], patients).rjust(18) for s in methods.values())
             print(f"{name if index == 0 else '':15}{column:21}{cells}")
     for key, gains in summary.items():
         if key.startswith("minus_") and first in gains:
             print(f"{first} minus {key.removeprefix('minus_')} (paired, 95 % t interval):")
-            for column in GAINS:
+            for column in (*GAINS, *REAL_GAINS):
                 if column in gains[first]:
                     print(f"  {column:20}{_gain(column, gains[first][column])}")
             if patients < FEW:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from xray2ct.files import InputError
-from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry, image_size_of, unit_to_mu
+from xray2ct.geometry.projector import DEFAULT_SIDES, HU_WINDOW, XRAY_SCALE, Geometry, image_size_of, unit_to_mu
 
 SAMPLES_PER_VOXEL = 1.0  # along the cube's longest edge; 2 changes a chest X-ray by less than 0.1 %
 
@@ -43,6 +43,8 @@ def render_xrays_nanodrr(
         raise InputError(
             "geometry.kind is 'scout'; nanodrr renders 'cone' and 'parallel' (the built-in renderer all three)"
         )
+    if geometry.source_sides != DEFAULT_SIDES:
+        raise InputError(f"geometry.source_sides is {geometry.source_sides}; nanodrr renders {DEFAULT_SIDES}")
     drr, make_k_inv, subject_class = _import_nanodrr()
     rows, columns = image_size_of(image_size)
     # A parallel beam needs some source and detector plane on either side of the cube; a cone's detector is

@@ -37,6 +37,8 @@ XRAY_SCALE = 10.0  # line integral that becomes pixel value 1: 500 mm of water
 FOV_MM = 360.0
 VIEWS = ("pa", "lateral")
 BACKENDS = ("auto", "dense", "banded", "triton")
+SOURCE_SIDES = (("behind", "in front"), ("on the right", "on the left"))  # of the source, by view: the usual one first
+DEFAULT_SIDES = ("behind", "on the right")
 KINDS = ("cone", "parallel", "scout")
 DISTANCES_MM = {"cone": (1800.0, 1600.0), "scout": (949.0, 541.0)}  # source to detector and to isocentre: defaults
 
@@ -87,6 +89,10 @@ class Geometry:
         scanner it was and changes no pixel). By default it sees exactly ``fov_mm`` at the isocentre
         (``fov_mm * sdd_mm / sid_mm``; parallel and scout: ``fov_mm``).
 
+    source_sides: where the source stands in the frontal and in the lateral view: ``"behind"`` (PA) or ``"in front"``
+        (AP); ``"on the right"`` (left lateral) or ``"on the left"``. The detector is opposite; pictures keep their
+        orientation.
+
     Defaults of a scout: 949 and 541 mm, DICOM's Distance Source to Detector and to Patient of GE's scanners.
 
     Raises ``ValueError`` naming the field when a value is impossible.
@@ -97,15 +103,21 @@ class Geometry:
     sdd_mm: float | None = None
     sid_mm: float | None = None
     detector_mm: float | None = None
+    source_sides: tuple[str, str] = DEFAULT_SIDES
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"geometry.kind is {self.kind!r}; expected {', '.join(map(repr, KINDS))}")
         self._check_length("fov_mm")
+        sides = tuple(self.source_sides) if isinstance(self.source_sides, list | tuple) else ()
+        if len(sides) != 2 or any(side not in known for side, known in zip(sides, SOURCE_SIDES)):
+            raise ValueError(f"geometry.source_sides is {self.source_sides!r}; expected one each of {SOURCE_SIDES}")
+        self._set("source_sides", sides)
         if self.kind == "parallel":
-            # Distances mean nothing for parallel rays: dropped, so that equal geometries compare equal.
+            # Distances and sides mean nothing for parallel rays: dropped, so that equal geometries compare equal.
             self._set("sdd_mm", None)
             self._set("sid_mm", None)
+            self._set("source_sides", DEFAULT_SIDES)
         else:
             sdd_mm, sid_mm = DISTANCES_MM[self.kind]
             self._set("sdd_mm", sdd_mm if self.sdd_mm is None else self.sdd_mm)
@@ -137,8 +149,9 @@ class Geometry:
         object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict:
-        """Plain dict for JSON manifests and checkpoints."""
-        return asdict(self)
+        """Plain dict for JSON manifests and checkpoints; usual sides are left out, as in earlier versions."""
+        sides = {} if self.source_sides == DEFAULT_SIDES else {"source_sides": list(self.source_sides)}
+        return {key: value for key, value in asdict(self).items() if key != "source_sides"} | sides
 
     @classmethod
     def from_dict(cls, data: dict) -> Geometry:
@@ -153,9 +166,11 @@ class Geometry:
         if self.kind == "parallel":
             return f"parallel, cube {self.fov_mm:g} mm, detector {self.detector_mm:g} mm"
         picture = f"picture {self.detector_mm:g} mm at the isocentre" if self.kind == "scout" else ""
+        usual = self.source_sides == DEFAULT_SIDES
+        sides = "" if usual else f", source {self.source_sides[0]} (frontal) and {self.source_sides[1]} (lateral)"
         return (
             f"{self.kind}, source-detector {self.sdd_mm:g} mm, source-isocentre {self.sid_mm:g} mm,"
-            f" cube {self.fov_mm:g} mm, {picture or f'detector {self.detector_mm:g} mm'}"
+            f" cube {self.fov_mm:g} mm, {picture or f'detector {self.detector_mm:g} mm'}{sides}"
         )
 
     @property
@@ -170,7 +185,8 @@ class Geometry:
         """
         if self.kind == "parallel":
             return 1.0 + 0.0 * depth_mm
-        towards_detector = -depth_mm if view == 0 else depth_mm
+        from_usual_side = self.source_sides[view] == DEFAULT_SIDES[view]
+        towards_detector = depth_mm if (view == 1) == from_usual_side else -depth_mm
         return self.picture_distance_mm / (self.sid_mm + towards_detector)
 
     def row_magnification(self, view: int, depth_mm):

@@ -24,6 +24,12 @@ def is_dicom(path) -> bool:
     return block[128:] == b"DICM" or bool(re.match(rb"[\x02\x08]\0.\0(?:[A-Z]{2}|..\0\0)", block, re.DOTALL))
 
 
+def dicom_files(folder: Path) -> list[Path]:
+    """DICOM files right in a folder, sorted, hidden names left out; empty where there is no such folder."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in files if path.is_file() and not path.name.startswith(".") and is_dicom(path)]
+
+
 @contextlib.contextmanager
 def reading(path) -> Generator[None]:
     """Silence pydicom; whatever it and its decoders stumble on in damaged files becomes an InputError naming ``path``.

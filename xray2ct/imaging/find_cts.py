@@ -38,7 +38,7 @@ class CtSource:
 def find_cts(folder) -> list[CtSource]:
     """List every CT below ``folder``: each NIfTI, MetaImage or NRRD file, each folder of DICOM files.
 
-    In a patient's folder as get_data.py makes it (``ID/ct``) the folders ``scouts`` and ``films`` are left out.
+    Folders of a CT's scouts and films (:func:`xray_folder`) are left out.
     The patient id is the file name without its suffix (DICOM: the folder's name, ``ID`` for ``ID/ct``), made a plain
     name by
     :func:`files.safe_name`; never a name from a DICOM header. Where ids collide
@@ -94,6 +94,21 @@ def source_files(source: CtSource) -> list[Path]:
     return sorted([source.path, *(data_files(source.path) if source.kind == "image" else [])])
 
 
+def xray_folder(source: CtSource, kind: str) -> Path:
+    """Where a CT's ``scouts`` or ``films`` lie: ``ID/films`` next to ``ID/ct``; ``ID_films`` next to another CT.
+
+    That is, next to ``ID.nii.gz`` or the like, or the folder ``ID`` of DICOM files.
+    """
+    path = source.path
+    if source.kind == "dicom" and path.name == CT_FOLDER:
+        return path.parent / kind
+    return path.parent / f"{_stem(path)}_{kind}"
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else path.name[: len(path.name) - len(suffix_of(path))]
+
+
 def _walk(folder, left_out):
     """Yield ``(folder, files)``, links followed once; unreadable folders and dangling links go to ``left_out``."""
 
@@ -104,8 +119,8 @@ def _walk(folder, left_out):
     linked: list[Path] = []
     for root, directories, names in os.walk(folder, onerror=unreadable, followlinks=True):
         directories[:] = sorted(name for name in directories if not name.startswith("."))
-        if CT_FOLDER in directories:
-            directories[:] = [name for name in directories if name not in XRAY_FOLDERS]
+        others = _xray_folders(directories, names)
+        directories[:] = [name for name in directories if name not in others]
         for path in [Path(root, name) for name in directories if Path(root, name).is_symlink()]:
             target = path.resolve()
             if any(start.is_relative_to(target) for start in (top, *linked) if start != target):
@@ -118,6 +133,13 @@ def _walk(folder, left_out):
         paths = [Path(root) / name for name in sorted(names) if not name.startswith(".")]
         left_out += [f"{path}: a link to nothing; expected a file" for path in paths if not path.exists()]
         yield Path(root), [path for path in paths if path.is_file()]
+
+
+def _xray_folders(directories, names) -> set[str]:
+    """The ones of ``directories`` that hold a CT's scouts or films, by their names; see :func:`xray_folder`."""
+    stems = {*directories, *(name[: len(name) - len(suffix_of(name))] for name in names if suffix_of(name) in SUFFIXES)}
+    found = {f"{stem}_{kind}" for stem in stems for kind in XRAY_FOLDERS}
+    return found | set(XRAY_FOLDERS) if CT_FOLDER in directories else found
 
 
 def _holds(start, target) -> bool:

@@ -38,12 +38,12 @@ class XrayImage:
     spacing_known: bool = False
 
 
-def write_png16(path: str | os.PathLike, image01) -> None:
+def write_png16(path: str | os.PathLike, image01, own_scale: bool = False) -> None:
     """Write ``image01`` ``(H, W)`` as 16-bit grey PNG, atomically: pixel = round(65535 * clip(value, 0, 1)).
 
-    A name that ends in ``_drr.png``, as rendered X-rays have it, marks the file as one on the project's scale, so that
-    a copy under another name is still known (:data:`xray_picture.OWN_MARK`). Raises ``ValueError`` on another shape,
-    NaN or infinity.
+    own_scale, or a name that ends in ``_drr.png``, as rendered X-rays have it, marks the file as one on the project's
+    scale, so that a copy under another name is still known (:data:`xray_picture.OWN_MARK`). Raises ``ValueError`` on
+    another shape, NaN or infinity.
     """
     pixels = np.asarray(image01, dtype=np.float64)
     if pixels.ndim != 2:
@@ -53,7 +53,7 @@ def write_png16(path: str | os.PathLike, image01) -> None:
     pixels = np.rint(65535.0 * pixels.clip(0.0, 1.0)).astype(np.uint16)
     with atomic_path(path) as temporary:
         info = PngInfo()
-        if is_rendered(path):
+        if own_scale or is_rendered(path):
             info.add_text(*OWN_MARK)
         Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
 
