@@ -40,8 +40,11 @@ from xray2ct.models.blocks import (
 from xray2ct.models.coarse import CoarseModel, check_shape
 from xray2ct.models.guidance import Guidance
 from xray2ct.models.loading import load_base_model, load_refinement
+from xray2ct.models.normalisation import norm_silu
 from xray2ct.models.registry import KIND, REFINEMENT_KIND, register
+from xray2ct.models.upsampling import upsample_trilinear
 from xray2ct.models.window import Window, patch_window
+from xray2ct.models.working_weights import full_precision
 
 __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_base_model", "load_refinement"]
 
@@ -59,13 +62,13 @@ class DecoderStage(nn.Module):
         self.reduce = nn.Conv3d(coarse_channels, channels, 1)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, 3) for _ in range(blocks)])
         self.norm = group_norm(channels)
-        self.head = zero_init(nn.Conv3d(channels, 1, 1))
+        self.head = full_precision(zero_init(nn.Conv3d(channels, 1, 1)))
 
     def forward(self, coarse, features, geometry, size):
-        x = F.interpolate(self.reduce(coarse), size=size, mode="trilinear", align_corners=False)
+        x = upsample_trilinear(self.reduce(coarse), size)
         x = x + self.lift(features, geometry, size)
         x = self.blocks(x)
-        return x, in_full_precision(self.head, F.silu(in_full_precision(self.norm, x)))
+        return x, in_full_precision(self.head, norm_silu(x, self.norm))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,7 +140,8 @@ class EnhancedDirectModel(CoarseModel):
         """
         features = self._run(self.encoder, prepare_xrays(xrays, self.xray_size))  # strides 2, 4, 8, 16
 
-        x = self.bottleneck_lift(features[3], self.geometry, self.bottleneck_size) + self.prior
+        x = self._run(self.bottleneck_lift, features[3], self.geometry, self.bottleneck_size)
+        x = x + self.prior.to(x.dtype)
         tokens = x.flatten(2).transpose(1, 2)  # (B, 512, C)
         for block in self.transformer:
             tokens = self._run(block, tokens)
@@ -149,7 +153,7 @@ class EnhancedDirectModel(CoarseModel):
             size = tuple(n // divisor for n in self.volume_size)
             x, detail = self._run(stage, x, image, self.geometry, size)  # (B, 128 | 64 | 32, *size)
             if volumes:
-                detail = detail + F.interpolate(volumes[-1], size=size, mode="trilinear", align_corners=False)
+                detail = detail + upsample_trilinear(volumes[-1], size)
             volumes.append(detail)
         *coarser, volume = volumes
         aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)}

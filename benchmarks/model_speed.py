@@ -28,7 +28,7 @@ from xray2ct.training.config import EnhancedConfig, config_dict, load_config
 from xray2ct.training.direct_task import EnhancedTask
 from xray2ct.training.distributed import Processes
 from xray2ct.training.plan import EpochPlan, Positions
-from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
+from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 
 
 def machine(device: torch.device) -> str:
@@ -69,7 +69,7 @@ def peak_memory(device) -> str:
 
 def passes(device, size: int, repetitions: int) -> None:
     """Forward and forward + backward of the default model, one pair."""
-    model = to_channels_last(EnhancedDirectModel().to(device))
+    model = set_memory_format(EnhancedDirectModel().to(device))
     xrays = torch.rand(1, 2, size, size, device=device)
     for name in ("float32", "bfloat16"):
         precision = Precision(name, device)
@@ -117,7 +117,7 @@ def training_steps(device, repetitions: int, perceptual: str) -> None:
         if compiled and device.type == "cpu":
             continue  # needs a C++ toolchain and minutes of compilation
         model = EnhancedDirectModel().to(device).train()
-        model = to_channels_last(model) if channels_last else model
+        set_memory_format(model, channels_last)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         seconds = median_seconds(

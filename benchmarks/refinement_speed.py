@@ -19,7 +19,7 @@ from benchmarks.model_speed import machine, median_seconds, peak_memory
 from losses import EnhancedLoss
 from model_enhanced import EnhancedDirectModel, RefinementNetwork
 from xray2ct.files import run_cli
-from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
+from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 
 COARSE, FINE = 64, 256
 
@@ -28,8 +28,8 @@ def both_stages(device, guided: bool, precision: Precision, tile: int | None, re
     """X-rays -> 256^3, models loaded; the result is collected on the CPU as reconstruct.py does."""
     if device.type == "cpu":
         keep_freed_memory()  # as reconstruct.py does
-    base = to_channels_last(EnhancedDirectModel().to(device).eval())
-    network = to_channels_last(RefinementNetwork(guided=guided).to(device).eval())
+    base = set_memory_format(EnhancedDirectModel().to(device).eval())
+    network = set_memory_format(RefinementNetwork(guided=guided).to(device).eval())
     torch.nn.init.normal_(network.out.weight, std=0.01)
     xrays = torch.rand(1, 2, 512, 512, device=device)
 
@@ -84,7 +84,7 @@ def training_steps(device, repetitions: int) -> None:
         cases = [(b, *c) for b in (1, 2, 4) for c in ((0, False), (0, True), (32, False))]
     for batch, patch, checkpointing in cases:
         network = RefinementNetwork(guided=True, activation_checkpointing=checkpointing).to(device).train()
-        to_channels_last(network)
+        set_memory_format(network)
         what = f"patches of {4 * patch}^3, two per volume" if patch else "full 256^3"
         case = f"stage 2 step, {what}, batch {batch}, {precision.name}, checkpointing {checkpointing}"
         if device.type == "cuda":

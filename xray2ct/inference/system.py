@@ -21,7 +21,7 @@ from xray2ct.models.blocks import upsample
 from xray2ct.models.coarse import CoarseModel
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.memory import TILES, choose_tile
-from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
+from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 
 
 def pick_device(name: str) -> torch.device:
@@ -91,9 +91,9 @@ class DirectSystem(Predictor):
         self.xray_size = max(header["xray_size"] for header in (self.checkpoint, *guides))  # the finest trained at
         if self.device.type == "cpu":
             keep_freed_memory()  # page faults were over a quarter of the time of a 256^3 volume
-            for network in (self.model, self.refinement):
-                if network is not None:
-                    to_channels_last(network)
+        for network in (self.model, self.refinement):
+            if network is not None:
+                set_memory_format(network)
 
     @property
     def guided(self) -> bool:

@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from xray2ct.files import InputError, whole_number
 from xray2ct.geometry.lifting import averaged_to, lift_pooled
 from xray2ct.geometry.projector import Geometry
+from xray2ct.models.normalisation import layer_norm, norm_silu
+from xray2ct.models.upsampling import upsample_trilinear
+from xray2ct.models.working_weights import with_cast_weights
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -60,9 +63,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = zero_init(conv(channels, channels, 3, padding=1))
 
     def forward(self, x):
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return x + y
+        y = self.conv1(norm_silu(x, self.norm1))
+        return x + self.conv2(norm_silu(y, self.norm2))
 
 
 def mlp(channels: int, ratio: int = 4) -> nn.Sequential:
@@ -95,8 +97,8 @@ class TransformerBlock(nn.Module):
             zero_init(last)
 
     def forward(self, x):  # (B, N, C)
-        x = x + self.out(attend(*split_heads(self.qkv(self.norm1(x)), 3, self.heads)))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.out(attend(*split_heads(self.qkv(layer_norm(x, self.norm1)), 3, self.heads)))
+        return x + self.mlp(layer_norm(x, self.norm2))
 
 
 class ActivationCheckpointing(nn.Module):
@@ -105,6 +107,9 @@ class ActivationCheckpointing(nn.Module):
     activation_checkpointing = False
 
     def _run(self, function, *inputs):
+        """``function(*inputs)``, recomputed in the backward pass where wanted; a module with its weights cast at once."""
+        if isinstance(function, nn.Module):
+            function = with_cast_weights(function)
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
@@ -243,7 +248,7 @@ def pixel_unshuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
 
 def upsample(coarse: torch.Tensor, scale: int = 4) -> torch.Tensor:
     """Trilinear upsampling ``(B, 1, D, H, W)`` -> ``(B, 1, 4D, 4H, 4W)``, float32: what stage 2 must beat."""
-    return F.interpolate(coarse.float(), scale_factor=scale, mode="trilinear", align_corners=False)
+    return upsample_trilinear(coarse.float(), [scale * n for n in coarse.shape[2:]])
 
 
 class DenseBlock(nn.Module):

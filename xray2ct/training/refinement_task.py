@@ -17,7 +17,7 @@ from xray2ct.models.registry import REFINEMENT_KIND
 from xray2ct.models.window import patch_window
 from xray2ct.training.config import RefinementConfig, config_dict
 from xray2ct.training.distributed import Processes
-from xray2ct.training.precision import Precision, to_channels_last
+from xray2ct.training.precision import Precision, set_memory_format
 from xray2ct.training.task import RegressionTask, refuse_losses
 
 
@@ -34,8 +34,7 @@ class RefinementTask(RegressionTask):
         refuse_losses(config.loss, self.impossible_losses())
         self.base, self.base_checkpoint = load_base_model(config.base_checkpoint, processes.device)
         self.base.requires_grad_(False)
-        if config.training.channels_last:
-            to_channels_last(self.base)
+        set_memory_format(self.base, config.training.channels_last)
         self.fingerprint = weights_fingerprint(self.base.state_dict())
         self.coarse_size = self.base.volume_size[0]
         self.size = RefinementNetwork.scale * self.coarse_size
