@@ -7,7 +7,8 @@ CTS may hold NIfTI files, folders of DICOM files (with pydicom installed), .mhd/
 patient folder gets ``ID.nii.gz`` (int16 HU), ``ID_mask.nii.gz``, ``ID_pa_drr.png``, ``ID_lat_drr.png`` and, last,
 ``prepared.json`` (settings and checksums): the same command run again skips what is done and goes on where it
 was stopped. ``dataset.json`` is written at the end. A CT that cannot be used, or a file that may hold one but is not
-read, is reported by name at the end, the others are done, and the exit status is 1. Nothing that names a person is
+read, is reported by name at the end, the others are done, and the exit status is 1. ``--geometry scout`` renders
+X-rays as the localizer of a CT scanner takes them, for networks that read real scouts. Nothing that names a person is
 read from DICOM or NIfTI headers; the names of the input's files and folders become ids and are noted in the manifest
 (``source``).
 """
@@ -22,7 +23,7 @@ from xray2ct.conventions import MANIFEST
 from xray2ct.data.prepare_folder import Splitter, prepare_folder
 from xray2ct.data.splits import SPLITS
 from xray2ct.files import InputError, run_cli
-from xray2ct.geometry.projector import FOV_MM, HU_WINDOW, MU_WATER, XRAY_SCALE, Geometry
+from xray2ct.geometry.projector import FOV_MM, HU_WINDOW, KINDS, MU_WATER, XRAY_SCALE, Geometry
 from xray2ct.imaging.read_xray import MAX_EDGE
 
 
@@ -30,9 +31,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="folder of CTs, searched with its sub-folders")
     parser.add_argument("--output", type=Path, required=True, help="data set folder to make or complete")
-    parser.add_argument("--geometry", choices=("cone", "parallel"), default="cone")
-    parser.add_argument("--sdd-mm", type=float, help="source to detector, cone only (default 1800)")
-    parser.add_argument("--sid-mm", type=float, help="source to isocentre, cone only (default 1600)")
+    parser.add_argument("--geometry", choices=KINDS, default="cone")
+    parser.add_argument("--sdd-mm", type=float, help="source to detector (default 1800; scout: 949)")
+    parser.add_argument("--sid-mm", type=float, help="source to isocentre (default 1600; scout: 541)")
     parser.add_argument("--fov-mm", type=float, default=FOV_MM, help="edge of the cube (default %(default)g)")
     parser.add_argument("--size", type=int, default=256, help="voxels per edge (default %(default)s)")
     parser.add_argument("--xray-size", type=int, default=512, help="pixels per edge (default %(default)s)")
@@ -60,7 +61,9 @@ def _check_args(args):
     if args.val_fraction + args.test_fraction >= 1:
         raise InputError("--val-fraction and --test-fraction leave nothing to train on; expected a sum below 1")
     if args.geometry == "parallel" and (args.sdd_mm or args.sid_mm):
-        raise InputError("--sdd-mm and --sid-mm belong to --geometry cone; parallel rays have no source distance")
+        raise InputError(
+            "--sdd-mm and --sid-mm belong to --geometry cone or scout; parallel rays have no source distance"
+        )
     if not args.input.is_dir():
         raise InputError(f"--input {args.input}: no such folder")
     if args.output.resolve().is_relative_to(args.input.resolve()):

@@ -226,13 +226,14 @@ def check_renderer(bench: Bench, line_integrals=line_integrals) -> str:
     """A water sphere at the isocentre: every ray's integral is its chord times mu."""
     geometry, radius, size = bench.geometry, bench.geometry.fov_mm * 0.3, 65
     axis = geometry.voxel_centres_mm(size, device=bench.device)
-    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
-    mu = MU_WATER * (z**2 + y**2 + x**2 <= radius**2).float()[None, None]
+    mu = MU_WATER * (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 <= radius**2).float()[None, None]
     image = line_integrals(mu, geometry, (size, size))[0]
     pixels = axis * geometry.detector_mm / geometry.fov_mm
     distance = torch.hypot(pixels[:, None], pixels)  # of the ray from the isocentre
     if geometry.kind == "cone":
         distance = geometry.sid_mm * distance / torch.hypot(distance, torch.tensor(geometry.sdd_mm))
+    elif geometry.kind == "scout":  # each row's fan lies in its own plane
+        distance = torch.hypot(pixels[:, None], pixels / (1 + (pixels / geometry.sid_mm) ** 2).sqrt())
     expected = 2 * MU_WATER * (radius**2 - distance**2).clamp_min(0).sqrt()
     error = ((image - expected).abs().mean() / expected.mean()).item()
     text = f"chords of a sphere within {error:.1%}"

@@ -139,11 +139,11 @@ class DepthPrior(nn.Module):
 
     def _view(self, density, geometry, view, size):
         axis = geometry.voxel_centres_mm(size, device=density.device)
-        magnification = geometry.magnification(view, axis)[:, None]
-        pixels = hat_weights(magnification * axis, geometry.detector_mm, PRIOR_BINS, constant=True)  # (K, size, bins)
+        magnified = [m(view, axis)[:, None] * axis for m in (geometry.row_magnification, geometry.magnification)]
+        rows, cols = (hat_weights(mm, geometry.detector_mm, PRIOR_BINS, constant=True) for mm in magnified)
         depths = hat_weights(axis, geometry.fov_mm, PRIOR_BINS, constant=True)  # (K, bins)
         slices = torch.einsum("kd,bdrc->bkrc", depths, density)  # the prior at each depth of the grid
-        sampled = pixels @ slices @ pixels.transpose(1, 2)  # (bands, K, D, across)
+        sampled = rows @ slices @ cols.transpose(1, 2)  # (K, size, bins) each -> (bands, K, D, across)
         # Depth is y (H) for the PA view and x (W) for the lateral one.
         return sampled.permute(0, 2, 1, 3) if view == 0 else sampled.permute(0, 2, 3, 1)
 

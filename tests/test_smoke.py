@@ -60,7 +60,7 @@ def _no_memory(bench):
 CHECKS = [("one", _too_large), ("two", _no_memory), ("three", lambda bench: "fine")]
 
 
-@pytest.mark.parametrize("kind", ["cone", "parallel"])
+@pytest.mark.parametrize("kind", ["cone", "parallel", "scout"])
 def test_renderer_check_sees_a_wrong_scale(kind):
     bench = make_bench()
     bench.geometry = Geometry(kind)

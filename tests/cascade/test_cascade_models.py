@@ -215,8 +215,9 @@ def test_the_prior_lies_along_the_rays_of_each_view():
     assert torch.allclose(density[0].mean(dim=2), torch.ones(3, 16, 16), atol=1e-5)
 
 
-def test_the_prior_of_diverging_rays_against_grid_sample():
-    geometry, size = Geometry(sdd_mm=1200.0, sid_mm=700.0), 12
+@pytest.mark.parametrize("geometry", [Geometry(sdd_mm=1200.0, sid_mm=700.0), Geometry("scout")], ids=["near", "scout"])
+def test_the_prior_of_diverging_rays_against_grid_sample(geometry):
+    size = 12
     prior = DepthPrior(2)
     nn.init.normal_(prior.depth_prior)
     axis = geometry.voxel_centres_mm(size)

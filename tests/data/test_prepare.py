@@ -379,7 +379,7 @@ def test_files_of_others_are_never_overwritten(cts):
         (["--workers", "0"], "--workers is 0; expected at least 1"),
         (["--fov-mm", "0"], r"geometry\.fov_mm is 0"),
         (["--sid-mm", "100"], r"geometry\.sid_mm is 100"),
-        (["--geometry", "parallel", "--sdd-mm", "1800"], "belong to --geometry cone"),
+        (["--geometry", "parallel", "--sdd-mm", "1800"], "belong to --geometry cone or scout"),
         (["--test-fraction", "1.5"], "--test-fraction is 1.5"),
         (["--test-fraction", "0.5", "--val-fraction", "0.5"], "nothing to train on"),
         (["--split", "{}/split.json"], r"split\.json: listed but not found: z; found but not listed: c"),

@@ -58,8 +58,8 @@ def allowed_mm(geometry, pixels, cells):
 LIFTINGS = pytest.mark.parametrize("lift", [lift_direct, lift_cascade])
 GEOMETRIES = pytest.mark.parametrize(
     "geometry",
-    [Geometry(), Geometry("parallel"), Geometry(sdd_mm=1200.0, sid_mm=700.0)],
-    ids=["cone", "parallel", "near"],
+    [Geometry(), Geometry("parallel"), Geometry(sdd_mm=1200.0, sid_mm=700.0), Geometry("scout")],
+    ids=["cone", "parallel", "near", "scout"],
 )
 
 

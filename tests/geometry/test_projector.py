@@ -32,8 +32,9 @@ from xray2ct.imaging.cube_files import write_cube
 
 CONE, PARALLEL = Geometry(), Geometry("parallel")
 STEEP = Geometry(sdd_mm=700.0, sid_mm=500.0)  # rays of up to 19 degrees: errors of obliquity would show
-BOTH = pytest.mark.parametrize("geometry", [CONE, PARALLEL], ids=["cone", "parallel"])
-ALL = pytest.mark.parametrize("geometry", [CONE, PARALLEL, STEEP], ids=["cone", "parallel", "steep"])
+SCOUT = Geometry("scout")
+BEAMS = pytest.mark.parametrize("geometry", [CONE, PARALLEL, STEEP], ids=["cone", "parallel", "steep"])
+ALL = pytest.mark.parametrize("geometry", [CONE, PARALLEL, STEEP, SCOUT], ids=["cone", "parallel", "steep", "scout"])
 
 
 def unit_voxel(shape, *index):
@@ -49,14 +50,15 @@ def rays(geometry, view, size):
     """
     axis = ((np.arange(size) + 0.5) / size - 0.5) * geometry.detector_mm
     v, u = np.meshgrid(axis, axis, indexing="ij")
-    cone = geometry.kind == "cone"
-    source, detector = (geometry.sid_mm, geometry.sdd_mm - geometry.sid_mm) if cone else (1000.0, 1000.0)
+    cone, scout = geometry.kind == "cone", geometry.kind == "scout"
+    source, detector = (geometry.sid_mm, geometry.sdd_mm - geometry.sid_mm) if cone or scout else (1000.0, 1000.0)
     far, zero = np.full_like(v, source), np.zeros_like(v)
-    start_z, start_u = (zero, zero) if cone else (v, u)
+    start_z, start_u = (zero if cone else v), (zero if cone or scout else u)
+    end_u = u * geometry.sdd_mm / geometry.sid_mm if scout else u  # a scout's pixels are measured at the isocentre
     plane = np.full_like(v, detector)
     if view == 0:  # source behind the patient, detector in front
-        return np.stack([start_z, far, start_u], -1), np.stack([v, -plane, u], -1)
-    return np.stack([start_z, start_u, -far], -1), np.stack([v, u, plane], -1)  # from right to left
+        return np.stack([start_z, far, start_u], -1), np.stack([v, -plane, end_u], -1)
+    return np.stack([start_z, start_u, -far], -1), np.stack([v, end_u, plane], -1)  # from right to left
 
 
 def sphere_chords(start, end, centre, radius):
@@ -119,18 +121,19 @@ def test_oblique_ray_through_a_voxel_centre_gets_its_true_chord(h, distance):
 
 
 @ALL
-def test_detector_sum_is_the_volume_times_the_squared_magnification(geometry):
+def test_detector_sum_is_the_volume_times_the_magnification_of_both_axes(geometry):
     volume, size = unit_voxel((24, 24, 24), 10, 5, 15), 480
     images = line_integrals(volume, geometry, (size, size))[0]
     sums = images.sum((1, 2)) * (geometry.detector_mm / size) ** 2
     z, y, x = (-0.5 + 10.5 / 24) * 360, (-0.5 + 5.5 / 24) * 360, (-0.5 + 15.5 / 24) * 360
     for view, (towards, across) in enumerate([(-y, x), (x, y)]):
-        magnification, secant = 1.0, 1.0
-        if geometry.kind == "cone":
+        area, secant = 1.0, 1.0
+        if geometry.kind != "parallel":
             distance = geometry.sid_mm + towards
-            magnification = geometry.sdd_mm / distance
-            secant = math.sqrt(1 + (z**2 + across**2) / distance**2)
-        assert sums[view].item() == pytest.approx(15**3 * magnification**2 * secant, rel=0.005)
+            scout = geometry.kind == "scout"
+            area = geometry.sid_mm / distance if scout else (geometry.sdd_mm / distance) ** 2
+            secant = math.sqrt(1 + (across**2 if scout else z**2 + across**2) / distance**2)
+        assert sums[view].item() == pytest.approx(15**3 * area * secant, rel=0.005)
 
 
 @ALL
@@ -184,7 +187,7 @@ def test_block_at_the_right_front_top_lands_top_left_in_both_views():
     assert centroid(lateral) == pytest.approx((-120 * lateral_scale, -120 * lateral_scale), abs=1e-3)
 
 
-@BOTH
+@ALL
 def test_block_nearer_to_the_source_is_magnified_more(geometry):
     def area(view, *index):
         volume = torch.zeros(1, 1, 18, 18, 18)
@@ -196,9 +199,14 @@ def test_block_nearer_to_the_source_is_magnified_more(geometry):
         area(0, middle, last, middle) / area(0, middle, first, middle),  # back over front
         area(1, middle, middle, first) / area(1, middle, middle, last),  # right over left
     ]
-    # Block centres at 110 mm on either side of the isocentre.
-    expected = (1710 / 1490) ** 2 if geometry.kind == "cone" else 1.0
-    assert ratios == pytest.approx([expected] * 2, rel=0.03)
+    # Block centres at 110 mm on either side of the isocentre; along both axes, or across only.
+    expected = {
+        CONE: (1710 / 1490) ** 2,
+        STEEP: (610 / 390) ** 2,
+        SCOUT: (541 + 110) / (541 - 110),
+        PARALLEL: 1.0,
+    }
+    assert ratios == pytest.approx([expected[geometry]] * 2, rel=0.03)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -347,6 +355,8 @@ def test_projection_by_hand():
     v, u = CONE.project(1, torch.tensor(-50.0), torch.tensor(100.0), torch.tensor(200.0))
     assert (v.item(), u.item()) == pytest.approx((-50.0, 100.0))  # x = 200 lies on the detector
     assert [c.item() for c in PARALLEL.project(1, *torch.tensor([1.0, 2.0, 3.0]))] == [1.0, 2.0]
+    v, u = SCOUT.project(0, torch.tensor(-50.0), torch.tensor(100.0), torch.tensor(30.0))
+    assert (v.item(), u.item()) == pytest.approx((-50.0, 30 * 541 / 441))
 
 
 @ALL
@@ -360,7 +370,7 @@ def test_lifting_the_xrays_of_a_point_peaks_at_the_point(geometry):
         assert product.max() < 0.1 * (lifted[0] * lifted[1]).max() or product.max() < 0.1 * 22.5**2
 
 
-@BOTH
+@ALL
 def test_crop_is_a_slice_of_the_whole(geometry):
     features = torch.randn(1, 2, 4, 20, 20, generator=torch.Generator().manual_seed(2))
     axis = geometry.voxel_centres_mm(32)
@@ -423,6 +433,8 @@ def test_caches_filled_in_inference_mode_serve_training():
         ({"kind": "parallel", "detector_mm": 0.0}, "detector_mm"),
         ({"fov_mm": float("inf")}, "fov_mm"),
         ({"sdd_mm": float("inf")}, "sdd_mm"),
+        ({"kind": "scout", "sid_mm": 150.0}, "sid_mm"),
+        ({"kind": "scout", "sdd_mm": 540.0}, "sdd_mm"),
         ({"fov_mm": "360"}, "fov_mm"),
     ],
 )
@@ -435,12 +447,17 @@ def test_geometry_defaults_and_round_trip():
     assert CONE.detector_mm == pytest.approx(405.0)
     assert (PARALLEL.sdd_mm, PARALLEL.detector_mm) == (None, 360.0)
     assert Geometry("parallel", sdd_mm=1000.0) == PARALLEL
-    for geometry in (CONE, PARALLEL, Geometry("cone", 320, 1500, 1300, 400)):
+    assert (SCOUT.sdd_mm, SCOUT.sid_mm, SCOUT.detector_mm) == (949.0, 541.0, 360.0)
+    for geometry in (CONE, PARALLEL, SCOUT, Geometry("cone", 320, 1500, 1300, 400), Geometry("scout", 320, 1085, 595)):
         again = Geometry.from_dict(geometry.to_dict())
         assert again == geometry
         assert hash(again) == hash(geometry)
     assert "1800" in str(CONE)
     assert str(PARALLEL).startswith("parallel")
+    assert (
+        str(SCOUT)
+        == "scout, source-detector 949 mm, source-isocentre 541 mm, cube 360 mm, picture 360 mm at the isocentre"
+    )
     with pytest.raises(ValueError, match=r"unknown keys \['sad_mm'\].*sid_mm"):
         Geometry.from_dict({"kind": "cone", "sad_mm": 1600})
 
@@ -498,7 +515,7 @@ def test_line_integrals_agree_with_nanodrr_reading_the_file(tmp_path):
     assert min(relative_error(ours.flip(-1), reference)) > 0.05  # the bound would notice a mirrored view
 
 
-@ALL
+@BEAMS
 def test_nanodrr_backend_equals_the_built_in_renderer(geometry):
     pytest.importorskip("nanodrr")
     from xray2ct.geometry.nanodrr_backend import render_xrays_nanodrr
@@ -524,6 +541,8 @@ def test_nanodrr_backend_checks_its_input(monkeypatch):
 
     with pytest.raises(ValueError, match="expected"):
         render_xrays_nanodrr(torch.zeros(8, 8, 8), CONE)
+    with pytest.raises(InputError, match=r"geometry\.kind is 'scout'"):
+        render_xrays_nanodrr(torch.zeros(1, 1, 8, 8, 8), SCOUT)
     monkeypatch.setitem(sys.modules, "nanodrr.camera", None)
     with pytest.raises(InputError, match="pip install nanodrr"):
         render_xrays_nanodrr(torch.zeros(1, 1, 8, 8, 8), CONE)

@@ -104,9 +104,10 @@ def _lift_weights_at(geometry, view, grid_mm, feature_size):
     """Rows ``(K, D, h)`` and columns ``(K, C, w)`` for the K depths of a view; C runs across the view."""
     z_mm, y_mm, x_mm = grid_mm
     depth_mm, across_mm = (y_mm, x_mm) if view == 0 else (x_mm, y_mm)
-    magnification = geometry.magnification(view, depth_mm)[:, None]
-    rows = hat_weights(magnification * z_mm, geometry.detector_mm, feature_size[0])
-    cols = hat_weights(magnification * across_mm, geometry.detector_mm, feature_size[1])
+    v_mm = geometry.row_magnification(view, depth_mm)[:, None] * z_mm
+    u_mm = geometry.magnification(view, depth_mm)[:, None] * across_mm
+    rows = hat_weights(v_mm, geometry.detector_mm, feature_size[0])
+    cols = hat_weights(u_mm, geometry.detector_mm, feature_size[1])
     return rows, cols
 
 

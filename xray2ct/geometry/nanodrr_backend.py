@@ -39,13 +39,18 @@ def render_xrays_nanodrr(
     """:func:`projector.render_xrays` by nanodrr: same arguments, result and units, same gradients.
 
     volume: ``(B, 1, D, H, W)`` in [0, 1]. Returns ``(B, 2, *image_size)``: line integral / ``xray_scale``.
-    Raises :class:`InputError` when nanodrr is not installed, ``ValueError`` on another shape of ``volume``.
+    Raises :class:`InputError` when nanodrr is not installed or for a scout, whose fan beams it does not know,
+    ``ValueError`` on another shape of ``volume``.
 
     Differentiable with respect to ``volume``. Without a fused kernel every sample's position is kept for the
     backward pass: 0.8 GB per view and volume for 256^3 -> 512^2.
     """
     if volume.ndim != 5 or volume.shape[1] != 1:
         raise ValueError(f"volume has shape {tuple(volume.shape)}; expected (B, 1, D, H, W)")
+    if geometry.kind == "scout":
+        raise InputError(
+            "geometry.kind is 'scout'; nanodrr renders 'cone' and 'parallel' (the built-in renderer all three)"
+        )
     drr, make_k_inv, subject_class = _import_nanodrr()
     rows, columns = image_size_of(image_size)
     # A parallel beam needs some source and detector plane on either side of the cube; a cone's detector is

@@ -15,7 +15,8 @@ Conventions
 * An X-ray is ``line integral of mu / XRAY_SCALE`` with ``mu = MU_WATER * max(0, 1 + HU / 1000)``:
   linear in attenuation (bone bright), so that a DRR loss means something.
 * PA view: source behind the patient (y = +sid), detector in front. Lateral view: source on the
-  patient's right (x = -sid), detector on the left (a "left lateral").
+  patient's right (x = -sid), detector on the left (a "left lateral"). A view taken from the other
+  side is that of the volume flipped along the depth of the view (H or W).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ MU_WATER = 0.02  # 1/mm, water at about 65 keV effective energy (NIST XCOM: 0.02
 XRAY_SCALE = 10.0  # line integral that becomes pixel value 1: 500 mm of water
 FOV_MM = 360.0
 VIEWS = ("pa", "lateral")
+KINDS = ("cone", "parallel", "scout")
+DISTANCES_MM = {"cone": (1800.0, 1600.0), "scout": (949.0, 541.0)}  # source to detector and to isocentre: defaults
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,11 +74,16 @@ def hu_to_mu(hu):
 class Geometry:
     """The two orthogonal views of one cube. All lengths in millimetres.
 
-    kind: ``"cone"`` (point source) or ``"parallel"``.
+    kind: ``"cone"`` (point source), ``"parallel"``, or ``"scout"``: the localizer of a CT scanner, whose table
+        moves. Each row is a fan beam of its own, so columns are magnified and rows are not.
     fov_mm: edge of the reconstructed cube, centred on the isocentre.
-    sdd_mm, sid_mm: source-to-detector and source-to-isocentre distance (cone only).
-    detector_mm: edge of the square detector, centred on the central ray. By default it sees
-        exactly ``fov_mm`` at the isocentre (``fov_mm * sdd_mm / sid_mm``; parallel: ``fov_mm``).
+    sdd_mm, sid_mm: source-to-detector and source-to-isocentre distance (cone and scout).
+    detector_mm: edge of the square picture, centred on the central ray, measured on the detector (cone) or, as
+        DICOM's Pixel Spacing of scouts is, in the plane of the isocentre (scout; ``sdd_mm`` then says which
+        scanner it was and changes no pixel). By default it sees exactly ``fov_mm`` at the isocentre
+        (``fov_mm * sdd_mm / sid_mm``; parallel and scout: ``fov_mm``).
+
+    Defaults of a scout: 949 and 541 mm, DICOM's Distance Source to Detector and to Patient of GE's scanners.
 
     Raises ``ValueError`` naming the field when a value is impossible.
     """
@@ -87,16 +95,17 @@ class Geometry:
     detector_mm: float | None = None
 
     def __post_init__(self):
-        if self.kind not in ("cone", "parallel"):
-            raise ValueError(f"geometry.kind is {self.kind!r}; expected 'cone' or 'parallel'")
+        if self.kind not in KINDS:
+            raise ValueError(f"geometry.kind is {self.kind!r}; expected {', '.join(map(repr, KINDS))}")
         self._check_length("fov_mm")
         if self.kind == "parallel":
             # Distances mean nothing for parallel rays: dropped, so that equal geometries compare equal.
             self._set("sdd_mm", None)
             self._set("sid_mm", None)
         else:
-            self._set("sdd_mm", 1800.0 if self.sdd_mm is None else self.sdd_mm)
-            self._set("sid_mm", 1600.0 if self.sid_mm is None else self.sid_mm)
+            sdd_mm, sid_mm = DISTANCES_MM[self.kind]
+            self._set("sdd_mm", sdd_mm if self.sdd_mm is None else self.sdd_mm)
+            self._set("sid_mm", sid_mm if self.sid_mm is None else self.sid_mm)
             self._check_length("sdd_mm")
             self._check_length("sid_mm")
             if not self.sid_mm > self.fov_mm / 2:
@@ -110,7 +119,7 @@ class Geometry:
                     f" isocentre (at least sid_mm = {self.sid_mm})"
                 )
         if self.detector_mm is None:
-            scale = 1.0 if self.kind == "parallel" else self.sdd_mm / self.sid_mm
+            scale = self.sdd_mm / self.sid_mm if self.kind == "cone" else 1.0
             self._set("detector_mm", self.fov_mm * scale)
         self._check_length("detector_mm")
 
@@ -139,20 +148,30 @@ class Geometry:
     def __str__(self) -> str:
         if self.kind == "parallel":
             return f"parallel, cube {self.fov_mm:g} mm, detector {self.detector_mm:g} mm"
+        picture = f"picture {self.detector_mm:g} mm at the isocentre" if self.kind == "scout" else ""
         return (
-            f"cone, source-detector {self.sdd_mm:g} mm, source-isocentre {self.sid_mm:g} mm,"
-            f" cube {self.fov_mm:g} mm, detector {self.detector_mm:g} mm"
+            f"{self.kind}, source-detector {self.sdd_mm:g} mm, source-isocentre {self.sid_mm:g} mm,"
+            f" cube {self.fov_mm:g} mm, {picture or f'detector {self.detector_mm:g} mm'}"
         )
 
+    @property
+    def picture_distance_mm(self) -> float:
+        """Distance from the source of the plane that ``detector_mm`` is measured in; infinite for parallel rays."""
+        return {"cone": self.sdd_mm, "scout": self.sid_mm, "parallel": math.inf}[self.kind]
+
     def magnification(self, view: int, depth_mm: torch.Tensor) -> torch.Tensor:
-        """Magnification of a plane of the cube onto the detector.
+        """Magnification of a plane of the cube onto the picture, across the view (columns).
 
         view 0 (PA): ``depth_mm`` is y; view 1 (lateral): ``depth_mm`` is x. Same shape out.
         """
         if self.kind == "parallel":
             return torch.ones_like(depth_mm)
         towards_detector = -depth_mm if view == 0 else depth_mm
-        return self.sdd_mm / (self.sid_mm + towards_detector)
+        return self.picture_distance_mm / (self.sid_mm + towards_detector)
+
+    def row_magnification(self, view: int, depth_mm: torch.Tensor) -> torch.Tensor:
+        """:meth:`magnification` along z (rows): the same, but 1 in a scout."""
+        return torch.ones_like(depth_mm) if self.kind == "scout" else self.magnification(view, depth_mm)
 
     def voxel_centres_mm(self, size: int, **tensor_options) -> torch.Tensor:
         """Centres in mm of ``size`` equal voxels along one edge of the cube, ``(size,)``."""
@@ -163,11 +182,8 @@ class Geometry:
 
         The three coordinates broadcast against each other.
         """
-        if view == 0:
-            magnification, across = self.magnification(0, y_mm), x_mm
-        else:
-            magnification, across = self.magnification(1, x_mm), y_mm
-        return magnification * z_mm, magnification * across
+        depth, across = (y_mm, x_mm) if view == 0 else (x_mm, y_mm)
+        return self.row_magnification(view, depth) * z_mm, self.magnification(view, depth) * across
 
 
 def _centres(size: int, extent_mm: float, **tensor_options) -> torch.Tensor:
@@ -194,17 +210,20 @@ def hat_weights(position_mm: torch.Tensor, extent_mm: float, size: int, constant
 def _slice_weights(geometry, view, volume_shape, image_size, start, stop, device):
     """Interpolation weights that read slices ``start:stop`` of one view at the detector's rays.
 
-    Returns rows ``(K, image rows, D)`` and columns ``(K, image columns, slice columns)``.
+    Returns rows ``(K, image rows, D)`` and columns ``(K, image columns, slice columns)``; the rows of a scout, which
+    are the same for all slices, as ``(1, image rows, D)``.
     """
     depth, height, width = volume_shape
     slices, columns = (height, width) if view == 0 else (width, height)
     options = {"device": device, "dtype": torch.float32}
     depth_mm = geometry.voxel_centres_mm(slices, **options)[start:stop]
-    magnification = geometry.magnification(view, depth_mm)[:, None]
+    row_depth_mm = depth_mm[:1] if geometry.kind == "scout" else depth_mm
     v_mm = _centres(image_size[0], geometry.detector_mm, **options)
     u_mm = _centres(image_size[1], geometry.detector_mm, **options)
-    rows = hat_weights(v_mm / magnification, geometry.fov_mm, depth)
-    cols = hat_weights(u_mm / magnification, geometry.fov_mm, columns)
+    v_mm = v_mm / geometry.row_magnification(view, row_depth_mm)[:, None]
+    u_mm = u_mm / geometry.magnification(view, depth_mm)[:, None]
+    rows = hat_weights(v_mm, geometry.fov_mm, depth)
+    cols = hat_weights(u_mm, geometry.fov_mm, columns)
     return rows, cols
 
 
@@ -231,7 +250,9 @@ def _slab_length(geometry, view, volume_shape, image_size, device):
         return torch.full(image_size, thickness, device=device)
     v = _centres(image_size[0], geometry.detector_mm, device=device)[:, None]
     u = _centres(image_size[1], geometry.detector_mm, device=device)[None, :]
-    return thickness * torch.sqrt(1.0 + (u * u + v * v) / geometry.sdd_mm**2)
+    if geometry.kind == "scout":  # each row's fan lies in its own plane
+        v = torch.zeros_like(v)
+    return thickness * torch.sqrt(1.0 + (u * u + v * v) / geometry.picture_distance_mm**2)
 
 
 def _chunk_slices(volume_shape, image_size, batch):
@@ -266,14 +287,18 @@ class _ViewIntegral(torch.autograd.Function):
             rows, cols = _weights(geometry, view, shape, image_size, 0, 1, volume.device)
             image = rows[0] @ slabs.sum(dim=1) @ cols[0].T
         else:
-            image = volume.new_zeros(batch, *image_size)
+            image = volume.new_zeros(batch, shape[0] if geometry.kind == "scout" else image_size[0], image_size[1])
             step = _chunk_slices(shape, image_size, batch)
             for start in range(0, count, step):
                 stop = min(start + step, count)
                 rows, cols = _weights(geometry, view, shape, image_size, start, stop, volume.device)
-                partial = torch.matmul(rows, slabs[:, start:stop])  # (B, k, rows, C)
-                partial = partial.permute(0, 2, 1, 3).reshape(batch, image_size[0], -1)
-                image += partial @ cols.permute(0, 2, 1).reshape(-1, image_size[1])
+                partial = slabs[:, start:stop]
+                if geometry.kind == "cone":
+                    partial = torch.matmul(rows, partial)  # (B, k, rows, C)
+                partial = partial.transpose(1, 2).flatten(2)  # (B, rows, k C)
+                image += partial @ cols.transpose(1, 2).flatten(0, 1)
+            if geometry.kind == "scout":  # so far a row for each of the cube's
+                image = rows[0] @ image
         return image * _slab_length(geometry, view, shape, image_size, volume.device)
 
     @staticmethod
@@ -291,8 +316,11 @@ class _ViewIntegral(torch.autograd.Function):
             for start in range(0, count, step):
                 stop = min(start + step, count)
                 rows, cols = _weights(geometry, view, shape, image_size, start, stop, grad_image.device)
-                partial = torch.matmul(grad_image.unsqueeze(1), cols)  # (B, k, rows, C)
-                parts.append(torch.matmul(rows.transpose(1, 2), partial))
+                if geometry.kind == "scout":
+                    parts.append(torch.matmul((rows[0].T @ grad_image).unsqueeze(1), cols))
+                else:
+                    partial = torch.matmul(grad_image.unsqueeze(1), cols)  # (B, k, rows, C)
+                    parts.append(torch.matmul(rows.transpose(1, 2), partial))
             slabs = torch.cat(parts, dim=1)
         return _from_slabs(slabs, view), None, None, None
 

@@ -120,7 +120,7 @@ def other_geometries(unit, settings) -> Iterable[tuple[str, np.ndarray]]:
     own, unit = settings.geometry, resize(unit, max(32, unit.shape[0] // 2))  # coarse: sixteen renders
     exchanged = render(unit[:, ::-1], own, settings)[0], render(unit[:, :, ::-1], own, settings)[1]
     yield "the same with source and detector exchanged", np.stack(exchanged)
-    variants = {"parallel rays": Geometry("parallel", own.fov_mm)} if own.kind == "cone" else {}
+    variants = {"parallel rays": Geometry("parallel", own.fov_mm)} if own.kind != "parallel" else {}
     for sdd, sid in ((1800, 1600), (1800, 1400), (1500, 1300), (1200, 1000), (1000, 750)):
         geometry = Geometry("cone", own.fov_mm, sdd, sid)
         if geometry != own:
