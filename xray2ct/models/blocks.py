@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from xray2ct.files import InputError, whole_number
-from xray2ct.geometry.lifting import averaged_to, lift_pooled
+from xray2ct.geometry.lifting import averaged_to, lift_view
 from xray2ct.geometry.projector import Geometry
 from xray2ct.models.normalisation import layer_norm, norm_silu
 from xray2ct.models.upsampling import upsample_trilinear
@@ -106,10 +106,12 @@ class ActivationCheckpointing(nn.Module):
 
     activation_checkpointing = False
 
-    def _run(self, function, *inputs):
-        """``function(*inputs)``, recomputed in the backward pass where wanted; a module with its weights cast at once."""
-        if isinstance(function, nn.Module):
-            function = with_cast_weights(function)
+    def _run(self, function, *inputs, modules=()):
+        """``function(*inputs)``, recomputed in the backward pass where that is wanted.
+
+        modules: those that ``function`` calls, by default itself; see :func:`working_weights.with_cast_weights`.
+        """
+        function = with_cast_weights(function, *modules or (function,))
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
@@ -147,16 +149,13 @@ class XrayEncoder(nn.Module):
         return features  # 4 x (B V, C_s, H / stride_s, W / stride_s)
 
 
-def lift_views(reduce: nn.ModuleList, features, geometry: Geometry, volume_size, grid_mm=None) -> list[torch.Tensor]:
+def lift_views(reduce: nn.ModuleList, features, geometry: Geometry, volume_size, boxes=None) -> list[torch.Tensor]:
     """Reduce each view's features by its own layer and back-project them: (B V, C, h, w) -> V x (B, c, D, H, W).
 
-    One layer per view, V = 2, or 1 (PA). volume_size, grid_mm: see :func:`lift_pooled`.
+    One layer per view, V = 2, or 1 (PA). volume_size, boxes: see :func:`lift_view`.
     """
-    views = len(reduce)
-    x = features.unflatten(0, (-1, views))
-    x = torch.stack([layer(x[:, v]) for v, layer in enumerate(reduce)], dim=1)  # (B, V, c, h, w)
-    lifted = lift_pooled(x.expand(-1, 2, -1, -1, -1), geometry, volume_size, grid_mm)
-    return list(lifted.unbind(1))[:views]
+    views = features.unflatten(0, (-1, len(reduce))).unbind(1)
+    return [lift_view(layer(x), v, geometry, volume_size, boxes) for v, (layer, x) in enumerate(zip(reduce, views))]
 
 
 class Lifting(nn.Module):
@@ -171,9 +170,9 @@ class Lifting(nn.Module):
         self.reduce = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(2))
         self.fuse = nn.Conv3d(3 * channels, out_channels, 1)
 
-    def forward(self, features, geometry, volume_size, grid_mm=None):  # (2B, C, h, w)
-        """``volume_size`` covers the whole cube; ``grid_mm`` (z, y, x in mm) picks the voxels of a part of it."""
-        pa, lateral = lift_views(self.reduce, features, geometry, volume_size, grid_mm)  # (B, c, D, H, W) each
+    def forward(self, features, geometry, volume_size, boxes=None):  # (2B, C, h, w)
+        """``volume_size`` covers the whole cube; ``boxes`` are parts of it, see :func:`lift_view`."""
+        pa, lateral = lift_views(self.reduce, features, geometry, volume_size, boxes)  # (B, c, D, H, W) each
         return self.fuse(torch.cat([pa, lateral, pa * lateral], dim=1))
 
 

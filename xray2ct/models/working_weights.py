@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 Layer = TypeVar("Layer", bound=nn.Module)
+Place = tuple[nn.Module, str]  # a parameter by its module and its name there
 
 
 def full_precision(layer: Layer) -> Layer:
@@ -18,38 +20,16 @@ def full_precision(layer: Layer) -> Layer:
     return layer
 
 
-def castable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Float32 parameters of a module and its parts by name, without those of layers marked :func:`full_precision`."""
+def castable(*modules: nn.Module) -> dict[Place, nn.Parameter]:
+    """Float32 parameters of modules and their parts, without those of layers marked :func:`full_precision`."""
     return {
-        f"{prefix}.{name}" if prefix else name: parameter
-        for prefix, part in module.named_modules()
+        (part, name): parameter
+        for module in modules
+        for part in module.modules()
         if not getattr(part, "full_precision", False)
-        for name, parameter in part.named_parameters(recurse=False)
-        if parameter.dtype == torch.float32
+        for name, parameter in part._parameters.items()
+        if parameter is not None and parameter.dtype == torch.float32
     }
-
-
-def working_dtype(device_type: str) -> torch.dtype | None:
-    """Autocast's dtype where it is on and reduced, else None."""
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    dtype = torch.get_autocast_dtype(device_type)
-    return None if dtype == torch.float32 else dtype
-
-
-def with_cast_weights(module: nn.Module) -> Callable[..., Any]:
-    """A call of ``module`` with its weights cast to autocast's dtype in one operation, and so their gradients back.
-
-    Values as with autocast alone, which casts each weight on its own, and each gradient: hundreds of small kernels a
-    step. Modules called one after the other get their gradients one after the other, so that DistributedDataParallel
-    still overlaps their reduction with the backward pass.
-    """
-    weights = {} if torch.compiler.is_compiling() else castable(module)  # a compiler fuses the casts by itself
-    dtype = working_dtype(next(iter(weights.values())).device.type) if weights else None
-    if dtype is None:
-        return module
-    copies = dict(zip(weights, _Cast.apply(dtype, *weights.values())))
-    return lambda *inputs: torch.func.functional_call(module, copies, inputs, tie_weights=False)
 
 
 def cast_weights_(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -57,6 +37,47 @@ def cast_weights_(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameter in castable(module).values():
         parameter.data = parameter.data.to(dtype)
     return module
+
+
+def with_cast_weights(function: Callable[..., Any], *modules: nn.Module) -> Callable[..., Any]:
+    """``function`` with the weights of ``modules``, which it calls, cast to autocast's dtype, and so gradients back.
+
+    Values as with autocast alone, which casts each weight, and each gradient, by a kernel of its own: hundreds a step.
+    Here it is one operation for all of them. Functions called one after the other get their gradients one after the
+    other, so that DistributedDataParallel still overlaps reduction and backward pass.
+    """
+    weights = {} if torch.compiler.is_compiling() else castable(*modules)  # a compiler fuses the casts by itself
+    dtype = _autocast_dtype(next(iter(weights.values())).device.type) if weights else None
+    if dtype is None:
+        return function
+    copies = dict(zip(weights, _Cast.apply(dtype, *weights.values())))
+
+    def call(*inputs):
+        with _in_place_of_parameters(copies):
+            return function(*inputs)
+
+    return call
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of an autocast that is on and reduces precision, else None."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    dtype = torch.get_autocast_dtype(device_type)
+    return None if dtype == torch.float32 else dtype
+
+
+@contextlib.contextmanager
+def _in_place_of_parameters(copies: dict[Place, torch.Tensor]) -> Iterator[None]:
+    """What ``torch.func.functional_call`` does, for any function that calls the modules."""
+    kept = {(module, name): module._parameters[name] for module, name in copies}
+    try:
+        for (module, name), copy in copies.items():
+            module._parameters[name] = copy  # ty: ignore[invalid-assignment]
+        yield
+    finally:
+        for (module, name), parameter in kept.items():
+            module._parameters[name] = parameter
 
 
 class _Cast(torch.autograd.Function):

@@ -131,11 +131,15 @@ class RefinementTask(RegressionTask):
         return coarse.float()
 
     def patch_origins(self, seed: int) -> list[tuple[int, int, int]]:
-        """Corners of one volume's patches, in coarse voxels; they follow from the sample's seed."""
+        """Corners of one volume's patches, in coarse voxels; they follow from the sample's seed.
+
+        They lie on the cells of the trunk: its windows are then no wider than patch and context.
+        """
         generator = torch.Generator().manual_seed(int(seed) ^ 0x5EED)
-        patch = self.config.patch
-        corners = torch.randint(0, self.coarse_size - patch.size + 1, (patch.per_volume, 3), generator=generator)
-        return [tuple(corner) for corner in corners.tolist()]
+        patch, step = self.config.patch, RefinementNetwork.stride
+        last = self.coarse_size - patch.size  # which is drawn, too, where it is not on the trunk's cells
+        cells = torch.randint(0, -(-last // step) + 1, (patch.per_volume, 3), generator=generator)
+        return [tuple(min(last, step * cell) for cell in corner) for corner in cells.tolist()]
 
     def sees_xrays(self, seed: int) -> bool:
         """False for the share ``guidance_dropout`` of samples; it follows from the sample's seed."""
