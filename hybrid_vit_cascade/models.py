@@ -269,7 +269,7 @@ class CascadeStage(ActivationCheckpointing):
             x = F.adaptive_avg_pool2d(x, self.context_grid)
         x = x.unflatten(0, (-1, self.num_views))  # (B, V, C, g, g)
         summary = self.summary(x.mean(dim=(-2, -1)).flatten(1))
-        tokens = (x + self.context_position_embedding).flatten(3)  # (B, V, C, P)
+        tokens = (x + self.context_position_embedding.to(x.dtype)).flatten(3)  # (B, V, C, P)
         return tokens.permute(0, 1, 3, 2).flatten(1, 2), summary
 
     # -- once per step ---------------------------------------------------------------------------
@@ -292,9 +292,8 @@ class CascadeStage(ActivationCheckpointing):
         x = self._run(self.middle, self._transform(skips.pop(), embedding, condition), embedding)
         for up in reversed(self.up):
             x = self._run(up, x, skips.pop(), embedding)
-        residual = OUTPUT_SCALE * self._run(
-            self._output, x, embedding, modules=(self.out_norm, self.out_modulation)
-        )  # (B, 1, D, H, W), float32
+        layers = self.out_norm, self.out_modulation
+        residual = OUTPUT_SCALE * self._run(self._output, x, embedding, modules=layers)  # (B, 1, D, H, W), float32
         mix = in_full_precision(self.mix, embedding)[:, :, None, None, None]
         output = torch.addcmul(residual, mix[:, :1], x_t.float())
         if condition.previous is not None:

@@ -85,7 +85,7 @@ def _seen_pixels(geometry, view, volume_size, origins, size, feature_size):
         pixel = (places / geometry.detector_mm + 0.5) * pixels - 0.5
         low = pixel.amin(dim=(0, 1, 2)).floor().long() - 1
         high = pixel.amax(dim=(0, 1, 2)).ceil().long() + 2
-        count = min(pixels, max(h - l for h, l in zip(high.tolist(), low.tolist())))
+        count = min(pixels, max((high - low).tolist()))
         crop.append((low.clamp(0, pixels - count).tolist(), count))
     return crop
 

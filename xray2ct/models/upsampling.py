@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def upsample_trilinear(x: torch.Tensor, size) -> torch.Tensor:
-    """``(B, C, d, h, w)`` -> ``(B, C, *size)`` in the dtype of ``x``: ``F.interpolate``, trilinear, cell centres aligned.
+    """``(B, C, d, h, w)`` -> ``(B, C, *size)`` in the dtype of ``x``: ``F.interpolate`` without aligned corners.
 
     The interpolation factors over the axes into three products with small matrices. On a GPU that takes less time
     than torch's kernel, and its backward pass, unlike torch's, is deterministic. On a CPU torch's kernel is the

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from xray2ct.checkpoints import LAST, WriteError, remove_leftovers
 from xray2ct.files import InputError
+from xray2ct.training.compiling import compiled
 from xray2ct.training.convolution_check import reduced_precision_defects
 from xray2ct.training.distributed import Processes, lost_peer
 from xray2ct.training.monitors import Monitors
@@ -59,7 +60,8 @@ class Trainer(RunState):
         samples, repeats = len(task.train_data), config.data.repeats
         self.plan = EpochPlan(samples, repeats, training.batch_size, accumulation, processes, training.seed)
         self.skipped = 0  # float16 steps in a row
-        self.runner: Any = torch.compile(self.model) if training.compile else self.model
+        say = print if processes.is_main else lambda _: None
+        self.runner: Any = compiled(self.model, training.compile, processes.device, say)
         if processes.world_size > 1:
             device_ids = [processes.device.index] if processes.device.type == "cuda" else None
             self.runner = DistributedDataParallel(self.runner, device_ids=device_ids)
