@@ -40,8 +40,11 @@ from xray2ct.models.blocks import (
 from xray2ct.models.coarse import CoarseModel, check_shape
 from xray2ct.models.guidance import Guidance
 from xray2ct.models.loading import load_base_model, load_refinement
+from xray2ct.models.normalisation import norm_silu
 from xray2ct.models.registry import KIND, REFINEMENT_KIND, register
+from xray2ct.models.upsampling import upsample_trilinear
 from xray2ct.models.window import Window, patch_window
+from xray2ct.models.working_weights import full_precision, with_cast_weights
 
 __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_base_model", "load_refinement"]
 
@@ -59,13 +62,13 @@ class DecoderStage(nn.Module):
         self.reduce = nn.Conv3d(coarse_channels, channels, 1)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, 3) for _ in range(blocks)])
         self.norm = group_norm(channels)
-        self.head = zero_init(nn.Conv3d(channels, 1, 1))
+        self.head = full_precision(zero_init(nn.Conv3d(channels, 1, 1)))
 
     def forward(self, coarse, features, geometry, size):
-        x = F.interpolate(self.reduce(coarse), size=size, mode="trilinear", align_corners=False)
+        x = upsample_trilinear(self.reduce(coarse), size)
         x = x + self.lift(features, geometry, size)
         x = self.blocks(x)
-        return x, in_full_precision(self.head, F.silu(in_full_precision(self.norm, x)))
+        return x, in_full_precision(self.head, norm_silu(x, self.norm))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,7 +140,8 @@ class EnhancedDirectModel(CoarseModel):
         """
         features = self._run(self.encoder, prepare_xrays(xrays, self.xray_size))  # strides 2, 4, 8, 16
 
-        x = self.bottleneck_lift(features[3], self.geometry, self.bottleneck_size) + self.prior
+        x = self._run(self.bottleneck_lift, features[3], self.geometry, self.bottleneck_size)
+        x = x + self.prior.to(x.dtype)
         tokens = x.flatten(2).transpose(1, 2)  # (B, 512, C)
         for block in self.transformer:
             tokens = self._run(block, tokens)
@@ -149,7 +153,7 @@ class EnhancedDirectModel(CoarseModel):
             size = tuple(n // divisor for n in self.volume_size)
             x, detail = self._run(stage, x, image, self.geometry, size)  # (B, 128 | 64 | 32, *size)
             if volumes:
-                detail = detail + F.interpolate(volumes[-1], size=size, mode="trilinear", align_corners=False)
+                detail = detail + upsample_trilinear(volumes[-1], size)
             volumes.append(detail)
         *coarser, volume = volumes
         aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)}
@@ -184,9 +188,9 @@ class RefinementNetwork(ActivationCheckpointing):
 
     scale = 4  # output voxels per coarse voxel and axis
     stride = 2  # of the trunk: coarse sizes are multiples of it
-    # Coarse voxels beyond a tile's border that its head sees: one convolution at 1x, four at 2x, and
-    # one voxel for the trilinear upsampling within them.
-    halo = 3
+    # Coarse voxels beyond a tile's border that its head sees: one convolution at 1x, four at 2x. The last two of them,
+    # the widest ones, and the trilinear upsampling see the inner one alone.
+    halo, inner_halo = 3, 1
     # Factor on the added detail: features are of unit size, details a few hundredths; first steps do not overshoot.
     gain = 0.1
 
@@ -272,7 +276,8 @@ class RefinementNetwork(ActivationCheckpointing):
         size = [min(n, 4 * max(coarse.shape[2:])) for n in xrays.shape[-2:]]  # finer shows nothing more
         rendered = self.acquisition.render(coarse, size)
         rendered = F.interpolate(rendered, size=xrays.shape[-2:], mode="bilinear", align_corners=False)
-        return self._run(self.guidance.encode, xrays, rendered.to(xrays.dtype))
+        parts = (self.guidance.encoder, self.guidance.top_down)
+        return self._run(self.guidance.encode, xrays, rendered.to(xrays.dtype), modules=parts)
 
     def deep(self, coarse, features, window: Window):
         """Features at 1x of a window on multiples of 2: ``(windows, c1, D, H, W)``. Cheap: runs at half resolution."""
@@ -282,29 +287,37 @@ class RefinementNetwork(ActivationCheckpointing):
             if features is None:
                 lifted = x.new_zeros(x.shape[0], guide, *x.shape[2:])
             else:
-                lifted = self._run(self.guidance, features, window, 1, self.geometry)
+                lifted = self._run(
+                    self.guidance, features, window, 1, self.geometry, modules=(self.guidance.lift["1"],)
+                )
             x = torch.cat([x.to(lifted.dtype), lifted], dim=1)
-        x = shallow = self.inlet(pixel_unshuffle_3d(x, self.stride))
+        x = shallow = self._run(self.inlet, pixel_unshuffle_3d(x, self.stride))
         for block in self.blocks:
             x = self._run(block, x)
-        return self.up1(shallow + self.trunk(x))
+        return with_cast_weights(lambda x: self.up1(shallow + self.trunk(x)), self.trunk, self.up1)(x)
 
     def head(self, coarse, deep, deep_window: Window, features, window: Window):
         """The refined volume of a window from :meth:`deep`'s features around it: ``(windows, 1, 4D, 4H, 4W)``."""
-        around = window.grown(self.halo)
+        around, inner = window.grown(self.halo), window.grown(self.inner_halo)
         x = around.crop(deep, start=deep_window.origins)
         # The residual is added in float32, whatever precision the convolutions run in.
-        detail = self._run(self._details, x, features, around)
-        return window.crop(upsample(around.crop(coarse)) + self.gain * detail.float(), self.scale, around.origins)
+        detail = self._run(self._details, x, features, around, inner, modules=self._head_modules())
+        return window.crop(upsample(inner.crop(coarse)) + self.gain * detail.float(), self.scale, inner.origins)
 
-    def _details(self, x, features, window: Window):
+    def _head_modules(self) -> list[nn.Module]:
+        """Those that :meth:`_details` calls."""
+        lifts = [] if self.guidance is None else [self.guide2, self.guidance.lift["2"], self.guidance.lift["4"]]
+        return [self.up2, self.conv2a, self.conv2b, self.up4, self.out, *lifts]
+
+    def _details(self, x, features, around: Window, inner: Window):
         x = self.up2(F.leaky_relu(x, 0.2))  # (windows, c2, 2D, 2H, 2W)
         if self.guidance is not None and features is not None:
-            x = x + self.guide2(self.guidance(features, window, 2, self.geometry))
+            x = x + self.guide2(self.guidance(features, around, 2, self.geometry))
         x = x + self.conv2b(F.leaky_relu(self.conv2a(F.leaky_relu(x, 0.2)), 0.2))
+        x = inner.crop(x, 2, around.origins)
         if self.guidance is not None:
             if features is not None:
-                lifted = pixel_unshuffle_3d(self.guidance(features, window, 4, self.geometry))
+                lifted = pixel_unshuffle_3d(self.guidance(features, inner, 4, self.geometry))
             else:
                 lifted = x.new_zeros(x.shape[0], 8 * self.settings["guide_channels"][2], *x.shape[2:])
             x = torch.cat([x, lifted.to(x.dtype)], dim=1)

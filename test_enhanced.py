@@ -33,7 +33,7 @@ from xray2ct.geometry.projector import MU_WATER, Geometry, hu_to_unit, line_inte
 from xray2ct.models.blocks import upsample
 from xray2ct.models.memory import choose_tile
 from xray2ct.training.config import EnhancedConfig, ModelConfig, config_dict, load_config, resolve_config_path
-from xray2ct.training.precision import Precision, to_channels_last
+from xray2ct.training.precision import Precision, set_memory_format
 from xray2ct.training.state import parameter_groups
 
 PARAMETERS = (15e6, 20e6)  # of the default model
@@ -79,9 +79,7 @@ class Bench:
             for parameter in model.parameters():
                 if not parameter.any():
                     torch.nn.init.normal_(parameter, std=0.02)
-        if self.config.training.channels_last:
-            to_channels_last(model)
-        return model.to(self.device)
+        return set_memory_format(model.to(self.device), self.config.training.channels_last)
 
     def build_loss(self) -> EnhancedLoss:
         """The configured loss; VGG16 with random weights where its own are not on this machine yet."""

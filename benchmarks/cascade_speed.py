@@ -22,7 +22,7 @@ from hybrid_vit_cascade.training.task import StageLoss, stage_arguments
 from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.training.ema import MovingAverage
-from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
+from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 
 CONFIG = Path(__file__).parent.parent / "hybrid_vit_cascade" / "config" / "progressive_3stage.json"
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def main(argv=None) -> int:
     keep_freed_memory()  # as the trainer does
     print(f"Machine: {machine()}", flush=True)
     run, precision = stage_run(config, args.stage - 1, world_size=1), Precision(args.precision, CPU)
-    model = to_channels_last(CascadeStage(**stage_arguments(config, args.stage - 1)))
+    model = set_memory_format(CascadeStage(**stage_arguments(config, args.stage - 1)))
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{run.stage.name}: {run.stage.volume_size}^3, {parameters:.2f} M parameters, X-rays {run.xray_img_size}^2")
     sampling(model, run, args.steps, precision, args.repetitions)

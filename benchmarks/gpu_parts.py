@@ -28,7 +28,7 @@ from xray2ct.models.baselines import LiftingUNet
 from xray2ct.training.config import EnhancedConfig, load_config
 from xray2ct.training.direct_task import EnhancedTask
 from xray2ct.training.distributed import Processes
-from xray2ct.training.precision import to_channels_last
+from xray2ct.training.precision import set_memory_format
 from xray2ct.training.trainer import fit
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def noise(bench: Bench, *shape) -> torch.Tensor:
 def laid_out(bench: Bench, network):
     """On the device, in the memory format that is fastest there."""
     network = network.to(bench.device)
-    return network if bench.device.type == "cuda" else to_channels_last(network)
+    return network if bench.device.type == "cuda" else set_memory_format(network)
 
 
 def stepping(bench: Bench, network, loss):

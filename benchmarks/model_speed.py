@@ -19,7 +19,7 @@ import torch
 
 from model_enhanced import EnhancedDirectModel
 from xray2ct.files import run_cli
-from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
+from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 
 
 def machine() -> str:
@@ -49,7 +49,7 @@ def peak_memory() -> str:
 
 def passes(size: int, repetitions: int) -> None:
     """Forward and forward + backward of the default model, one pair."""
-    model = to_channels_last(EnhancedDirectModel())
+    model = set_memory_format(EnhancedDirectModel())
     xrays = torch.rand(1, 2, size, size)
     for name in ("float32", "bfloat16"):
         precision = Precision(name, torch.device("cpu"))

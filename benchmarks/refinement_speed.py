@@ -21,7 +21,7 @@ from benchmarks.model_speed import machine, median_seconds, peak_memory
 from losses import EnhancedLoss
 from model_enhanced import EnhancedDirectModel, RefinementNetwork
 from xray2ct.files import run_cli
-from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
+from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 
 COARSE, CPU = 64, torch.device("cpu")
 
@@ -29,8 +29,8 @@ COARSE, CPU = 64, torch.device("cpu")
 def both_stages(guided: bool, precision: Precision, tile: int | None, repetitions: int) -> str:
     """X-rays -> 256^3, models loaded; the result is collected on the CPU as reconstruct.py does."""
     keep_freed_memory()  # as reconstruct.py does
-    base = to_channels_last(EnhancedDirectModel().eval())
-    network = to_channels_last(RefinementNetwork(guided=guided).eval())
+    base = set_memory_format(EnhancedDirectModel().eval())
+    network = set_memory_format(RefinementNetwork(guided=guided).eval())
     torch.nn.init.normal_(network.out.weight, std=0.01)
     xrays = torch.rand(1, 2, 512, 512)
 
@@ -59,7 +59,7 @@ def training_step(patch: int, repetitions: int) -> None:
     """One step of the guided stage 2, forward, losses, backward, AdamW, on two patches of a pair."""
     precision = Precision("auto", CPU)
     criterion = EnhancedLoss(ssim_weight=0, multiscale_weight=0, perceptual_weights="random")
-    network = to_channels_last(RefinementNetwork(guided=True).train())
+    network = set_memory_format(RefinementNetwork(guided=True).train())
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     coarse, xrays = torch.rand(1, 1, *[COARSE] * 3), torch.rand(1, 2, 512, 512)
     target = torch.rand(2, 1, *[4 * patch] * 3)

@@ -10,6 +10,9 @@ from torch import nn
 
 from xray2ct.geometry.projector import Geometry, hat_weights
 from xray2ct.models.blocks import ResidualBlock, attend, lift_views, mlp, split_heads, zero_init
+from xray2ct.models.normalisation import norm_silu, normalise
+from xray2ct.models.upsampling import upsample_trilinear
+from xray2ct.models.working_weights import full_precision
 
 BANDS = ("anterior", "mid", "posterior")  # of a view's depth axis; right, mid, left for the lateral view
 PRIOR_BINS = 16  # depth bins of a prior, and pixels along each edge of its detector grid
@@ -34,15 +37,6 @@ def embedding_mlp(inputs: int, channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, channels), nn.SiLU(), nn.Linear(channels, channels))
 
 
-def normalise(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """Group normalisation in the dtype of ``x`` (statistics in float32 inside the kernel).
-
-    Autocast on a GPU would widen the result to float32 and keep it for the backward pass: twice the memory.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
-
-
 def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """x (B, C, D, H, W) * (1 + scale) + shift with scale and shift (B, C), in the dtype of ``x``."""
     scale, shift = (v.to(x.dtype)[:, :, None, None, None] for v in (1.0 + scale, shift))
@@ -62,7 +56,7 @@ class ModulatedBlock(ResidualBlock):
     def forward(self, x, embedding):  # (B, C, D, H, W), (B, E)
         scale, shift = self.modulation(embedding).chunk(2, dim=1)
         y = self.conv1(F.silu(modulate(normalise(x, self.norm1), scale, shift)))
-        return x + self.conv2(F.silu(normalise(y, self.norm2)))
+        return x + self.conv2(norm_silu(y, self.norm2))
 
 
 class ViTBlock(nn.Module):
@@ -123,6 +117,7 @@ class DepthPrior(nn.Module):
         logits = -0.5 * ((depth - centres[:, None]) * 2 * len(BANDS)).square()  # (bands, bins)
         grid = (PRIOR_BINS, PRIOR_BINS)
         self.depth_prior = nn.Parameter(logits[None, :, :, None, None].repeat(num_views, 1, 1, *grid))
+        full_precision(self)
 
     def distribution(self) -> torch.Tensor:
         """Probabilities ``(views, bands, depth bins, rows, columns)``, summing to 1 over the depth bins."""
@@ -142,10 +137,12 @@ class DepthPrior(nn.Module):
         magnified = [m(view, axis)[:, None] * axis for m in (geometry.row_magnification, geometry.magnification)]
         rows, cols = (hat_weights(mm, geometry.detector_mm, PRIOR_BINS, constant=True) for mm in magnified)
         depths = hat_weights(axis, geometry.fov_mm, PRIOR_BINS, constant=True)  # (K, bins)
-        slices = torch.einsum("kd,bdrc->bkrc", depths, density)  # the prior at each depth of the grid
-        sampled = rows @ slices @ cols.transpose(1, 2)  # (K, size, bins) each -> (bands, K, D, across)
+        # The prior at each depth of the grid, then at the rows, then at the columns; bands side by side in one product.
+        slices = torch.einsum("kd,bdrc->krbc", depths, density).flatten(2)  # (K, row bins, bands * column bins)
+        sampled = (rows @ slices).reshape(size, size * len(BANDS), PRIOR_BINS) @ cols.transpose(1, 2)
+        sampled = sampled.view(size, size, len(BANDS), size)  # (K, D, bands, across)
         # Depth is y (H) for the PA view and x (W) for the lateral one.
-        return sampled.permute(0, 2, 1, 3) if view == 0 else sampled.permute(0, 2, 3, 1)
+        return sampled.permute(2, 1, 0, 3) if view == 0 else sampled.permute(2, 1, 3, 0)
 
 
 class PriorLifting(nn.Module):
@@ -218,7 +215,7 @@ class UpScale(nn.Module):
         self.blocks = nn.ModuleList(ModulatedBlock(fine, embedding) for _ in range(blocks))
 
     def forward(self, x, skip, embedding):
-        x = F.interpolate(self.reduce(x), scale_factor=2, mode="trilinear", align_corners=False) + skip
+        x = upsample_trilinear(self.reduce(x), skip.shape[2:]) + skip
         for block in self.blocks:
             x = block(x, embedding)
         return x

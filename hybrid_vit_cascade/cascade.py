@@ -26,7 +26,7 @@ from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry
 from xray2ct.inference.predictor import check_view_count
 from xray2ct.inference.system import check_finite
-from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
+from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 
 __all__ = ["DEFAULT_STEPS", "KIND", "Cascade", "Stage", "to_signed", "to_unit"]
 
@@ -71,8 +71,8 @@ class Cascade:
         cascade.origin = str(Path(folder))
         if cascade.device.type == "cpu":
             keep_freed_memory()
-            for stage in stages:
-                to_channels_last(stage.model)
+        for stage in stages:
+            set_memory_format(stage.model)
         return cascade
 
     # -- what it is ------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from hybrid_vit_cascade.blocks import (
     ViTBlock,
     embedding_mlp,
     modulate,
-    normalise,
     sinusoidal_embedding,
 )
 from xray2ct.files import InputError, whole_number
@@ -46,6 +45,9 @@ from xray2ct.models.blocks import (
     whole_groups,
     zero_init,
 )
+from xray2ct.models.normalisation import norm_silu, normalise
+from xray2ct.models.upsampling import upsample_trilinear
+from xray2ct.models.working_weights import full_precision, with_cast_weights
 
 CONTEXT_GRID = 16  # X-ray tokens along each edge of a view, at most
 # The last layer starts at zero and has a range of 2 to reach, not 1 as in EnhancedDirectModel: as many steps with this.
@@ -196,8 +198,8 @@ class CascadeStage(ActivationCheckpointing):
         self.up = nn.ModuleList(UpScale(b, a, dim, n) for a, b, n in zip(self.widths, self.widths[1:], counts))
         self.out_norm = group_norm(finest)
         self.out_modulation = zero_init(nn.Linear(dim, 2 * finest))
-        self.out = zero_init(nn.Conv3d(finest, self.fold**3, 1))
-        self.mix = zero_init(nn.Linear(dim, 2 if self.conditioned else 1))
+        self.out = full_precision(zero_init(nn.Conv3d(finest, self.fold**3, 1)))
+        self.mix = full_precision(zero_init(nn.Linear(dim, 2 if self.conditioned else 1)))
 
     def _source(self, size: int) -> int:
         """The encoder stage lifted to a ``size``^3 grid: the coarsest that is still fine enough.
@@ -231,14 +233,14 @@ class CascadeStage(ActivationCheckpointing):
         ]
         if self.lift_detail is not None:
             features[0] = features[0] + self._run(self.lift_detail, images[0], self.geometry, self.volume_size)
-        tokens, embedding = self._context(images[-1])
+        tokens, embedding = with_cast_weights(self._context, self.context_norm, self.summary)(images[-1])
         previous = self._prepare_previous(previous, xrays.shape[0])
         if previous is not None:
-            features[0] = features[0] + self.previous_stem(self._folded(previous))
+            features[0] = features[0] + self._run(self.previous_stem, self._folded(previous))
             level = embedding.new_zeros(xrays.shape[0]) if previous_noise_level is None else previous_noise_level
-            embedding = embedding + self.previous_noise(sinusoidal_embedding(level))
-        keys_values = [block.keys_values(tokens) for block in self.vit]
-        return Condition(features, keys_values, embedding, previous)
+            embedding = embedding + self._run(self.previous_noise, sinusoidal_embedding(level))
+        keys_values = with_cast_weights(self._keys_values, *(block.context for block in self.vit))
+        return Condition(features, keys_values(tokens), embedding, previous)
 
     def _prepare_previous(self, previous, batch):
         """The previous volume at this stage's size, float32."""
@@ -252,19 +254,22 @@ class CascadeStage(ActivationCheckpointing):
         size = (self.volume_size,) * 3
         if previous.shape[2:] == size:
             return previous.float()
-        return F.interpolate(previous.float(), size=size, mode="trilinear", align_corners=False)
+        return upsample_trilinear(previous.float(), size)
+
+    def _keys_values(self, tokens):
+        return [block.keys_values(tokens) for block in self.vit]
 
     def _folded(self, volume):
         return volume if self.fold == 1 else pixel_unshuffle_3d(volume, self.fold)
 
     def _context(self, image):
         """Coarsest X-ray features (B V, C, h, w) -> tokens (B, V P, C) and their summary (B, C)."""
-        x = F.silu(normalise(image, self.context_norm))
+        x = norm_silu(image, self.context_norm)
         if x.shape[-1] > self.context_grid:
             x = F.adaptive_avg_pool2d(x, self.context_grid)
         x = x.unflatten(0, (-1, self.num_views))  # (B, V, C, g, g)
         summary = self.summary(x.mean(dim=(-2, -1)).flatten(1))
-        tokens = (x + self.context_position_embedding).flatten(3)  # (B, V, C, P)
+        tokens = (x + self.context_position_embedding.to(x.dtype)).flatten(3)  # (B, V, C, P)
         return tokens.permute(0, 1, 3, 2).flatten(1, 2), summary
 
     # -- once per step ---------------------------------------------------------------------------
@@ -274,11 +279,11 @@ class CascadeStage(ActivationCheckpointing):
         size = (self.volume_size,) * 3
         if x_t.ndim != 5 or x_t.shape[1] != 1 or x_t.shape[2:] != size:
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}; expected (B, 1, {', '.join(map(str, size))})")
-        embedding = F.silu(self.time(sinusoidal_embedding(position)) + condition.embedding)  # (B, E)
-        x = self.stem(self._folded(x_t))  # (B, C_0, g_0, g_0, g_0)
+        embedding = F.silu(self._run(self.time, sinusoidal_embedding(position)) + condition.embedding)  # (B, E)
+        x = self._run(self.stem, self._folded(x_t))  # (B, C_0, g_0, g_0, g_0)
         # Pure noise holds nothing of the volume and only disturbs the X-ray features: its share starts by falling with
         # the noise level, about as alpha does, and is learned from there.
-        share = 1.0 - position.float()[:, None] + self.stem_scale(embedding)
+        share = 1.0 - position.float()[:, None] + self._run(self.stem_scale, embedding)
         x = torch.addcmul(condition.features[0], x, share.to(x.dtype)[:, :, None, None, None])
         skips = [x]
         for down, lifted in zip(self.down, condition.features[1:]):
@@ -287,7 +292,8 @@ class CascadeStage(ActivationCheckpointing):
         x = self._run(self.middle, self._transform(skips.pop(), embedding, condition), embedding)
         for up in reversed(self.up):
             x = self._run(up, x, skips.pop(), embedding)
-        residual = OUTPUT_SCALE * self._run(self._output, x, embedding)  # (B, 1, D, H, W), float32
+        layers = self.out_norm, self.out_modulation
+        residual = OUTPUT_SCALE * self._run(self._output, x, embedding, modules=layers)  # (B, 1, D, H, W), float32
         mix = in_full_precision(self.mix, embedding)[:, :, None, None, None]
         output = torch.addcmul(residual, mix[:, :1], x_t.float())
         if condition.previous is not None:

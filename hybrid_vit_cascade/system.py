@@ -13,6 +13,7 @@ from hybrid_vit_cascade.cascade import DEFAULT_STEPS, Cascade
 from hybrid_vit_cascade.one_step import OneStepPath
 from xray2ct.checkpoints import weights_fingerprint
 from xray2ct.evaluation.statistics import expected_coverage
+from xray2ct.inference.precision import CHECKED, fall_back_where_wrong, precision_name
 from xray2ct.inference.predictor import TRILINEAR, LoadedCheckpoint, Method, Predictor
 from xray2ct.inference.system import pick_device
 from xray2ct.models.blocks import upsample
@@ -140,4 +141,9 @@ def load_cascade_system(
 
     Raises :class:`InputError` naming what cannot be used.
     """
-    return CascadeSystem(Cascade.load(checkpoint, pick_device(device), max_stages, precision), samples, steps, seed)
+    where = pick_device(device)
+    cascade = Cascade.load(checkpoint, where, max_stages, precision_name(precision, where))
+    system = CascadeSystem(cascade, samples, steps, seed)
+    if precision == CHECKED:
+        fall_back_where_wrong(system)
+    return system

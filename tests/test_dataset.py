@@ -190,7 +190,7 @@ def test_films_are_read_as_a_reconstruction_reads_them(tmp_path):
     for spacings in (2, 1):
         if spacings == 1:
             write_dicom(paths[1], np.rint(16 * pixels))
-        with pytest.warns(UserWarning) as caught:
+        with pytest.warns(UserWarning, match="mirrored") as caught:
             xrays = PatientDataset(tmp_path, "all", 16, 64)[0]["xrays"].numpy()
         told = " ".join(str(warning.message) for warning in caught)
         assert "a_lat.dcm: faced right: mirrored" in told

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hybrid_vit_cascade.blocks import PriorLifting
-from xray2ct.geometry.lifting import averaged_to, lift_features, lift_pooled
+from xray2ct.geometry.lifting import averaged_to, lift_features, lift_view
 from xray2ct.geometry.projector import Geometry
 from xray2ct.models.baselines import to_grid
 from xray2ct.models.blocks import Lifting, lift_views
@@ -96,12 +96,17 @@ def test_other_boxes_than_cubes_and_maps_than_squares(size):
                 assert error.max() < allowed_mm(geometry, have, cells), (pixels, view, axis)
 
 
-def test_a_crop_of_the_cube_reads_what_the_whole_reads():
-    geometry, maps = Geometry(), torch.randn(1, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    whole = lift_pooled(maps, geometry, (24, 24, 24))
-    axis = geometry.voxel_centres_mm(24)
-    part = lift_pooled(maps, geometry, (24, 24, 24), grid_mm=(axis[3:9], axis[20:], axis[8:13]))
-    assert torch.allclose(part, whole[..., 3:9, 20:, 8:13], atol=1e-5)
+@GEOMETRIES
+def test_boxes_of_the_cube_read_what_the_whole_reads(geometry):
+    maps, size = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), (6, 4, 5)
+    origins = [(3, 20, 8), (0, 0, 0), (18, 20, 19), (9, 10, 11)]  # two for each map, at the borders and within
+    for view in (0, 1):
+        whole = lift_view(maps, view, geometry, (24, 24, 24))
+        cut = [whole[:, :, z : z + 6, y : y + 4, x : x + 5] for z, y, x in origins]
+        parts = lift_view(maps, view, geometry, (24, 24, 24), (origins, size))
+        assert torch.allclose(parts, torch.stack([c[i // 2] for i, c in enumerate(cut)]), atol=1e-4)
+        both = lift_view(maps, view, geometry, (24, 24, 24), (origins[:1], size))  # one for all maps
+        assert torch.allclose(both, cut[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(10, 10), (24, 12), (32, 40), (48, 80)])

@@ -111,7 +111,7 @@ def load_pipeline(
 ) -> Pipeline:
     """Load a stage-1 checkpoint, and a stage-2 one for 256^3: ``hu, affine = pipeline(pa, lateral)``.
 
-    base: also a baseline's. device: auto, cpu, cuda, ... precision: float32, bfloat16, float16 or auto. tile: see
+    base: also a baseline's. device: auto, cpu, cuda, ... precision, tile: see
     :class:`DirectSystem`. Raises :class:`InputError` naming the file when a checkpoint is missing, damaged, of another
     kind or unfit for the other.
     """

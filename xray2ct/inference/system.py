@@ -16,12 +16,14 @@ from torch import nn
 from model_enhanced import RefinementNetwork
 from xray2ct.checkpoints import check_compatible, weights_fingerprint
 from xray2ct.files import InputError
+from xray2ct.inference.precision import CHECKED, fall_back_where_wrong, precision_name
 from xray2ct.inference.predictor import TRILINEAR, LoadedCheckpoint, Method, Predictor
 from xray2ct.models.blocks import upsample
 from xray2ct.models.coarse import CoarseModel
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.memory import TILES, choose_tile
-from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
+from xray2ct.models.working_weights import cast_weights_
+from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 
 
 def pick_device(name: str) -> torch.device:
@@ -52,12 +54,23 @@ def check_finite(volume: torch.Tensor, origin: str, precision: str = "float32") 
     raise InputError(f"{origin}: the predicted volume holds NaN or infinite values; {hint}")
 
 
+def to_host(volume: torch.Tensor) -> torch.Tensor:
+    """The volume on the CPU: from a GPU by one copy to pinned memory, which torch keeps for the next one."""
+    if volume.device.type != "cuda":
+        return volume
+    host = torch.empty(volume.shape, dtype=volume.dtype, pin_memory=True)
+    host.copy_(volume, non_blocking=True)
+    torch.cuda.current_stream(volume.device).synchronize()
+    return host
+
+
 class DirectSystem(Predictor):
     """Stage 1 and, when given, stage 2, ready for inference.
 
     base, refinement: checkpoint files; base may be a baseline's. device: auto, cpu, cuda, ... precision: float32,
-    bfloat16, float16 or auto. tile: coarse voxels per axis that stage 2 refines at once; "auto" looks at the free
-    memory, 0 forces the whole volume. Raises :class:`InputError` naming the file when a checkpoint is missing, damaged
+    bfloat16, float16, auto, or checked (float32 on a CPU, on a GPU bfloat16 where it computes that right). tile: coarse
+    voxels per axis that stage 2 refines at once; "auto" looks at the free memory, 0 forces the whole volume.
+    Raises :class:`InputError` naming the file when a checkpoint is missing, damaged
     or of another kind, or when the two are of different geometries or sizes.
     """
 
@@ -68,7 +81,7 @@ class DirectSystem(Predictor):
             raise InputError(f"--tile is {tile!r}; expected auto, 0 (the whole volume) or a number of coarse voxels")
         self.device, self.tile = pick_device(device), tile
         self.base, self.refined_by = str(base), str(refinement)
-        self.precision = Precision(precision, self.device)
+        self.precision = Precision(precision_name(precision, self.device), self.device)
         model, self.checkpoint = load_base_model(base, self.device)
         assert isinstance(model, CoarseModel)
         self.model = model
@@ -91,9 +104,14 @@ class DirectSystem(Predictor):
         self.xray_size = max(header["xray_size"] for header in (self.checkpoint, *guides))  # the finest trained at
         if self.device.type == "cpu":
             keep_freed_memory()  # page faults were over a quarter of the time of a 256^3 volume
-            for network in (self.model, self.refinement):
-                if network is not None:
-                    to_channels_last(network)
+        for network in (self.model, self.refinement):
+            if network is not None:
+                set_memory_format(network)
+        if precision == CHECKED:
+            fall_back_where_wrong(self)
+        for network in (self.model, self.refinement):
+            if network is not None and self.precision.name != "float32":
+                cast_weights_(network, self.precision.dtype)  # once, and not at each call
 
     @property
     def guided(self) -> bool:
@@ -126,9 +144,10 @@ class DirectSystem(Predictor):
         guide = xrays.to(self.device) if self.guided else None
         for tile in self._tiles(coarse):
             try:
+                whole = tile is None  # tiles are smaller than what fits, and collected on the CPU
                 with torch.inference_mode(), self.precision.autocast():
-                    volume = self.refinement.refine(coarse.to(self.device), guide, tile, device="cpu")
-                return check_finite(volume, self.refined_by, self.precision.name)
+                    volume = self.refinement.refine(coarse.to(self.device), guide, tile, None if whole else "cpu")
+                return to_host(check_finite(volume, self.refined_by, self.precision.name))
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
         raise InputError(
@@ -148,7 +167,7 @@ class DirectSystem(Predictor):
 
     def predict(self, xrays: torch.Tensor) -> torch.Tensor:
         coarse = self.coarse(xrays)
-        return coarse.cpu() if self.refinement is None else self.refine(coarse, xrays)
+        return to_host(coarse) if self.refinement is None else self.refine(coarse, xrays)
 
     def methods(self) -> dict[str, Method]:
         """Stage 1 alone, or stage 2 with plain upsampling of the same stage-1 volume and its ceiling.

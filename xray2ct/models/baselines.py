@@ -10,7 +10,10 @@ from xray2ct.geometry.lifting import pooled_to
 from xray2ct.geometry.projector import Geometry
 from xray2ct.models.blocks import ResidualBlock, XrayEncoder, group_norm, in_full_precision, prepare_xrays
 from xray2ct.models.coarse import CoarseModel, check_shape
+from xray2ct.models.normalisation import norm_silu
 from xray2ct.models.registry import register
+from xray2ct.models.upsampling import upsample_trilinear
+from xray2ct.models.working_weights import full_precision
 
 KINDS = UNET, MEAN = "lifting_unet", "mean_volume"  # of their checkpoints
 
@@ -50,7 +53,7 @@ class DecoderScale(nn.Module):
         pa, lateral = self.skips[0](pa), self.skips[1](lateral)
         x = replicate(to_grid(pa, (depth, width)), to_grid(lateral, (depth, height)))
         if self.reduce is not None:
-            x = x + F.interpolate(self.reduce(coarse), size=size, mode="trilinear", align_corners=False)
+            x = x + upsample_trilinear(self.reduce(coarse), size)
         return self.blocks(x)
 
 
@@ -92,7 +95,7 @@ class LiftingUNet(CoarseModel):
             ]
         )
         self.norm = group_norm(c // 2)
-        self.head = nn.Conv3d(c // 2, 1, 1)
+        self.head = full_precision(nn.Conv3d(c // 2, 1, 1))
         nn.init.constant_(self.head.bias, 0.2)  # a volume of lungs and soft tissue averages about that
 
     def forward(self, xrays):
@@ -106,7 +109,7 @@ class LiftingUNet(CoarseModel):
         for scale, divisor, level in zip(self.decoder, (8, 4, 2, 1), (3, 3, 2, 1)):
             size = tuple(n // divisor for n in self.volume_size)
             x = self._run(scale, x, pa[level], lateral[level], size)
-        volume = in_full_precision(self.head, F.silu(in_full_precision(self.norm, x)))
+        volume = in_full_precision(self.head, norm_silu(x, self.norm))
         return (volume if self.training else volume.clamp(0.0, 1.0)), {}
 
 

@@ -10,8 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from xray2ct.files import InputError, whole_number
-from xray2ct.geometry.lifting import averaged_to, lift_pooled
+from xray2ct.geometry.lifting import averaged_to, lift_view
 from xray2ct.geometry.projector import Geometry
+from xray2ct.models.normalisation import layer_norm, norm_silu
+from xray2ct.models.upsampling import upsample_trilinear
+from xray2ct.models.working_weights import with_cast_weights
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -60,9 +63,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = zero_init(conv(channels, channels, 3, padding=1))
 
     def forward(self, x):
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return x + y
+        y = self.conv1(norm_silu(x, self.norm1))
+        return x + self.conv2(norm_silu(y, self.norm2))
 
 
 def mlp(channels: int, ratio: int = 4) -> nn.Sequential:
@@ -95,8 +97,8 @@ class TransformerBlock(nn.Module):
             zero_init(last)
 
     def forward(self, x):  # (B, N, C)
-        x = x + self.out(attend(*split_heads(self.qkv(self.norm1(x)), 3, self.heads)))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.out(attend(*split_heads(self.qkv(layer_norm(x, self.norm1)), 3, self.heads)))
+        return x + self.mlp(layer_norm(x, self.norm2))
 
 
 class ActivationCheckpointing(nn.Module):
@@ -104,7 +106,12 @@ class ActivationCheckpointing(nn.Module):
 
     activation_checkpointing = False
 
-    def _run(self, function, *inputs):
+    def _run(self, function, *inputs, modules=()):
+        """``function(*inputs)``, recomputed in the backward pass where that is wanted.
+
+        modules: those that ``function`` calls, by default itself; see :func:`working_weights.with_cast_weights`.
+        """
+        function = with_cast_weights(function, *modules or (function,))
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
@@ -142,16 +149,13 @@ class XrayEncoder(nn.Module):
         return features  # 4 x (B V, C_s, H / stride_s, W / stride_s)
 
 
-def lift_views(reduce: nn.ModuleList, features, geometry: Geometry, volume_size, grid_mm=None) -> list[torch.Tensor]:
+def lift_views(reduce: nn.ModuleList, features, geometry: Geometry, volume_size, boxes=None) -> list[torch.Tensor]:
     """Reduce each view's features by its own layer and back-project them: (B V, C, h, w) -> V x (B, c, D, H, W).
 
-    One layer per view, V = 2, or 1 (PA). volume_size, grid_mm: see :func:`lift_pooled`.
+    One layer per view, V = 2, or 1 (PA). volume_size, boxes: see :func:`lift_view`.
     """
-    views = len(reduce)
-    x = features.unflatten(0, (-1, views))
-    x = torch.stack([layer(x[:, v]) for v, layer in enumerate(reduce)], dim=1)  # (B, V, c, h, w)
-    lifted = lift_pooled(x.expand(-1, 2, -1, -1, -1), geometry, volume_size, grid_mm)
-    return list(lifted.unbind(1))[:views]
+    views = features.unflatten(0, (-1, len(reduce))).unbind(1)
+    return [lift_view(layer(x), v, geometry, volume_size, boxes) for v, (layer, x) in enumerate(zip(reduce, views))]
 
 
 class Lifting(nn.Module):
@@ -166,9 +170,9 @@ class Lifting(nn.Module):
         self.reduce = nn.ModuleList(nn.Conv2d(in_channels, channels, 1) for _ in range(2))
         self.fuse = nn.Conv3d(3 * channels, out_channels, 1)
 
-    def forward(self, features, geometry, volume_size, grid_mm=None):  # (2B, C, h, w)
-        """``volume_size`` covers the whole cube; ``grid_mm`` (z, y, x in mm) picks the voxels of a part of it."""
-        pa, lateral = lift_views(self.reduce, features, geometry, volume_size, grid_mm)  # (B, c, D, H, W) each
+    def forward(self, features, geometry, volume_size, boxes=None):  # (2B, C, h, w)
+        """``volume_size`` covers the whole cube; ``boxes`` are parts of it, see :func:`lift_view`."""
+        pa, lateral = lift_views(self.reduce, features, geometry, volume_size, boxes)  # (B, c, D, H, W) each
         return self.fuse(torch.cat([pa, lateral, pa * lateral], dim=1))
 
 
@@ -243,7 +247,7 @@ def pixel_unshuffle_3d(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
 
 def upsample(coarse: torch.Tensor, scale: int = 4) -> torch.Tensor:
     """Trilinear upsampling ``(B, 1, D, H, W)`` -> ``(B, 1, 4D, 4H, 4W)``, float32: what stage 2 must beat."""
-    return F.interpolate(coarse.float(), scale_factor=scale, mode="trilinear", align_corners=False)
+    return upsample_trilinear(coarse.float(), [scale * n for n in coarse.shape[2:]])
 
 
 class DenseBlock(nn.Module):

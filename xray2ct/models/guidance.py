@@ -44,15 +44,9 @@ class Guidance(nn.Module):
         """Features of every voxel of a window at ``scale``, ``(windows, C, D, H, W)``; 0 where the gate is 0."""
         gate = features["gate"]
         each = len(window.origins) // gate.shape[0] if len(window.origins) > 1 else 1
-        lifted = self._lift(features[scale], window, scale, each, geometry)
-        return lifted * gate.repeat_interleave(each).view(-1, 1, 1, 1, 1).to(lifted.dtype)
-
-    def _lift(self, maps, window: Window, scale: int, each: int, geometry: Geometry):
         lift, size = self.lift[str(scale)], tuple(n * scale for n in window.full)
         if window.is_whole:
-            return lift(maps, geometry, size).repeat_interleave(each, 0)
-        grids = [window.grid_mm(geometry, i, scale, maps.device) for i in range(len(window.origins))]
-        if len(grids) == 1:
-            return lift(maps, geometry, size, grids[0])
-        samples = maps.unflatten(0, (-1, 2))
-        return torch.cat([lift(samples[i // each], geometry, size, grid) for i, grid in enumerate(grids)])
+            lifted = lift(features[scale], geometry, size).repeat_interleave(each, 0)
+        else:
+            lifted = lift(features[scale], geometry, size, window.boxes(scale))
+        return lifted * gate.repeat_interleave(each).view(-1, 1, 1, 1, 1).to(lifted.dtype)

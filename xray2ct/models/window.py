@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from xray2ct.geometry.projector import Geometry
-
 
 class Window:
     """A box of a volume's voxels: origins ``[(z, y, x), ...]`` of one common size.
@@ -31,7 +29,10 @@ class Window:
         A window at the border is shifted instead of cut, so that all samples keep one size and what
         lies outside the volume is zero padding there, as in the whole volume.
         """
-        size = tuple(min(n, -(-(s + 2 * margin + step - 1) // step) * step) for s, n in zip(self.size, self.full))
+        size = tuple(
+            min(n, max(-(-(o + s + margin) // step) - (o - margin) // step for o in starts) * step)
+            for starts, s, n in zip(zip(*self.origins), self.size, self.full)
+        )
         origins = [
             tuple(min(max(0, (o - margin) // step * step), n - s) for o, s, n in zip(origin, size, self.full))
             for origin in self.origins
@@ -53,13 +54,9 @@ class Window:
         each = len(boxes) // volumes.shape[0]
         return torch.stack([volumes[i // each, :, box[0], box[1], box[2]] for i, box in enumerate(boxes)])
 
-    def grid_mm(self, geometry: Geometry, index: int, scale: int, device) -> tuple[torch.Tensor, ...]:
-        """Centres (z, y, x) in mm of one window's voxels, ``scale`` times finer."""
-        origin = self.origins[index]
-        return tuple(
-            geometry.voxel_centres_mm(n * scale, device=device)[o * scale : (o + s) * scale]
-            for o, s, n in zip(origin, self.size, self.full)
-        )
+    def boxes(self, scale: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+        """Origins and size of the windows in voxels ``scale`` times finer; see :func:`lifting.lift_view`."""
+        return [tuple(o * scale for o in origin) for origin in self.origins], tuple(n * scale for n in self.size)
 
 
 def patch_window(origins, patch, full) -> Window:

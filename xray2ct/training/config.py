@@ -48,8 +48,10 @@ class CommonTraining:
     min_learning_rate_ratio: float = setting(0.01, minimum=0.0, maximum=1.0)  # where the cosine ends
     ema_decay: float = setting(0.999, minimum=0.0, maximum=1.0)  # 0 switches the moving average off
     precision: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
-    channels_last: bool = True  # memory format of the convolutions
-    compile: bool = False  # torch.compile
+    # Memory format of the convolutions: auto is channels-last on CPUs, contiguous on GPUs.
+    channels_last: bool | str = setting("auto", choices=("auto", True, False))
+    # torch.compile: of the repeated blocks (compiled once a kind), or of the whole network ("model", as true does).
+    compile: bool | str = setting(False, choices=(False, "blocks", "model", True))
     seed: int = setting(0, minimum=0)
 
 
@@ -208,7 +210,7 @@ def check_config(config, origin: str, prefix: str = "") -> None:
 def _expected(value, minimum=None, maximum=None, between=None, choices=None) -> str | None:
     """What a value had to be; None when it is."""
     if choices and value not in choices:
-        return f"one of {', '.join(choices)}"
+        return f"one of {', '.join(c if isinstance(c, str) else json.dumps(c) for c in choices)}"
     if between and not between[0] <= value <= between[1]:
         return f"{between[0]} to {between[1]}" if between[0] < between[1] else f"{between[0]}"
     if minimum is not None and value < minimum:

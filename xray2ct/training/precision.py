@@ -42,8 +42,19 @@ def _best_precision(device: torch.device) -> str:
     return "bfloat16" if supported else "float32"
 
 
+def set_memory_format(model: nn.Module, channels_last: bool | str = "auto") -> nn.Module:
+    """Lay out convolution weights for the device that ``model`` is on; activations follow the weights.
+
+    channels_last: ``auto`` is channels-last on CPUs and contiguous on GPUs: one H200 took 90 ms for 16 samples of
+    stage 1 forward and backward so, and 117 ms channels-last. True and False are one or the other.
+    """
+    if channels_last == "auto":
+        channels_last = next((p.device.type for p in model.parameters()), "cpu") == "cpu"
+    return to_channels_last(model) if channels_last else model
+
+
 def to_channels_last(model: nn.Module) -> nn.Module:
-    """Store convolution weights channels-last: activations follow; faster on CPUs and tensor cores."""
+    """Store convolution weights channels-last."""
     for module in model.modules():
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
             module.to(memory_format=torch.channels_last_3d)

@@ -18,7 +18,7 @@ from xray2ct.models.registry import REFINEMENT_KIND
 from xray2ct.models.window import patch_window
 from xray2ct.training.config import RefinementConfig, config_dict
 from xray2ct.training.distributed import Processes
-from xray2ct.training.precision import Precision, to_channels_last
+from xray2ct.training.precision import Precision, set_memory_format
 from xray2ct.training.task import RegressionTask, refuse_losses
 
 
@@ -35,8 +35,7 @@ class RefinementTask(RegressionTask):
         refuse_losses(config.loss, self.impossible_losses())
         self.base, self.base_checkpoint = load_base_model(config.base_checkpoint, processes.device)
         self.base.requires_grad_(False)
-        if config.training.channels_last:
-            to_channels_last(self.base)
+        set_memory_format(self.base, config.training.channels_last)
         self.fingerprint = weights_fingerprint(self.base.state_dict())
         self.coarse_size = self.base.volume_size[0]
         self.size = RefinementNetwork.scale * self.coarse_size
@@ -134,11 +133,15 @@ class RefinementTask(RegressionTask):
         return coarse.float()
 
     def patch_origins(self, random: SampleRandom) -> list[list[tuple[int, ...]]]:
-        """Corners (z, y, x) of each volume's patches, in coarse voxels, evenly over those that lie inside."""
-        patch = self.config.patch
-        places = self.coarse_size - patch.size + 1
+        """Corners (z, y, x) of each volume's patches, in coarse voxels, drawn evenly from those on the trunk's cells.
+
+        Windows there are no wider than patch and context. The last place is among them though it may lie between.
+        """
+        patch, step = self.config.patch, RefinementNetwork.stride
+        last = self.coarse_size - patch.size
+        cells = -(-last // step) + 1
         names = [[f"patch {number} {axis}" for axis in "zyx"] for number in range(patch.per_volume)]
-        draws = [[[int(u * places) for u in random.on_host(name)] for name in axes] for axes in names]
+        draws = [[[min(last, step * int(u * cells)) for u in random.on_host(n)] for n in axes] for axes in names]
         return [[tuple(axis[sample] for axis in axes) for axes in draws] for sample in range(len(random))]
 
     def gate(self, random: SampleRandom) -> torch.Tensor:

@@ -23,6 +23,7 @@ FREE_ON_RESUME = (
     "data.device_cache",
     "data.cache_dir",
     "data.dataset_path",
+    "training.channels_last",  # where a tensor's numbers lie; "auto" since it became the default
 )
 VOLUMES = ("cube_size", "couch_removed", "assume_ras")  # how prepare_data.py made the volumes, in the manifest
 # Header entries that describe the data; a checkpoint of an earlier version lacks the later ones.

@@ -14,7 +14,7 @@ from xray2ct.files import InputError
 from xray2ct.training.config import config_dict, config_hash
 from xray2ct.training.distributed import Processes
 from xray2ct.training.ema import MovingAverage
-from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
+from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 from xray2ct.training.run_identity import check_same_run
 from xray2ct.training.task import Task
 
@@ -29,8 +29,7 @@ class RunState:
         if processes.device.type == "cpu":
             keep_freed_memory()
         self.model = model.to(processes.device)
-        if training.channels_last:
-            to_channels_last(self.model)
+        set_memory_format(self.model, training.channels_last)
         self.average = MovingAverage(self.model, training.ema_decay) if training.ema_decay > 0 else None
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, training.weight_decay),

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from xray2ct.checkpoints import LAST, WriteError, remove_leftovers
 from xray2ct.files import InputError
+from xray2ct.training.compiling import compiled
 from xray2ct.training.convolution_check import reduced_precision_defects
 from xray2ct.training.distributed import Processes, data_parallel, lost_peer
 from xray2ct.training.feed import Feed, sample_loader
@@ -80,7 +81,8 @@ class Trainer(RunState):
         self.pace, self.read_at = 1, time.monotonic()  # steps between readings of several processes; the last one
         self.skipped = 0  # float16 steps in a row
         self.failed = torch.zeros((), dtype=torch.bool, device=processes.device)  # no step is taken any more
-        self.single: Any = torch.compile(self.model) if training.compile else self.model
+        say = print if processes.is_main else lambda _: None
+        self.single: Any = compiled(self.model, training.compile, processes.device, say)
 
     @functools.cached_property
     def runner(self) -> Any:
