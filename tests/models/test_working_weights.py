@@ -1,4 +1,4 @@
-"""Weights in the dtype of autocast: cast once a step, same gradients, no trace in the checkpoint."""
+"""Weights cast once a step: values and gradients as autocast gives them, with few casts; float32 where it counts."""
 
 import copy
 
