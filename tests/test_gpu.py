@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import train_enhanced_4gpu
 from dataset import PatientDataset
@@ -13,7 +15,7 @@ from losses import EnhancedLoss
 from model_enhanced import RefinementNetwork
 from tests.helpers.convolutions import PLAIN, spoiled
 from tests.helpers.runs import build
-from tests.helpers.tiny_data import TINY_REFINEMENT, largest_difference, make_dataset, make_model
+from tests.helpers.tiny_data import TINY_REFINEMENT, largest_difference, make_checkpoint, make_dataset, make_model
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.data import warp as warp_module
 from xray2ct.data.augment import AugmentConfig, PairMaker, random_affine, random_displacement
@@ -23,7 +25,10 @@ from xray2ct.data.warp import DensityChange, SmoothWarp
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import lift_features
 from xray2ct.geometry.projector import Geometry, line_integrals, render_xrays
+from xray2ct.inference.system import DirectSystem
 from xray2ct.models.memory import available_memory
+from xray2ct.models.normalisation import norm_silu
+from xray2ct.models.upsampling import upsample_trilinear
 from xray2ct.training.config import DataConfig
 from xray2ct.training.convolution_check import convolution_defect
 from xray2ct.training.determinism import deterministic
@@ -242,3 +247,34 @@ def test_plain_python_uses_the_gpus_there_are(root, tmp_path, capfd):
     assert train_enhanced_4gpu.main(options) == 0
     count = min(4, torch.cuda.device_count())
     assert f"Processes: {count} on cuda" in capfd.readouterr().out
+
+
+def test_upsampling_by_matrices_and_norms_in_bfloat16_equal_the_cpu():
+    x, norm = torch.randn(2, 16, 8, 8, 8), nn.GroupNorm(4, 16)
+    expected = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
+    assert torch.allclose(upsample_trilinear(x.cuda(), (16, 16, 16)).cpu(), expected, atol=1e-5)
+    expected = F.silu(norm(x))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = norm_silu(x.cuda().bfloat16(), norm.cuda())
+    assert found.dtype == torch.bfloat16
+    assert (found.float().cpu() - expected).abs().max() < 0.05
+
+
+def test_checked_precision_predicts_what_float32_does_and_the_volume_comes_back_pinned(root, tmp_path):
+    base, xrays = make_checkpoint(tmp_path / "base.pt", root), torch.rand(1, 2, 64, 64)
+    system = DirectSystem(base, device="cuda", precision="checked")
+    found, expected = system.predict(xrays), DirectSystem(base, device="cpu").predict(xrays)
+    assert found.device.type == "cpu"
+    assert found.is_pinned()
+    assert (found - expected).abs().max() < 0.02
+
+
+def test_patches_lifted_together_equal_the_cpu():
+    torch.manual_seed(0)
+    network = RefinementNetwork(**TINY_REFINEMENT).train()
+    torch.nn.init.normal_(network.out.weight, std=0.05)
+    coarse, xrays = torch.rand(2, 1, 16, 16, 16), torch.rand(2, 2, 64, 64)
+    region = {"origins": [[(0, 0, 0), (8, 6, 2)]] * 2, "patch": 8, "context": 4}
+    expected = network(coarse, xrays, **region)
+    found = network.cuda()(coarse.cuda(), xrays.cuda(), **region).cpu()
+    assert torch.allclose(found, expected, atol=5e-3)

@@ -1,4 +1,4 @@
-"""Weights cast once a step: values and gradients as autocast gives them, with few casts; float32 where it counts."""
+"""Weights cast once a step: values and gradients of autocast alone, with few casts; float32 where it counts."""
 
 import copy
 

@@ -69,9 +69,9 @@ class DirectSystem(Predictor):
 
     base, refinement: checkpoint files; base may be a baseline's. device: auto, cpu, cuda, ... precision: float32,
     bfloat16, float16, auto, or checked (float32 on a CPU, on a GPU bfloat16 where it computes that right). tile: coarse
-    voxels per axis that stage 2 refines at once; "auto" looks at the free memory, 0 forces the whole volume.
-    Raises :class:`InputError` naming the file when a checkpoint is missing, damaged
-    or of another kind, or when the two are of different geometries or sizes.
+    voxels per axis that stage 2 refines at once; "auto" looks at the free memory, 0 forces the whole volume. Raises
+    :class:`InputError` naming the file when a checkpoint is missing, damaged or of another kind, or when the two are of
+    different geometries or sizes.
     """
 
     name = "the direct system"

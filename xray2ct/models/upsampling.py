@@ -21,11 +21,12 @@ def upsample_trilinear(x: torch.Tensor, size) -> torch.Tensor:
     if x.device.type == "cpu" and x.shape[1] > 1:
         return F.interpolate(x, size=size, mode="trilinear", align_corners=False)
     depth, height, width = (_matrix(have, want, x.device, x.dtype) for have, want in zip(x.shape[2:], size))
-    rows = x.shape[:2].numel() * x.shape[2]
+    volumes = x.shape[0] * x.shape[1]
+    rows = volumes * x.shape[2]
     with torch.autocast(x.device.type, enabled=False):  # a volume stays in float32
         y = x.reshape(-1, x.shape[4]) @ width.T
         y = torch.bmm(height.expand(rows, -1, -1), y.view(rows, x.shape[3], size[2]))
-        y = torch.bmm(depth.expand(x.shape[:2].numel(), -1, -1), y.view(-1, x.shape[2], size[1] * size[2]))
+        y = torch.bmm(depth.expand(volumes, -1, -1), y.view(-1, x.shape[2], size[1] * size[2]))
     return y.view(*x.shape[:2], *size)
 
 

@@ -73,7 +73,7 @@ def _in_place_of_parameters(copies: dict[Place, torch.Tensor]) -> Iterator[None]
     kept = {(module, name): module._parameters[name] for module, name in copies}
     try:
         for (module, name), copy in copies.items():
-            module._parameters[name] = copy  # ty: ignore[invalid-assignment]
+            module._parameters[name] = copy
         yield
     finally:
         for (module, name), parameter in kept.items():
