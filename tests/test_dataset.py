@@ -159,7 +159,7 @@ def test_a_folder_without_manifest_works_with_stated_defaults(tmp_path):
     own = render_xrays(hu, Geometry(), (512, 512))
     expected = torch.nn.functional.interpolate(own, size=64, mode="area")[0].clip(0, 1)
     assert torch.allclose(items["c"]["xrays"], expected, atol=0.02)  # missing: rendered
-    assert np.corrcoef(items["a"]["xrays"][0].ravel(), render_64(0)[0].ravel())[0, 1] > 0.99  # 8 bit: as given
+    assert np.corrcoef(items["a"]["xrays"][0].ravel(), render_64(0)[0].ravel())[0, 1] > 0.8  # 8 bit: read as a film
 
 
 @pytest.mark.parametrize("size", [64, 96, 600])
@@ -190,10 +190,9 @@ def test_films_are_read_as_a_reconstruction_reads_them(tmp_path):
     for spacings in (2, 1):
         if spacings == 1:
             write_dicom(paths[1], np.rint(16 * pixels))
-        with pytest.warns(UserWarning, match="mirrored") as caught:
+        with pytest.warns(UserWarning, match="faced right: mirrored") as caught:
             xrays = PatientDataset(tmp_path, "all", 16, 64)[0]["xrays"].numpy()
         told = " ".join(str(warning.message) for warning in caught)
-        assert "a_lat.dcm: faced right: mirrored" in told
         assert ("a_lat.dcm: its pixel spacing is missing" in told) == (spacings == 1)
         for xray, expected in zip(xrays, read_pair(*paths, size=64, geometry=Geometry()).views):
             assert xray == pytest.approx(expected.pixels, abs=1e-4)

@@ -42,8 +42,7 @@ def settle_spacings(known: dict[str, bool]) -> tuple[bool, str]:
     has = next(path for path, value in known.items() if value)
     lacks = next(path for path, value in known.items() if not value)
     return False, (
-        f"{lacks}: its pixel spacing is missing, that of {has} is known: neither is used, each picture is taken for the"
-        " whole field that the model sees (--pixel-spacing-mm gives it)"
+        f"{lacks}: its pixel spacing is missing, that of {has} is known: neither is used (--pixel-spacing-mm gives it)"
     )
 
 
