@@ -34,12 +34,14 @@ from xray2ct.files import InputError, atomic_path, check_writable, run_cli, writ
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.imaging.read_films import FilmWarning
 from xray2ct.imaging.read_xray import write_png16
+from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.inference.reconstruction import Pipeline
 from xray2ct.inference.system import DirectSystem
 from xray2ct.metrics import psnr
 
 REACH = 8  # voxels per axis that a volume may be moved to fit
 CLEAN = "clean"
+OWN = (CLEAN, "no couch")  # cases that are no films
 
 
 @dataclass
@@ -63,6 +65,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="how each checkpoint's films are read: one for all, or one each (default auto)",
     )
     parser.add_argument("--output", type=Path, default=Path("film_benchmark"), help="folder (default %(default)s)")
+    parser.add_argument(
+        "--spacing",
+        choices=("unknown", "known"),
+        default="unknown",
+        help="known: the reader is told the films' pixel spacing, as by a DICOM header (default %(default)s)",
+    )
     parser.add_argument("--films", type=Path, help="keep the pictures in this folder")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="patients (default %(default)s)")
     parser.add_argument("--case", action="append", choices=(CLEAN, *CASES), help="only this one; repeat for several")
@@ -132,16 +140,17 @@ def best_psnr(prediction: torch.Tensor, target: torch.Tensor, reach: int = REACH
     return min(100.0, -10 * math.log10(max(error, 1e-10)))
 
 
-def score(network: Network, paths: list[Path], target: torch.Tensor) -> dict:
+def score(network: Network, paths: list[Path], target: torch.Tensor, exposure: Exposure | None) -> dict:
     """A row of the result: scores of one pair of files, or why the reader refused it.
 
+    exposure: what the reader is told of the pixel spacing.
     target: ``(1, 1, N, N, N)`` in [0, 1], at least as fine as the network's volumes.
     """
     pipeline = network.pipeline
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FilmWarning)  # they are among the notes
-            xrays = pipeline.read(*map(str, paths), normalization=network.normalization)
+            xrays = pipeline.read(*map(str, paths), normalization=network.normalization, exposure=exposure)
     except InputError as error:
         return {"refused": str(error)}
     prediction = pipeline.predict(xrays)
@@ -192,7 +201,9 @@ def run(args: argparse.Namespace, networks: list[Network], folder: Path) -> list
                 paths, target = pictures(name, rendering, patient, folder, args.seed), volume
             for network in networks:
                 row = {"case": name, "patient": patient, "network": network.name}
-                rows.append({**row, **score(network, paths, target)})
+                told = Exposure(rendering.pixel_mm, spacing_at_patient=True)
+                exposure = told if args.spacing == "known" and name not in OWN else None
+                rows.append({**row, **score(network, paths, target, exposure)})
     return rows
 
 
@@ -254,7 +265,7 @@ def main(argv=None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         rows = run(args, networks, folder)
     entries = table(rows, networks)
-    settings = {"data": str(args.data), "split": args.split, "seed": args.seed}
+    settings = {"data": str(args.data), "split": args.split, "seed": args.seed, "spacing": args.spacing}
     described = [{"name": n.name, "checkpoint": n.path, "normalization": n.normalization} for n in networks]
     write_json(results[0], {**settings, "networks": described, "table": entries, "rows": rows})
     text = markdown(entries, networks)

@@ -250,7 +250,7 @@ def test_padding_has_no_part_in_the_scale():
 
 
 def test_the_couch_is_cut_off_films_only(volumes):
-    maker, random = chain(probability=0.5), SampleRandom(range(8))
+    maker, random = chain(probability=0.5, no_couch=0.0), SampleRandom(range(8))
     bodies = torch.zeros(8, 1, SIZE, SIZE, SIZE, dtype=torch.uint8)
     bodies[..., :40, :] = 1
     stored = (volumes[:1] * 65535).round().to(torch.uint16).expand(8, -1, -1, -1, -1)
@@ -260,6 +260,16 @@ def test_the_couch_is_cut_off_films_only(volumes):
     for film, volume in zip(maker.is_film(random).tolist(), got):
         kept = stored[0].int() if not film else stored[0].int() * bodies[0]
         assert torch.equal(volume.int(), kept)
+
+
+def test_the_couch_tells_no_film_from_a_clean_pair():
+    """Of the clean pairs a share has none either."""
+    maker, random = chain(probability=0.5, no_couch=0.4), SampleRandom(range(2000))
+    volumes = torch.ones(2000, 1, 1, 1, 1)
+    kept = maker.without_couch(volumes, torch.zeros_like(volumes), random).flatten() > 0
+    films = maker.is_film(random)
+    assert not kept[films].any()
+    assert kept[~films].float().mean().item() == pytest.approx(0.6, abs=0.06)
 
 
 def test_films_through_the_pair_maker_are_finite_and_in_range(volumes):

@@ -48,6 +48,8 @@ class FilmConfig:
     """
 
     probability: float = setting(0.0, minimum=0.0, maximum=1.0)  # share of the pairs that become films; 0: off
+    # Share of the clean pairs that lose the couch, too: else its absence alone would tell a film, and its grey scale.
+    no_couch: float = setting(0.5, minimum=0.0, maximum=1.0)
     source_distance_mm: list[float] = span(1400.0, 2000.0)  # to the detector; bedside to upright stand
     shift_mm: float = setting(25.0, minimum=0.0)  # across, +- : the patient is not centred
     shift_rows_mm: float = setting(15.0, minimum=0.0)  # along the body, +-
@@ -122,13 +124,14 @@ class FilmChain:
         return random.uniform("film/pair") < self.config.probability
 
     def without_couch(self, volumes: torch.Tensor, bodies: torch.Tensor, random: SampleRandom) -> torch.Tensor:
-        """Set what is outside the patient to air where the pair becomes a film: films show no couch.
+        """Set what is outside the patient to air: in films, which show no couch, and in a share of the clean pairs.
 
         volumes ``(B, 1, D, H, W)``, uint16 (65535 = 1) or float in [0, 1]; bodies: the same shape, 1 in the patient.
         """
         if not self.enabled:
             return volumes
-        keep = (bodies > 0) | ~self.is_film(random).view(-1, 1, 1, 1, 1)
+        removed = self.is_film(random) | (random.uniform("film/no_couch") < self.config.no_couch)
+        keep = (bodies > 0) | ~removed.view(-1, 1, 1, 1, 1)
         air = float(hu_to_unit(torch.tensor(float(AIR_HU)), self.acquisition.hu_window))
         if volumes.dtype == torch.uint16:  # which torch can store but hardly compute with
             air = (round(65535 * air) + 2**15) % 2**16 - 2**15  # the same bits as a signed number
