@@ -53,7 +53,7 @@ class PatientDataset(Dataset):
     split: "train", "val", "test" or "all". max_patients: the first so many (by id).
     hu_window: another window than the data set's own. xray_normalization: for X-rays of a data set
     without manifest (see :func:`read_xray.read_xray`). raw: leave ct_volume as uint16 (65535 = 1) and
-    mask as uint8, to be converted on the device.
+    mask as uint8, to be converted on the device. with_mask: False leaves the mask out.
     Raises :class:`InputError` naming file or folder for anything unusable.
     """
 
@@ -68,6 +68,7 @@ class PatientDataset(Dataset):
         hu_window=None,
         xray_normalization: str = "percentile",
         raw: bool = False,
+        with_mask: bool = True,
     ):
         self.root = Path(root)
         patients = find_patients(self.root)
@@ -98,7 +99,8 @@ class PatientDataset(Dataset):
             raise InputError(f"{self.root}: the {split} split is empty ({len(patients)} patients in all)")
         self._patients = patients
         self._normalization = "manifest" if manifest.present else xray_normalization
-        self.volume_size, self.xray_size, self.raw = int(volume_size), xray_size, raw
+        self.volume_size, self.xray_size = int(volume_size), xray_size
+        self.raw, self.with_mask = raw, with_mask
         if self.cube_size % self.volume_size:
             raise InputError(f"volume size {volume_size} does not divide the data set's cube of {self.cube_size}")
         self.cache = Path(cache_dir) if cache_dir else self.root / ".cache"
@@ -118,15 +120,15 @@ class PatientDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         patient = self._patients[self.ids[index]]
         volume, mask, affine = self._volume(patient)
-        volume, mask = torch.from_numpy(np.array(volume))[None], torch.from_numpy(np.array(mask))[None]
-        if not self.raw:
-            volume, mask = volume.float().div_(65535.0), mask.float()
+        volume = torch.from_numpy(np.array(volume))[None]
         item = {
             "id": patient.id,
-            "ct_volume": volume,
-            "mask": mask,
+            "ct_volume": volume if self.raw else volume.float().div_(65535.0),
             "affine": torch.from_numpy(np.array(affine)),
         }
+        if self.with_mask:
+            mask = torch.from_numpy(np.array(mask))[None]
+            item["mask"] = mask if self.raw else mask.float()
         if self.xray_size is not None:
             xrays = self._xrays(patient, self.xray_size)
             item["xrays"] = torch.from_numpy(xrays.astype(np.float32)).div_(65535.0)

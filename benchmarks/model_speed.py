@@ -27,7 +27,8 @@ from xray2ct.geometry.projector import render_xrays
 from xray2ct.training.config import EnhancedConfig, config_dict, load_config
 from xray2ct.training.direct_task import EnhancedTask
 from xray2ct.training.distributed import Processes
-from xray2ct.training.plan import EpochPlan, Positions
+from xray2ct.training.feed import Feed
+from xray2ct.training.plan import EpochPlan
 from xray2ct.training.precision import Precision, keep_freed_memory, to_channels_last
 
 
@@ -136,17 +137,15 @@ def loader(device, config: EnhancedConfig, steps: int) -> None:
     task = EnhancedTask(config, processes)
     repeats = -(-steps * config.training.batch_size // len(task.train_data))
     plan = EpochPlan(len(task.train_data), repeats, config.training.batch_size, 1, processes, 0)
-    workers = config.data.num_workers if device.type == "cuda" else 0
-    data = torch.utils.data.DataLoader(
-        Positions(task.train_data, plan.order(1)), batch_sampler=plan.batches(0), num_workers=workers
-    )
+    feed = Feed(task.train_data, config.data, processes)
     start, count = None, 0
-    for raw in data:
+    for raw in feed.start(plan, 1, 0, 1):
         batch = task.make_batch(raw, raw["position"].tolist(), device)
         synchronise(device)
         count += len(batch["xrays"]) if start else 0
         start = start or time.perf_counter()  # the first batch starts the workers
-    print(f"loader with augmentation: {count / (time.perf_counter() - start):.2f} samples/s ({workers} workers)")
+    where = "data on the device" if feed.cache else f"{feed.workers} workers"
+    print(f"loader with augmentation: {count / (time.perf_counter() - start):.2f} samples/s ({where})")
 
 
 def parse_args(argv=None) -> argparse.Namespace:

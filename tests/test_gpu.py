@@ -1,5 +1,6 @@
 """What only a GPU can show: the same numbers as the CPU, float16 training, NCCL training by plain python."""
 
+import contextlib
 import functools
 import json
 
@@ -7,23 +8,31 @@ import pytest
 import torch
 
 import train_enhanced_4gpu
+from dataset import PatientDataset
 from losses import EnhancedLoss
 from model_enhanced import RefinementNetwork
 from tests.helpers.convolutions import PLAIN, spoiled
 from tests.helpers.runs import build
 from tests.helpers.tiny_data import TINY_REFINEMENT, largest_difference, make_dataset, make_model
 from xray2ct.checkpoints import load_checkpoint
-from xray2ct.data.augment import AugmentConfig, PairMaker
+from xray2ct.data import warp as warp_module
+from xray2ct.data.augment import AugmentConfig, PairMaker, random_affine, random_displacement
+from xray2ct.data.sample_random import SampleRandom
+from xray2ct.data.warp import DensityChange, SmoothWarp
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import lift_features
 from xray2ct.geometry.projector import Geometry, render_xrays
 from xray2ct.models.memory import available_memory
+from xray2ct.training.config import DataConfig
 from xray2ct.training.convolution_check import convolution_defect
 from xray2ct.training.determinism import deterministic
 from xray2ct.training.distributed import Processes
+from xray2ct.training.feed import Feed
+from xray2ct.training.plan import EpochPlan
 from xray2ct.training.signals import SignalCatcher
 from xray2ct.training.trainer import Trainer, fit
 
+CUDA = torch.device("cuda", 0)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can see")
 
 
@@ -82,6 +91,64 @@ def test_pairs_equal_the_cpu():
     one, other = pairs(volume, torch.ones_like(volume), [3]), pairs(volume.cuda(), torch.ones_like(volume).cuda(), [3])
     assert torch.allclose(one["ct_volume"], other["ct_volume"].cpu(), atol=1e-3)
     assert torch.allclose(one["xrays"], other["xrays"].cpu(), atol=1e-3)
+
+
+def test_the_warps_kernel_works_and_equals_the_cpu():
+    """Also at a size that fills whole tiles, and one that does not."""
+    kernel = warp_module._kernel(CUDA)
+    assert kernel is not None, "the Triton kernel does not work here"
+    for shape in ((32, 32, 128), (9, 21, 130)):
+        random, config = SampleRandom([3, 4]), AugmentConfig(elastic_mm=20.0)
+        theta, moved = random_affine(config, 360.0, random), random_displacement(config, 360.0, random)
+        change = DensityChange(random.uniform("a", (1,) * 4, -0.3, 0.3), random.uniform("b", (1,) * 4, -0.1, 0.1), 0.01)
+        volumes = random.uniform("volume", (1, *shape)).mul(65535).round().to(torch.uint16)
+        expected = SmoothWarp(theta, moved, shape).sample(volumes, change)
+        warp = SmoothWarp(theta.cuda(), moved.cuda(), shape)
+        found = warp.sample(volumes.cuda(), DensityChange(change.stretch.cuda(), change.offset.cuda(), change.air))
+        assert torch.allclose(found.cpu(), expected, atol=1e-4)
+
+
+@contextlib.contextmanager
+def not_waiting():
+    """What waits for the GPU is an error within the block."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_making_pairs_does_not_wait_for_the_gpu():
+    volumes = torch.empty(2, 1, 32, 32, 32, dtype=torch.uint16, device="cuda")
+    masks = torch.ones(2, 1, 32, 32, 32, dtype=torch.uint8, device="cuda")
+    pairs = PairMaker(Acquisition(), (16, 16, 16), 32, AugmentConfig(source_size=32, xray_gain=0.1))
+    pairs(volumes, masks, [3, 4])  # kernels are compiled and tried
+    with not_waiting():
+        pairs(volumes, masks, [3, 4])
+
+
+@pytest.mark.parametrize("setting", ["on", "off"])
+def test_samples_on_the_gpu_are_those_of_the_files(root, setting):
+    data, run = PatientDataset(root, "train", 16, None, raw=True), EpochPlan(3, 4, 2, 1, Processes(), seed=1)
+    plain = list(Feed(data, DataConfig(), Processes()).start(run, 1, 0, 2))
+    with contextlib.closing(Feed(data, DataConfig(device_cache=setting), Processes(device=CUDA))) as feed:
+        found = list(feed.start(run, 1, 0, 2))
+    assert (feed.cache is not None) == (setting == "on")
+    assert len(found) == len(plain) == 12
+    for one, other in zip(found, plain):
+        assert one["id"] == other["id"]
+        assert one["position"].tolist() == other["position"].tolist()
+        assert one["ct_volume"].device.type == "cuda"
+        assert torch.equal(one["ct_volume"].cpu().view(torch.int16), other["ct_volume"].view(torch.int16))
+        assert torch.equal(one["mask"].cpu(), other["mask"])
+
+
+def test_reading_ahead_does_not_wait_for_the_gpu(root):
+    data, run = PatientDataset(root, "train", 16, None, raw=True), EpochPlan(3, 4, 2, 1, Processes(), seed=1)
+    feed = Feed(data, DataConfig(device_cache="off"), Processes(device=CUDA))
+    with contextlib.closing(feed), not_waiting():
+        assert len([batch["ct_volume"].float().mul_(2.0) for batch in feed.start(run, 1, 0, 2)]) == 12
 
 
 @pytest.mark.parametrize("precision", ["float16", "auto"])

@@ -105,7 +105,7 @@ def make_task(root, config_path, *overrides, index=0, folder=None):
 
 def raw_batch(task, count=2):
     items = [task.train_data[i] for i in range(count)]
-    return {key: torch.stack([item[key] for item in items]) for key in ("ct_volume", "mask")}
+    return {"ct_volume": torch.stack([item["ct_volume"] for item in items])}
 
 
 # -- a whole run -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ is the same run without any fault. Runs of the real network are killed in test_t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -348,8 +349,9 @@ def test_a_cache_file_is_verified_once_per_process(root, tmp_path, monkeypatch):
 
 def train_with_a_data_worker(config, task, model, output):
     trainer = Trainer(model, task, config, output, Processes())
-    trainer.loader = functools.partial(trainer.loader, workers=1)
-    trainer.train_epoch(SignalCatcher())
+    trainer.feed.workers = 1
+    with contextlib.closing(trainer):
+        trainer.train_epoch(SignalCatcher())
 
 
 def test_a_data_worker_that_raises_names_patient_and_file(tmp_path):

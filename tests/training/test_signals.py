@@ -10,13 +10,14 @@ import time
 import pytest
 import torch
 
-from tests.helpers.faults import REPORT, Run, child
+from tests.helpers.faults import REPORT, Run, around, child
 from tests.helpers.paths import ROOT
 from tools import launch
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import run_cli
 from xray2ct.training import distributed, signals
 from xray2ct.training.distributed import spawn
+from xray2ct.training.feed import Feed
 from xray2ct.training.signals import SignalCatcher, exit_status, passed_on
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups are POSIX")
@@ -163,6 +164,33 @@ def test_a_second_ctrl_c_some_time_later_stops_at_once(tmp_path):
     assert run.end() == 128 + signal.SIGINT, run.text()
     assert "saved" not in run.text()
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def with_loader_processes(words, console, fault, pipe):
+    """One process that trains and two that read for it, as on a GPU, in a group of their own."""
+    os.setsid()
+    torch.multiprocessing.set_start_method("fork", force=True)  # not the server that this process itself came from
+
+    def reading(initialise, feed, *args):
+        initialise(feed, *args)
+        feed.workers = 2
+
+    around(Feed, "__init__", reading)
+    child(words, console, fault, pipe)
+
+
+def test_a_signal_to_the_group_reaches_loader_processes_and_the_step_is_finished(tmp_path):
+    output = tmp_path / "run"
+    overrides = ("training.batch_size=1", "world_size=4", "data.prefetch_factor=1", "logging.checkpoint_minutes=60")
+    run = Run(output, LONG_STEPS, overrides, target=with_loader_processes)
+    run.wait_for_step()
+    to_group(run, signal.SIGTERM)
+    assert run.end() == 128 + signal.SIGTERM, run.text()
+    assert "SIGTERM: saved" in run.text()
+    assert "Traceback" not in run.text()
+    assert load_checkpoint(output / "last.pt")["training_state"]["updates"] > 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.process.pid, 0)  # nobody is left
 
 
 def by_the_launcher(words, console, fault, pipe):

@@ -1,8 +1,9 @@
 """3D augmentation on the device, with the X-rays of the augmented volume rendered in the same step.
 
 Pairs stay physically consistent: the volume is warped first, then both X-rays are rendered from it.
-With few patients most of what the network sees is augmented. Every random number comes from a generator seeded by the
-sample's place in the training run, so resuming and the number of processes do not change it.
+With few patients most of what the network sees is augmented. Every random number is drawn on the batch's device and
+follows from the sample's seed, its place in the training run: resuming, the number of processes and the other samples
+of the batch do not change it. Nothing is computed on the host, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from xray2ct.data.sample_random import SampleRandom
+from xray2ct.data.warp import DensityChange, SmoothWarp, unit_volumes
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
@@ -41,35 +44,32 @@ class AugmentConfig:
     xray_gain: float = setting(0.0, minimum=0.0, maximum=1.0)
 
 
-def random_affine(config: AugmentConfig, fov_mm: float, generator: torch.Generator) -> torch.Tensor:
-    """Matrix ``(3, 4)`` for ``affine_grid`` (x, y, z = W, H, D; cube = [-1, 1]), output -> input."""
+def random_affine(config: AugmentConfig, fov_mm: float, random: SampleRandom) -> torch.Tensor:
+    """Matrices ``(B, 3, 4)`` for ``affine_grid`` (x, y, z = W, H, D; cube = [-1, 1]), output -> input.
 
-    def uniform(limit):
-        return (2 * torch.rand(3, generator=generator) - 1) * limit
-
-    angles = uniform(math.radians(config.rotation_deg)).tolist()
-    rotation = torch.eye(3)
-    for axis, angle in enumerate(angles):
+    Rotation Rx Ry Rz, scale, mirroring of x and shift, each drawn as :class:`AugmentConfig` says.
+    """
+    angles = random.uniform("rotation", (3,), -1.0, 1.0) * math.radians(config.rotation_deg)
+    cosines, sines = angles.cos(), angles.sin()
+    rotation = torch.eye(3, device=random.device).expand(len(random), 3, 3)
+    for axis in range(3):
         i, j = (axis + 1) % 3, (axis + 2) % 3
-        turn = torch.eye(3)
-        turn[i, i] = turn[j, j] = math.cos(angle)
-        turn[i, j], turn[j, i] = -math.sin(angle), math.sin(angle)
+        turn = torch.eye(3, device=random.device).repeat(len(random), 1, 1)
+        turn[:, i, i] = turn[:, j, j] = cosines[:, axis]
+        turn[:, i, j], turn[:, j, i] = -sines[:, axis], sines[:, axis]
         rotation = rotation @ turn
-    scale = 1.0 + uniform(config.scale)
-    if torch.rand((), generator=generator) < config.mirror_probability:
-        scale[0] = -scale[0]
-    shift = uniform(2 * config.translation_mm / fov_mm)
-    return torch.cat([rotation * scale, shift[:, None]], dim=1)
+    scale = 1.0 + random.uniform("scale", (3,), -config.scale, config.scale)
+    mirrored = random.uniform("mirror") < config.mirror_probability
+    scale[:, 0] *= 1.0 - 2.0 * mirrored
+    limit = 2 * config.translation_mm / fov_mm
+    shift = random.uniform("translation", (3,), -limit, limit)
+    return torch.cat([rotation * scale[:, None], shift[..., None]], dim=2)
 
 
-def random_displacement(config: AugmentConfig, fov_mm: float, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Smooth displacement field ``(1, size, size, size, 3)`` in the units of ``affine_grid``."""
+def random_displacement(config: AugmentConfig, fov_mm: float, random: SampleRandom) -> torch.Tensor | None:
+    """Displacement ``(B, n, n, n, 3)`` of the control points in the units of ``affine_grid``; None where it is off."""
     n = config.elastic_points
-    control = torch.randn(1, 3, n, n, n, generator=generator) * (2 * config.elastic_mm / fov_mm)
-    # Two linear upsamplings: the second one rounds the creases of the first.
-    field_ = F.interpolate(control, size=2 * n, mode="trilinear", align_corners=True)
-    field_ = F.interpolate(field_, size=size, mode="trilinear", align_corners=True)
-    return field_.permute(0, 2, 3, 4, 1)
+    return random.normal("elastic", (n, n, n, 3), std=2 * config.elastic_mm / fov_mm) if config.elastic_mm > 0 else None
 
 
 class PairMaker:
@@ -91,18 +91,19 @@ class PairMaker:
                 f"augment.source_size is {self.config.source_size}, the source volumes have {tuple(volumes.shape[2:])}"
                 f" voxels; expected at least the {self.volume_size} that training wants"
             )
-        volumes = volumes.float() / 65535.0 if volumes.dtype == torch.uint16 else volumes.float()
+        random = SampleRandom(seeds, volumes.device)
         masks = masks.float() if masks is not None else None
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        if self.config.enabled:
-            volumes, masks = self._warp(volumes, masks, generators)
-            volumes = self._change_density(volumes, generators)
-        xrays = self.acquisition.render(volumes, (self.render_size,) * 2)
-        if self.render_size != self.xray_size:
-            xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode="bilinear")
-        if self.config.enabled:
-            xrays = self._degrade(xrays, generators)
-        target = self._pool(volumes)
+        with torch.autocast(volumes.device.type, enabled=False):
+            if self.config.enabled:
+                volumes, masks = self._warp(volumes, masks, random)
+            else:
+                volumes = unit_volumes(volumes)
+            xrays = self.acquisition.render(volumes, (self.render_size,) * 2)
+            if self.render_size != self.xray_size:
+                xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode="bilinear")
+            if self.config.enabled:
+                xrays = self._degrade(xrays, random)
+            target = self._pool(volumes)
         pair = {"xrays": xrays.clamp(0.0, 1.0), "ct_volume": target}
         return pair if masks is None else {**pair, "mask": (self._pool(masks) >= 0.5).float()}
 
@@ -115,38 +116,29 @@ class PairMaker:
         same = tuple(volumes.shape[2:]) == self.volume_size  # stage 2 trains at the source's own resolution
         return volumes if same else averaged_to(volumes, self.volume_size)
 
-    def _warp(self, volumes, masks, generators):
-        size, fov = volumes.shape[-1], self.acquisition.geometry.fov_mm
-        theta = torch.stack([random_affine(self.config, fov, g) for g in generators]).to(volumes.device)
-        grid = F.affine_grid(theta, volumes.shape, align_corners=False)
-        if self.config.elastic_mm > 0:
-            fields = [random_displacement(self.config, fov, size, g) for g in generators]
-            grid += torch.cat(fields).to(grid.device)
-        warped = F.grid_sample(volumes, grid, align_corners=False)
-        if masks is None:
-            return warped, None
-        # The mask is only needed at the target's resolution: sampled there, at the cells' centres.
-        coarse = self._pool(grid.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-        return warped, F.grid_sample(masks, coarse, align_corners=False)
+    def _warp(self, volumes, masks, random: SampleRandom):
+        """Warped volumes with changed density; masks at the target's resolution, at the cells' centres."""
+        fov = self.acquisition.geometry.fov_mm
+        theta = random_affine(self.config, fov, random)
+        warp = SmoothWarp(theta, random_displacement(self.config, fov, random), volumes.shape[2:])
+        warped = warp.sample(volumes, self._density_change(random))
+        return warped, None if masks is None else warp.sample_cells(masks, self.volume_size)
 
-    def _change_density(self, volumes, generators):
-        """Scale and shift density (HU + 1000) of everything that is not air, as scanners and contrast do."""
-        draws = torch.stack([2 * torch.rand(2, generator=g) - 1 for g in generators]).to(volumes.device)
+    def _density_change(self, random: SampleRandom) -> DensityChange:
         low, high = self.acquisition.hu_window
-        air = (-1000.0 - low) / (high - low)
-        gain = 1.0 + self.config.hu_scale * draws[:, 0].view(-1, 1, 1, 1, 1)
-        shift = self.config.hu_shift / (high - low) * draws[:, 1].view(-1, 1, 1, 1, 1)
-        density = (volumes - air).clamp_min(0.0)
-        tissue = (density / 0.2).clamp_max(1.0)  # the offset fades out below -500 HU: air stays air
-        changed = torch.where(volumes > air, air + density * gain + shift * tissue, volumes)
-        return changed.clamp(0.0, 1.0)
+        stretch, offset = self.config.hu_scale, self.config.hu_shift / (high - low)
+        one = (1, 1, 1, 1)
+        return DensityChange(
+            random.uniform("hu_scale", one, -stretch, stretch),
+            random.uniform("hu_shift", one, -offset, offset),
+            air=(-1000.0 - low) / (high - low),
+        )
 
-    def _degrade(self, xrays, generators):
-        for sample, generator in zip(xrays, generators):
-            if self.config.xray_gain > 0:
-                gain = 1.0 + self.config.xray_gain * (2 * torch.rand(2, 1, 1, generator=generator) - 1)
-                sample *= gain.to(sample.device)
-            if self.config.xray_noise > 0:
-                noise = torch.randn(sample.shape, generator=generator) * self.config.xray_noise
-                sample += noise.to(sample.device)
+    def _degrade(self, xrays, random: SampleRandom):
+        """What the detector does to rendered X-rays ``(B, 2, R, R)``: gain of each view, noise."""
+        if self.config.xray_gain > 0:
+            gain = self.config.xray_gain
+            xrays = xrays * (1.0 + random.uniform("xray_gain", (2, 1, 1), -gain, gain))
+        if self.config.xray_noise > 0:
+            xrays = xrays + random.normal("xray_noise", xrays.shape[1:], std=self.config.xray_noise)
         return xrays

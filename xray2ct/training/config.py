@@ -79,6 +79,8 @@ class CommonData:
     max_patients: int | None = setting(None, minimum=1)
     repeats: int = setting(1, minimum=1)  # times each patient is drawn (and augmented anew) per epoch
     prefetch_factor: int = setting(2, minimum=1)
+    # Training volumes stay on the GPU: auto (if they take at most half of its free memory), on, off; ignored on a CPU
+    device_cache: str = setting("auto", choices=("auto", "on", "off"))
     cache_dir: str | None = None  # default: DATASET/.cache
     # auto, render (augmented pairs), files (the X-rays on disk, no augmentation)
     xray_source: str = setting("auto", choices=("auto", "render", "files"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.utils.data import Dataset
 
 from xray2ct.files import InputError
 from xray2ct.training.distributed import Processes
@@ -86,16 +85,3 @@ def accumulation_steps(config, world_size: int) -> int:
             " change training.batch_size or world_size"
         )
     return wanted // per_round
-
-
-class Positions(Dataset):
-    """A data set read by position in an epoch's order."""
-
-    def __init__(self, data: Dataset, order: list[int]):
-        self.data, self.order = data, order
-
-    def __getitem__(self, index: int) -> dict:
-        return {**self.data[self.order[index]], "position": index}
-
-    def __len__(self) -> int:
-        return len(self.order)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from dataset import PatientDataset
 from model_enhanced import RefinementNetwork
 from xray2ct.checkpoints import check_compatible, weights_fingerprint
+from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
 from xray2ct.metrics import psnr_tensor, ssim_3d_tensor
 from xray2ct.models.blocks import upsample
@@ -116,9 +117,9 @@ class RefinementTask(RegressionTask):
         """The pairs with stage 1's volume ``coarse``, ``gate`` (B,): 0 without X-rays, and patches at ``origins``."""
         batch = super().make_batch(raw, seeds, device)
         batch["coarse"] = self.predict_coarse(batch["xrays"], self.precision)
-        batch["gate"] = torch.tensor([self.sees_xrays(seed) for seed in seeds], device=device, dtype=torch.float32)
+        batch["gate"] = self.gate(batch["draws"])
         if self.config.patch.size:
-            batch["origins"] = [self.patch_origins(seed) for seed in seeds]
+            batch["origins"] = self.patch_origins(batch["draws"])
             window = patch_window(batch["origins"], self.config.patch.size, batch["coarse"].shape[2:])
             for name in {"ct_volume", "mask"} & batch.keys():
                 batch[name] = window.crop(batch[name], RefinementNetwork.scale)
@@ -131,17 +132,17 @@ class RefinementTask(RegressionTask):
             coarse, _ = self.base(xrays)
         return coarse.float()
 
-    def patch_origins(self, seed: int) -> list[tuple[int, int, int]]:
-        """Corners of one volume's patches, in coarse voxels; they follow from the sample's seed."""
-        generator = torch.Generator().manual_seed(int(seed) ^ 0x5EED)
+    def patch_origins(self, random: SampleRandom) -> list[list[tuple[int, ...]]]:
+        """Corners (z, y, x) of each volume's patches, in coarse voxels, evenly over those that lie inside."""
         patch = self.config.patch
-        corners = torch.randint(0, self.coarse_size - patch.size + 1, (patch.per_volume, 3), generator=generator)
-        return [tuple(corner) for corner in corners.tolist()]
+        places = self.coarse_size - patch.size + 1
+        names = [[f"patch {number} {axis}" for axis in "zyx"] for number in range(patch.per_volume)]
+        draws = [[[int(u * places) for u in random.on_host(name)] for name in axes] for axes in names]
+        return [[tuple(axis[sample] for axis in axes) for axes in draws] for sample in range(len(random))]
 
-    def sees_xrays(self, seed: int) -> bool:
-        """False for the share ``guidance_dropout`` of samples; it follows from the sample's seed."""
-        generator = torch.Generator().manual_seed(int(seed) ^ 0x6A7E)
-        return torch.rand((), generator=generator).item() >= self.config.guidance_dropout
+    def gate(self, random: SampleRandom) -> torch.Tensor:
+        """``(B,)`` float32: 0 for the share ``guidance_dropout`` of samples, which see no X-rays, 1 for the others."""
+        return (random.uniform("guidance") >= self.config.guidance_dropout).float()
 
     def loss(self, model, batch):
         patch = self.config.patch

@@ -19,6 +19,7 @@ FREE_ON_RESUME = (
     "training.micro_batch",
     "data.num_workers",
     "data.prefetch_factor",
+    "data.device_cache",
     "data.cache_dir",
     "data.dataset_path",
 )

@@ -101,7 +101,13 @@ class PatientTask(Task):
         source_size = min(source_size, self.val_data.cube_size)  # the data set has nothing finer
         read_as = (source_size, None) if self.renders else (size, xray_size)
         self.train_data = PatientDataset(
-            data.dataset_path, "train", *read_as, max_patients=data.max_patients, raw=self.renders, **common
+            data.dataset_path,
+            "train",
+            *read_as,
+            max_patients=data.max_patients,
+            raw=self.renders,
+            with_mask=self.uses_mask,
+            **common,
         )
         self.data_header = data_header(self.train_data)
         augment = self.augment_config(source_size)
@@ -134,7 +140,7 @@ class PatientTask(Task):
         """``xrays`` (B, 2, H, W) and ``ct_volume`` (B, 1, D, H, W) in [0, 1], ``mask`` where it is used."""
         batch = {k: raw[k].to(device, non_blocking=True) for k in ("ct_volume", "mask", "xrays") if k in raw}
         if self.renders:
-            batch = self.pairs(batch["ct_volume"], batch["mask"] if self.uses_mask else None, seeds)
+            batch = self.pairs(batch["ct_volume"], batch.get("mask"), seeds)
         return batch
 
     # -- validation ------------------------------------------------------------------------------

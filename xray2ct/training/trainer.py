@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xray2ct.checkpoints import LAST, WriteError, remove_leftovers
 from xray2ct.files import InputError
 from xray2ct.training.convolution_check import reduced_precision_defects
 from xray2ct.training.distributed import Processes, data_parallel, lost_peer
+from xray2ct.training.feed import Feed, sample_loader
 from xray2ct.training.ledger import Ledger, StepRecord
 from xray2ct.training.micro_batch import divisors, largest_fitting, wanted_micro_batch
 from xray2ct.training.monitors import Monitors
-from xray2ct.training.plan import EpochPlan, Positions, accumulation_steps, learning_rate_at, sample_seed
+from xray2ct.training.plan import EpochPlan, accumulation_steps, learning_rate_at, sample_seed
 from xray2ct.training.precision import peak_gpu_memory
 from xray2ct.training.reporting import (
     LOG,
@@ -75,6 +75,7 @@ class Trainer(RunState):
         self.plan = EpochPlan(samples, repeats, training.batch_size, accumulation, processes, training.seed)
         if micro_batch := wanted_micro_batch(training.micro_batch, self.plan.share):
             self.plan.micro_batch = micro_batch
+        self.feed = Feed(task.train_data, config.data, processes)
         self.ledger = Ledger()
         self.pace, self.read_at = 1, time.monotonic()  # steps between readings of several processes; the last one
         self.skipped = 0  # float16 steps in a row
@@ -94,7 +95,7 @@ class Trainer(RunState):
     def train_epoch(self, catcher: SignalCatcher) -> dict[str, float]:
         """The rest of the current epoch; returns its mean losses and samples/s."""
         plan = self.plan
-        loader = self.loader(plan.order(self.epoch), plan.batches(self.step_in_epoch))
+        iterator = self.feed.start(plan, self.epoch, self.step_in_epoch, self.config.training.num_epochs)
         self.runner.train()
         started, first = time.monotonic(), self.step_in_epoch
         bar = tqdm(
@@ -104,7 +105,6 @@ class Trainer(RunState):
             disable=not self.processes.is_main,
             leave=False,
         )
-        iterator = iter(loader)
         self.read_at = time.monotonic()
         with bar:  # closed by an error, too: its message gets a line of its own
             while self.step_in_epoch < plan.steps:
@@ -126,17 +126,14 @@ class Trainer(RunState):
             "learning_rate": self._learning_rate(),
         }
 
-    def loader(self, order, batches, workers: int | None = None) -> DataLoader:
-        """Micro-batches of ``batches``, lists of positions in ``order``; read by ``workers`` processes."""
-        if workers is None:
-            workers = self.config.data.num_workers if self.processes.device.type == "cuda" else 0
-        return DataLoader(
-            Positions(self.task.train_data, order),
-            batch_sampler=batches,
-            num_workers=workers,
-            prefetch_factor=self.config.data.prefetch_factor if workers else None,
-            pin_memory=self.processes.device.type == "cuda",
-        )
+    def loader(self, order, batches, workers: int = 0):
+        """Raw micro-batches of ``batches``, lists of positions in ``order``, apart from those of training."""
+        samples = [[(position, order[position]) for position in positions] for positions in batches]
+        return sample_loader(self.task.train_data, samples, workers, self.config.data.prefetch_factor, pin=False)
+
+    def close(self) -> None:
+        """End the processes that read ahead."""
+        self.feed.close()
 
     def _learning_rate(self) -> float:
         training, steps = self.config.training, self.plan.steps
@@ -307,6 +304,7 @@ class Trainer(RunState):
         share, done = self.plan.share, self.epoch > self.config.training.num_epochs
         if done or self.config.training.micro_batch or self.processes.device.type != "cuda":
             return
+        self.feed.prepare()  # what stays on the GPU takes its place first
         self.plan.micro_batch = largest_fitting(share, self._fits, self.processes)
         if self.processes.is_main and self.plan.micro_batch != self.plan.batch_size:
             print(f"note: {self.plan.micro_batch} of the {share} samples of a step are computed at once", flush=True)
@@ -419,7 +417,7 @@ def fit(model: nn.Module, task: Task, config, output, processes: Processes, moni
     if processes.is_main and trainer.epoch > config.training.num_epochs:
         print(f"Nothing to do: {output / 'last.pt'} has all {config.training.num_epochs} epochs")
     trainer.monitors.start(trainer.updates)
-    with SignalCatcher() as catcher:
+    with SignalCatcher() as catcher, contextlib.closing(trainer):
         try:
             trainer.check_precision()
             trainer.choose_micro_batch()

@@ -1,0 +1,140 @@
+"""Smooth warps of volumes: an affine map and displaced control points, sampled without holding a grid of all voxels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from xray2ct.geometry.lifting import averaged_to
+
+# Bytes of the sampling grid at a time. On a CPU it then stays in the cache between being made and being used; on a GPU
+# it only has to be small beside the volumes (201 MB each at 256^3 as a whole), and few kernels matter more.
+SLAB_BYTES = {"cpu": 2**21}
+LARGE_SLAB_BYTES = 2**29
+
+
+def control_weights(points: int, size: int, device) -> torch.Tensor:
+    """``(points, size)``: share of each control point in each sample along an axis, both from its first to its last.
+
+    Two linear upsamplings, to ``2 points`` and to ``size``: the second one rounds the creases of the first. Columns
+    sum to 1, and a linear function of the position stays one.
+    """
+    unit = torch.eye(points, device=device)[None]
+    for samples in (2 * points, size):
+        unit = F.interpolate(unit, size=samples, mode="linear", align_corners=True)
+    return unit[0]
+
+
+def unit_volumes(volumes: torch.Tensor) -> torch.Tensor:
+    """Float32 volumes in [0, 1] from uint16 ones (65535 = 1) or floating point."""
+    return volumes.float().div_(65535.0) if volumes.dtype == torch.uint16 else volumes.float()
+
+
+class DensityChange(NamedTuple):
+    """Density (HU + 1000) of everything that is not air, stretched and shifted, as scanners and contrast agents do.
+
+    stretch, offset: ``(B, 1, 1, 1, 1)``; the stretch minus 1, and the offset in units of the HU window, which fades out
+    below -500 HU: air stays air. air: its value in the window.
+    """
+
+    stretch: torch.Tensor
+    offset: torch.Tensor
+    air: float
+
+    def __call__(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Changed volumes ``(B, 1, D, H, W)`` in [0, 1]."""
+        density = (volumes - self.air).clamp_min_(0.0)
+        changed = torch.addcmul(volumes, density, self.stretch)
+        return changed.addcmul_(density.mul_(5.0).clamp_max_(1.0), self.offset).clamp_(0.0, 1.0)
+
+
+@lru_cache
+def _kernel(device: torch.device) -> Callable | None:
+    """:func:`warp_triton.warp` where it works: on a GPU with triton, which needs a C compiler."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from xray2ct.data import warp_triton  # here, as the import of triton takes half a second
+
+    try:
+        volumes, theta = torch.zeros(1, 1, 4, 4, 4, device=device), torch.eye(3, 4, device=device)[None]
+        change = DensityChange(*torch.zeros(2, 1, 1, 1, 1, 1, device=device), 0.0)
+        warp_triton.warp(volumes, *SmoothWarp(theta, None, (4, 4, 4)).expanded(), change)
+    except Exception as error:  # noqa: BLE001 - whatever a compiler, a driver or a version may say
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"volumes are warped without the Triton kernel, slower ({reason})", stacklevel=2)
+        return None
+    return warp_triton.warp
+
+
+class SmoothWarp:
+    """Where each voxel of a warped batch is read: an affine map of its place, plus an interpolated displacement.
+
+    theta: ``(B, 3, 4)`` as ``affine_grid`` takes it with ``align_corners=False`` (x, y, z = W, H, D; the cube is
+    [-1, 1]; output -> input). displacement: ``(B, n, n, n, 3)`` in the same units, of n control points along D, H and W
+    from the first voxel to the last (see :func:`control_weights`), components (x, y, z); None for none.
+    shape: (D, H, W) of the volumes.
+
+    Both are one trilinear expansion of control points, because it keeps linear functions: three small matrix products
+    make the grid of any part of the volume.
+    """
+
+    def __init__(self, theta: torch.Tensor, displacement: torch.Tensor | None, shape):
+        self.shape = tuple(shape)
+        points = 2 if displacement is None else displacement.shape[1]
+        ends = [1.0 - 1.0 / size for size in self.shape]
+        axes = [torch.linspace(-end, end, points, device=theta.device) for end in ends]
+        z, y, x = torch.meshgrid(*axes, indexing="ij")
+        places = torch.stack([x, y, z], dim=-1)[None, ..., None, :]  # (1, n, n, n, 1, 3)
+        rows = theta[:, None, None, None]  # (B, 1, 1, 1, 3, 4)
+        self.nodes = (rows[..., :3] * places).sum(-1) + rows[..., 3]
+        if displacement is not None:
+            self.nodes += displacement
+
+    def sample(self, volumes: torch.Tensor, density: DensityChange) -> torch.Tensor:
+        """Volumes ``(B, 1, D, H, W)``, uint16 or float32, warped and changed: float32 in [0, 1], zero outside."""
+        rows, columns = self.expanded()
+        kernel = _kernel(volumes.device)
+        if kernel is not None:
+            return kernel(volumes, rows, columns, density)
+        volumes, columns = unit_volumes(volumes), _three(columns)
+        depth = self._slab(volumes.device)
+        slabs = []
+        for start in range(0, self.shape[0], depth):
+            grid = (rows[:, start : start + depth] @ columns).unflatten(-1, (-1, 3))
+            slabs.append(density(F.grid_sample(volumes, grid, align_corners=False)))
+        return slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=2)
+
+    def sample_cells(self, volumes: torch.Tensor, size) -> torch.Tensor:
+        """The warped volumes at the centres of ``size`` equal cells, ``(B, 1, *size)``: for masks, which are coarse."""
+        rows, columns = self.expanded(size)
+        return F.grid_sample(volumes, (rows @ _three(columns)).unflatten(-1, (-1, 3)), align_corners=False)
+
+    def expanded(self, cells=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nodes expanded along D and H, ``(B, D, H, 3 n)``, and their shares along W, ``(n, W)``.
+
+        For voxels, or for the centres of so many equal ``cells`` along D, H and W.
+        """
+        points = self.nodes.shape[1]
+        weights = [control_weights(points, n, self.nodes.device) for n in self.shape]
+        if cells is not None:
+            weights = [averaged_to(w[None, :, None], (1, n))[0, :, 0] for w, n in zip(weights, cells)]
+        along_z, along_y, along_x = weights
+        rows = (along_z.T @ self.nodes.flatten(2)).unflatten(-1, (points, -1))  # (B, D, n, 3 n)
+        return along_y.T @ rows, along_x
+
+    def _slab(self, device: torch.device) -> int:
+        """Planes of the grid that are made at a time."""
+        _, height, width = self.shape
+        plane = self.nodes.shape[0] * height * width * 3 * 4
+        return max(1, SLAB_BYTES.get(device.type, LARGE_SLAB_BYTES) // plane)
+
+
+def _three(columns: torch.Tensor) -> torch.Tensor:
+    """The matrix ``(3 n, 3 W)`` that expands three components at once."""
+    return torch.kron(columns, torch.eye(3, device=columns.device))
