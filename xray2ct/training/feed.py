@@ -184,14 +184,18 @@ class Feed:
         self._left -= 1
         return batch
 
+    def prepare(self) -> None:
+        """Decide whether the data set stays on the device, and copy it there; at the latest when the feed starts."""
+        if not self._decided:
+            self.cache, self._decided = self._cached(), True
+
     def close(self) -> None:
         """End the loader processes."""
         self._batches, self._left = iter(()), 0
 
     def _open(self, batches: Iterable[list[Sample]]) -> Iterator[dict]:
         self.close()  # the old processes end before new ones start
-        if not self._decided:
-            self.cache, self._decided = self._cached(), True
+        self.prepare()
         if self.cache is not None:
             return map(self.cache, batches)
         pin = self.device.type == "cuda"

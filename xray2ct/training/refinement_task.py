@@ -116,10 +116,9 @@ class RefinementTask(RegressionTask):
         """The pairs with stage 1's volume ``coarse``, ``gate`` (B,): 0 without X-rays, and patches at ``origins``."""
         batch = super().make_batch(raw, seeds, device)
         batch["coarse"] = self.predict_coarse(batch["xrays"], self.precision)
-        random = SampleRandom(seeds, device)
-        batch["gate"] = self.gate(random)
+        batch["gate"] = self.gate(batch["draws"])
         if self.config.patch.size:
-            batch["origins"] = self.patch_origins(random)
+            batch["origins"] = self.patch_origins(batch["draws"])
             window = patch_window(batch["origins"], self.config.patch.size, batch["coarse"].shape[2:])
             for name in {"ct_volume", "mask"} & batch.keys():
                 batch[name] = window.crop(batch[name], RefinementNetwork.scale)

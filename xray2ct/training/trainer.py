@@ -74,9 +74,9 @@ class Trainer(RunState):
         accumulation = accumulation_steps(config, processes.world_size)
         samples, repeats = len(task.train_data), config.data.repeats
         self.plan = EpochPlan(samples, repeats, training.batch_size, accumulation, processes, training.seed)
-        self.feed = Feed(task.train_data, config.data, processes)
         if micro_batch := wanted_micro_batch(training.micro_batch, self.plan.share):
             self.plan.micro_batch = micro_batch
+        self.feed = Feed(task.train_data, config.data, processes)
         self.ledger = Ledger()
         self.pace, self.read_at = 1, time.monotonic()  # steps between readings of several processes; the last one
         self.skipped = 0  # float16 steps in a row
@@ -306,6 +306,7 @@ class Trainer(RunState):
         share, done = self.plan.share, self.epoch > self.config.training.num_epochs
         if done or self.config.training.micro_batch or self.processes.device.type != "cuda":
             return
+        self.feed.prepare()  # what stays on the GPU takes its place first
         self.plan.micro_batch = largest_fitting(share, self._fits, self.processes)
         if self.processes.is_main and self.plan.micro_batch != self.plan.batch_size:
             print(f"note: {self.plan.micro_batch} of the {share} samples of a step are computed at once", flush=True)
