@@ -70,11 +70,7 @@ def examine(pipeline: Pipeline, paths, normalization: str) -> tuple[dict, Image.
     upright = [finding.upright(film) for finding, film in zip(findings, films)]
     scale = film_scale.estimate(*upright)
     report["scale"] = {**asdict(scale), "note": scale.note()}
-    xrays = pipeline.read(*paths, normalization=normalization, check=False)
-    for view in range(2):
-        # What the reader has not put upright is put upright here.
-        pixels = classify(xrays[view].numpy()).upright(xrays[view].numpy())
-        xrays[view] = torch.from_numpy(np.ascontiguousarray(pixels))
+    xrays = pipeline.read(*paths, normalization=normalization)
     report["notes"] = list(pipeline.notes)
     mm = pipeline.system.geometry.fov_mm / xrays.shape[-1]
     (height, width), (_, depth) = (film_scale.lung_size(xrays[view].numpy(), view) for view in range(2))

@@ -194,7 +194,7 @@ def no_chest(rng, cubes, renderings) -> np.ndarray:
         top, left = rng.integers(0, RENDERED - size, 2)
         return renderings[rng.integers(len(renderings))][top : top + size, left : left + size]
     if kind == 2:
-        return _noise_field(rng, int(rng.integers(2, 12)))
+        return _noise_field(rng, int(rng.choice((2, 3, 5, 8, 12, 32, FILM))))
     drawn = (_limb, _hand, _head, _panorama)[kind - 3](rng, v, u)
     return np.rot90(drawn + 0.06 * _noise_field(rng, 8), rng.integers(4)) * rng.choice([1, -1])
 
@@ -403,8 +403,8 @@ def main(argv=None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="a folder of prepare_data.py")
     parser.add_argument("--patients", type=Path, help="patients to take, one a line (default: the training patients)")
     parser.add_argument("--output", type=Path, required=True, help="folder for film_view.npz and film_scale.npz")
-    parser.add_argument("--samples", type=int, default=16000, help="simulated films (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=2000, help="default %(default)s")
+    parser.add_argument("--samples", type=int, default=12000, help="simulated films (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     args = parser.parse_args(argv)
     paths = find_patients(args.data, args.patients)
@@ -413,7 +413,7 @@ def main(argv=None) -> int:
     rendered = [render_poses(path, rng) for path in tqdm(paths, desc="rendering", unit="CT")]
     view = train_view(*view_samples(rendered, args.samples, rng), args.steps, args.seed)
     _write(args.output / film_view.WEIGHTS, view)
-    _write(args.output / film_scale.WEIGHTS, scale_weights(rendered, args.samples // 4, args.steps // 2, args.seed))
+    _write(args.output / film_scale.WEIGHTS, scale_weights(rendered, args.samples // 3, args.steps, args.seed))
     print(f"weights from {len(paths)} CTs in {args.output}")
     return 0
 

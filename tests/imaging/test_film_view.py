@@ -71,11 +71,11 @@ def slice_of_a_chest():
     return picture + 0.6 * (np.hypot(u / 0.13, (v - 0.38) / 0.13) < 1)
 
 
-@pytest.mark.parametrize("picture", [hand(), slice_of_a_chest(), np.random.default_rng(0).normal(size=(96, 96))])
+@pytest.mark.parametrize("picture", [hand(), slice_of_a_chest()])
 def test_what_is_no_chest_radiograph(picture):
     found = classify(picture)
     assert found.view is None
-    assert found.confidence["chest"] < 0.2
+    assert found.confidence["chest"] < 0.1
 
 
 def test_confidences_are_shares():

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from xray2ct.imaging.film_frame import decimated, trim
+from xray2ct.imaging.film_frame import Box, decimated, trim
 from xray2ct.imaging.film_view import rank_thumbnail
 
 WEIGHTS = "film_scale.npz"
+LEFT_OUT = 0.06  # of an edge, in the parts of a film
 # What is measured, rows, from (height, width, depth) of the lungs, columns; which view's scale it carries.
 MEASURED = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]])
 CARRIES = np.array([[1, 0], [1, 0], [0, 1], [0, 1]])
@@ -92,16 +93,20 @@ def lung_size(pixels: np.ndarray, view: int) -> tuple[float, float]:
 def lung_box(pixels: np.ndarray, view: int) -> tuple[float, float, float, float]:
     """Top, bottom, left and right of the lungs in pixels; beyond the picture where it cuts them off.
 
-    Rows and columns that hold the middle 98 % of the lungs' volume, of both lungs together.
+    Rows and columns that hold the middle 98 % of the volume of both lungs together: the mean of what the network finds
+    on the film and on four parts of it that lack 6 % at one side.
     """
     small, step = decimated(pixels, 256)
-    box = trim(small)[0]
-    thumb = torch.from_numpy(rank_thumbnail(box.cut(small)))[None]
+    top, bottom, left, right = trim(small)[0]
+    rows, columns = int(LEFT_OUT * (bottom - top)), int(LEFT_OUT * (right - left))
+    cuts = ((0, 0, 0, 0), (rows, 0, 0, 0), (0, rows, 0, 0), (0, 0, columns, 0), (0, 0, 0, columns))
+    parts = [Box(top + a, bottom - b, left + c, right - d) for a, b, c, d in cuts]
+    thumbs = torch.from_numpy(np.stack([rank_thumbnail(part.cut(small)) for part in parts]))
     with torch.no_grad():
-        shares = lung_shares(_weights(), thumb)[0, view].double().tolist()
-    height, width = (box.bottom - box.top) * step, (box.right - box.left) * step
-    rows, columns = (box.top * step, height), (box.left * step, width)
-    return tuple(start + share * length for share, (start, length) in zip(shares, (rows, rows, columns, columns)))
+        shares = lung_shares(_weights(), thumbs)[:, view].double().numpy()
+    starts = np.array([[part.top, part.top, part.left, part.left] for part in parts])
+    lengths = np.array([2 * [part.bottom - part.top] + 2 * [part.right - part.left] for part in parts])
+    return tuple(float(place) for place in step * (starts + shares * lengths).mean(axis=0))
 
 
 def lung_shares(weights: dict[str, torch.Tensor], thumbnails: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:

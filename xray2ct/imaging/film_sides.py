@@ -19,6 +19,7 @@ from xray2ct.imaging.stored_xray import Exposure, StoredXray
 VIEW_SOURCES = ("pixels", "header")
 TURNS = (0, 90, 180, 270)
 SURE = 0.9  # confidence from which a picture decides against order and headers
+NOISE = 0.4  # standard deviation of a thumbnail of 32 x 32 over that of the picture; 0.9 for films
 SAME_PICTURE = 0.98  # correlation of thumbnails of 32 x 32; 0.93 at most between films of different patients
 
 
@@ -99,6 +100,8 @@ def look_at(film: Film, options: FilmOptions) -> None:
     film.notes += notes
     film.pixels = box.cut(film.pixels)
     checked(film.path, film.pixels, [])
+    if _thumbnail(film.pixels).std() < NOISE * np.nanstd(film.pixels):
+        raise InputError(f"{film.path}: the picture holds nothing but noise; expected an X-ray")
     mask, notes = mask_markers(film.pixels)
     film.notes += notes
     if mask.any():

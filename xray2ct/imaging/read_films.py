@@ -17,7 +17,7 @@ import numpy as np
 from xray2ct.geometry.projector import Geometry
 from xray2ct.imaging.film import check_views
 from xray2ct.imaging.film_sides import Film, FilmOptions, assign_views, check_different, lay_out, look_at
-from xray2ct.imaging.film_spacing import question_spacing, settle_spacings
+from xray2ct.imaging.film_spacing import question_spacing, scale_by_lungs, settle_spacings
 from xray2ct.imaging.read_xray import XrayImage, check_normalization, checked, chosen, decode, read_xray
 from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.imaging.xray_field import fit_field, fit_size
@@ -79,15 +79,50 @@ def read_films(
     and burnt-in markers replaced; polarity, view and facing are found in the pixels, and win over a header that says
     otherwise; two films given the wrong way round are exchanged, a lateral that faces right is mirrored. All of this
     happens before the values are normalised, and is noted. The pixel spacing is used where both files have a credible
-    one.
+    one; otherwise the scale of two films is estimated from the size of the lungs.
     Raises :class:`InputError` naming file and option for what :func:`read_xray` refuses, for no chest, two films of one
     view, one film given twice, a film on its side, a photograph taken at an angle.
     """
     check_normalization(normalization)
     options = options or FilmOptions()
     given = exposure if isinstance(exposure, tuple) else (exposure, exposure)
-    edge = None if size is None else max(MIN_WORKING_EDGE, 2 * size)
+    films, own = _sort(paths, normalization, size, given, options)
+    if len(films) == 2 and options.check:
+        check_different(*films)
+    assign_views(films, tuple(own), options)
+    for film in films:
+        lay_out(film, options)
     scale = "manifest" if normalization == "auto" else normalization
+
+    def read_own(field_of):
+        return {
+            place: read_xray(path, scale, size, place, options.invert, field_of, given[place])
+            for place, path in own.items()
+        }
+
+    images, pair = read_own(geometry), FilmPair(films=bool(films))
+    known = {str(own[place]): image.spacing_known for place, image in images.items()}
+    known |= {str(film.path): film.exposure.pixel_spacing_mm is not None for film in films}
+    has_scale, doubt = settle_spacings(known)
+    if doubt:
+        pair.notes, pair.doubts, images = [doubt], [doubt], read_own(None)
+    if len(films) == 2 and geometry is not None:
+        has_scale = scale_by_lungs(*sorted(films, key=lambda film: film.view), has_scale, geometry, options)
+    pair.notes += [f"{path}: {note}" for place, path in own.items() for note in images[place].notes]
+    for film in films:
+        images[film.view] = _finished(film, normalization, size, geometry if has_scale else None)
+        pair.notes += [f"{film.path}: {note}" for note in film.notes]
+        pair.doubts += [f"{film.path}: {note}" for note in film.doubts]
+    pair.pa, pair.lateral = images.get(0), images.get(1)
+    if len(own) == 2 and options.check:
+        doubts = check_views(images[0].pixels, images[1].pixels, [str(own[0]), str(own[1])])
+        pair.notes, pair.doubts = pair.notes + doubts, pair.doubts + doubts
+    return pair
+
+
+def _sort(paths, normalization, size, given, options) -> tuple[list[Film], dict[int, str | os.PathLike]]:
+    """The pictures that are films, looked at, and by place those that the project rendered (or is told that)."""
+    edge = None if size is None else max(MIN_WORKING_EDGE, 2 * size)
     films: list[Film] = []
     own: dict[int, str | os.PathLike] = {}
     for place, path in enumerate(paths):
@@ -103,31 +138,7 @@ def read_films(
         look_at(film, options)
         question_spacing(film)
         films.append(film)
-    if len(films) == 2 and options.check:
-        check_different(*films)
-    assign_views(films, tuple(own), options)
-    images = {
-        place: read_xray(path, scale, size, place, options.invert, geometry, given[place])
-        for place, path in own.items()
-    }
-    known = {str(own[place]): image.spacing_known for place, image in images.items()}
-    known |= {str(film.path): film.exposure.pixel_spacing_mm is not None for film in films}
-    use_spacings, doubt = settle_spacings(known)
-    if doubt:
-        geometry = None
-        images = {place: read_xray(path, scale, size, place, options.invert) for place, path in own.items()}
-    pair = FilmPair(notes=[doubt] if doubt else [], doubts=[doubt] if doubt else [], films=bool(films))
-    pair.notes += [f"{path}: {note}" for place, path in own.items() for note in images[place].notes]
-    for film in films:
-        lay_out(film, options)
-        images[film.view] = _finished(film, normalization, size, geometry if use_spacings else None)
-        pair.notes += [f"{film.path}: {note}" for note in film.notes]
-        pair.doubts += [f"{film.path}: {note}" for note in film.doubts]
-    pair.pa, pair.lateral = images.get(0), images.get(1)
-    if len(own) == 2 and options.check:
-        doubts = check_views(images[0].pixels, images[1].pixels, [str(own[0]), str(own[1])])
-        pair.notes, pair.doubts = pair.notes + doubts, pair.doubts + doubts
-    return pair
+    return films, own
 
 
 def _finished(film: Film, normalization: str, size: int | None, geometry: Geometry | None) -> XrayImage:

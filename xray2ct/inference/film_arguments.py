@@ -28,6 +28,11 @@ def add_film_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MM",
         help="of the detector, for both files or one for each; default: as a DICOM file says",
     )
+    parser.add_argument(
+        "--thorax-width-mm",
+        type=float,
+        help="between the outer borders of the lungs: sets the scale of films without pixel spacing",
+    )
     parser.add_argument("--sdd-mm", type=float, help="source to detector; default: as a DICOM file or the model says")
     parser.add_argument(
         "--sid-mm",
@@ -69,6 +74,7 @@ def film_options(args: argparse.Namespace) -> FilmOptions:
         invert=args.invert,
         polarity_check=not args.no_polarity_check,
         check=not args.no_check,
+        thorax_width_mm=args.thorax_width_mm,
     )
 
 
