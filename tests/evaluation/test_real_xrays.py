@@ -108,7 +108,7 @@ def run(root, base, output, *more):
 @pytest.fixture(scope="module")
 def scouts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
-    root = with_real(make_dataset(folder / "data", geometry=Geometry("scout")), "scout", ["p4", "p5"])
+    root = with_real(make_dataset(folder / "data", geometry=Geometry("scout")), "scout", ["p5"])
     return root, make_checkpoint(folder / "base.pt", root)
 
 
@@ -119,7 +119,9 @@ def test_scouts_have_voxel_scores_and_residuals(scouts, tmp_path, capsys):
     )
     assert list(rows[0]) == ["method", "id", *COLUMNS, *RESIDUAL_COLUMNS, "seconds"]
     assert list(rendered[0]) == ["method", "id", *COLUMNS, "seconds"]
-    for row, other in zip(rows, rendered):  # here scouts and rendered X-rays are the same pictures
+    assert [row["id"] for row in rendered] == ["p4", "p4", "p5", "p5"]
+    assert [row["id"] for row in rows] == ["p5", "p5"]
+    for row, other in zip(rows, rendered[2:]):  # here scouts and rendered X-rays are the same pictures
         assert {key: row[key] for key in COLUMNS} == {key: other[key] for key in COLUMNS}
     assert summary["xrays"] == "scout"
     assert list(summary["protocols"]) == [*COLUMNS, *RESIDUAL_COLUMNS]
