@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from xray2ct.conventions import PICTURES
 from xray2ct.data.checks.anatomy import orientation
 from xray2ct.data.patient_files import find_pairs
 from xray2ct.evaluation.residuals import VIEWS, residuals
@@ -28,24 +27,12 @@ from xray2ct.files import InputError, atomic_path, check_writable, describe, run
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.imaging import film_frame, film_scale
 from xray2ct.imaging.cube import area_average
-from xray2ct.imaging.dicom_xray import decode_dicom
 from xray2ct.imaging.figures import DISPLAY_WINDOW_HU, planes
 from xray2ct.imaging.film_view import FilmFinding, classify
-from xray2ct.imaging.read_xray import NORMALIZATIONS
-from xray2ct.imaging.xray_picture import decode_array, decode_picture
+from xray2ct.imaging.read_xray import NORMALIZATIONS, decode
 from xray2ct.inference.reconstruction import Pipeline, load_pipeline
 
 TILE, CAPTION, GAP = 220, 20, 4
-
-
-def stored_pixels(path, view: int) -> np.ndarray:
-    """Pixels (H, W) as the file stores them, NaN where there is padding; raises :class:`InputError` as the decoders."""
-    path = Path(path)
-    if path.suffix.lower() in PICTURES:
-        return decode_picture(path, lambda shape: None).pixels
-    if path.suffix.lower() == ".npy":
-        return decode_array(path).pixels
-    return decode_dicom(path, view, lambda shape: None).pixels
 
 
 def describe_film(pixels: np.ndarray) -> tuple[FilmFinding, dict]:
@@ -63,7 +50,7 @@ def describe_film(pixels: np.ndarray) -> tuple[FilmFinding, dict]:
 
 def examine(pipeline: Pipeline, paths, normalization: str) -> tuple[dict, Image.Image]:
     """Report and contact sheet of one pair; :class:`InputError` where the reader refuses a film."""
-    films = [stored_pixels(path, view) for view, path in enumerate(paths)]
+    films = [decode(path, strict=False).pixels for path in paths]
     findings, rows = zip(*(describe_film(film) for film in films))
     report = dict(zip(VIEWS, rows))
     upright = [finding.upright(film) for finding, film in zip(findings, films)]

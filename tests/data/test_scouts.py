@@ -1,5 +1,8 @@
 """Scouts of generated scanners: placed in the cube by their DICOM geometry, compared with the CT, used as X-rays."""
 
+import contextlib
+import functools
+import io
 import json
 
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.ct_cases import thorax
+from tests.helpers.tiny_data import make_dataset
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry, hu_to_mu, line_integrals
 
@@ -15,7 +19,7 @@ pydicom = pytest.importorskip("pydicom")
 from dataset import PatientDataset  # noqa: E402
 from prepare_data import main  # noqa: E402
 from tests.helpers.dicom_cases import base, set_pixels, texts, write_slices  # noqa: E402
-from xray2ct.data.scouts import Cube, fan_beam, place_scout  # noqa: E402
+from xray2ct.data.scouts import Cube, fan_beam, place_scout, place_scouts  # noqa: E402
 from xray2ct.imaging.body import locate_cube  # noqa: E402
 from xray2ct.imaging.cube import resample_cube  # noqa: E402
 from xray2ct.imaging.read_scout import read_scout  # noqa: E402
@@ -23,6 +27,7 @@ from xray2ct.imaging.read_scout import read_scout  # noqa: E402
 FRAME = "1.2.826.0.1.3680043.2.1125.77"
 
 
+@functools.cache
 def patient_ct():
     """A thorax with a nodule-like marker at one side and height, off the isocentre by a few centimetres."""
 
@@ -31,20 +36,25 @@ def patient_ct():
         return np.where(ball, 600.0, np.nan)
 
     affine = np.eye(4)
-    affine[:3, :3] = np.diag([-6.0, -6.0, 6.0])
-    affine[:3, 3] = np.array([10.0, -25.0, 40.0]) - affine[:3, :3] @ ((np.array([52, 46, 44]) - 1) / 2)
-    return thorax((52, 46, 44), affine, centre=(10.0, -25.0), lung_z=40.0, extra=extra)
+    affine[:3, :3] = np.diag([-8.0, -8.0, 8.0])
+    affine[:3, 3] = np.array([10.0, -25.0, 40.0]) - affine[:3, :3] @ ((np.array([39, 35, 33]) - 1) / 2)
+    return thorax((39, 35, 33), affine, centre=(10.0, -25.0), lung_z=40.0, extra=extra)
 
 
-def integrals(ct, view, sid, side, z, u):
-    """Line integrals of a CT in LPS mm by brute force: bilinear samples along each ray, the isocentre at x = y = 0.
+Z, U = np.arange(170.0, -110.0, -5.0), np.arange(-230.0, 231.0, 4.0)  # rows and columns of a scout, mm
 
-    Independent of the package's projectors: rays are cut into 2 mm steps and the CT is sampled by scipy.
+
+@functools.cache
+def integrals(view, side, sid):
+    """Line integrals of the CT in LPS mm by brute force: bilinear samples along each ray, the isocentre at x = y = 0.
+
+    Independent of the package's projectors: rays are cut into 4 mm steps and the CT is sampled by scipy.
     """
     from scipy import ndimage
 
+    ct, z, u = patient_ct(), Z, U
     lps = np.diag([-1.0, -1, 1, 1]) @ ct.affine
-    t = np.arange(-230, 230, 2.0)
+    t = np.arange(-230, 230, 4.0)
     across = u[None, :] * (sid + t[:, None]) / sid  # (T, C), t grows towards the detector
     sign = {(0, 0): -1, (0, 1): 1, (1, 0): 1, (1, 1): -1}[view, side]  # of t along y (frontal) or x (lateral)
     depth = np.broadcast_to(sign * t[:, None], across.shape)
@@ -53,16 +63,16 @@ def integrals(ct, view, sid, side, z, u):
     index = np.einsum("ij,jrtc->irtc", np.linalg.inv(lps)[:3, :3], points - lps[:3, 3, None, None, None])
     mu = hu_to_mu(ct.data.astype(np.float32))
     samples = ndimage.map_coordinates(mu, index, order=1, cval=0.0)
-    return samples.sum(axis=1) * 2.0 * np.sqrt(1 + (u / sid) ** 2)
+    return samples.sum(axis=1) * 4.0 * np.sqrt(1 + (u / sid) ** 2)
 
 
-def write_scout(path, ct, view=0, side=1, sid=541.0, change=None, transposed=False, flipped=False, gain=400.0):
+def write_scout(path, view=0, side=1, sid=541.0, change=None, transposed=False, flipped=False, gain=400.0):
     """A scout file; rows from the head down and columns to the left or back, unless ``transposed`` or ``flipped``."""
-    z, u = np.arange(170.0, -110.0, -2.5), np.arange(-230.0, 231.0, 2.0)
-    stored = gain * integrals(ct, view, sid, side, z, u) - 120.0
+    z, u = Z, U
+    stored = gain * integrals(view, side, sid) - 120.0
     axis, down = np.eye(3)[view], np.array([0.0, 0, -1])
     position = axis * u[0] + np.array([0, 0, z[0]])
-    rows, columns, spacing = axis, down, (2.5, 2.0)
+    rows, columns, spacing = axis, down, (5.0, 4.0)
     if flipped:  # from the feet up, and from the left
         stored, position = stored[::-1, ::-1], axis * u[-1] + np.array([0, 0, z[-1]])
         rows, columns = -rows, -columns
@@ -83,12 +93,8 @@ def write_scout(path, ct, view=0, side=1, sid=541.0, change=None, transposed=Fal
 
 
 @pytest.fixture(scope="module")
-def ct():
-    return patient_ct()
-
-
-@pytest.fixture(scope="module")
-def cube(ct):
+def cube():
+    ct = patient_ct()
     centre = locate_cube(ct, 360.0)
     return Cube.of(*resample_cube(ct, centre, 360.0, 64), 360.0, centre)
 
@@ -123,9 +129,9 @@ def test_a_source_in_front_sees_the_volume_turned_about():
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("flipped", [False, True])
-def test_a_scout_is_read_upright_however_its_file_is_turned(tmp_path, ct, transposed, flipped):
-    plain = read_scout(write_scout(tmp_path / "a.dcm", ct))
-    turned = read_scout(write_scout(tmp_path / "b.dcm", ct, transposed=transposed, flipped=flipped))
+def test_a_scout_is_read_upright_however_its_file_is_turned(tmp_path, transposed, flipped):
+    plain = read_scout(write_scout(tmp_path / "a.dcm"))
+    turned = read_scout(write_scout(tmp_path / "b.dcm", transposed=transposed, flipped=flipped))
     assert (turned.view, turned.sid_mm, turned.sdd_mm, turned.frame) == (0, 541.0, 949.0, FRAME)
     assert np.allclose(turned.pixels, plain.pixels, atol=1.0)
     assert np.allclose(turned.z_mm, plain.z_mm)
@@ -133,9 +139,9 @@ def test_a_scout_is_read_upright_however_its_file_is_turned(tmp_path, ct, transp
 
 
 @pytest.mark.parametrize(("view", "side"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_scouts_of_both_views_and_sides_are_placed(tmp_path, ct, cube, view, side):
+def test_scouts_of_both_views_and_sides_are_placed(tmp_path, cube, view, side):
     """The placed picture is the one that the data set's geometry renders, but for the distance of the two centres."""
-    scout = read_scout(write_scout(tmp_path / "s.dcm", ct, view, side))
+    scout = read_scout(write_scout(tmp_path / "s.dcm", view, side))
     sides = (("behind", "in front")[side if view == 0 else 0], ("on the right", "on the left")[side if view else 0])
     data_set = Geometry("scout", 360.0, 949, 541, source_sides=sides)
     placed = place_scout(scout, cube, data_set, 10.0, 64)
@@ -148,8 +154,8 @@ def test_scouts_of_both_views_and_sides_are_placed(tmp_path, ct, cube, view, sid
     assert np.abs(placed.pixels - rendered)[rows].mean() < 0.012  # of a scale of 1: gain and offset are right, too
 
 
-def test_dark_bone_is_turned_bright(tmp_path, ct, cube):
-    scout = read_scout(write_scout(tmp_path / "s.dcm", ct, gain=-60.0))
+def test_dark_bone_is_turned_bright(tmp_path, cube):
+    scout = read_scout(write_scout(tmp_path / "s.dcm", gain=-60.0))
     data_set = Geometry("scout", source_sides=("in front", "on the right"))
     placed = place_scout(scout, cube, data_set, 10.0, 64)
     assert placed.ncc > 0.995
@@ -157,8 +163,8 @@ def test_dark_bone_is_turned_bright(tmp_path, ct, cube):
     assert spine > lung
 
 
-def test_the_other_side_of_the_source_is_refused_with_the_option(tmp_path, ct, cube):
-    scout = read_scout(write_scout(tmp_path / "s.dcm", ct))
+def test_the_other_side_of_the_source_is_refused_with_the_option(tmp_path, cube):
+    scout = read_scout(write_scout(tmp_path / "s.dcm"))
     with pytest.raises(InputError, match=r"source stood in front; expected behind.*--frontal ap"):
         place_scout(scout, cube, Geometry("scout"), 10.0, 64)
 
@@ -189,66 +195,139 @@ def away(data):
         (away, "0 mm of the CT's height"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path, ct, cube, change, words):
-    path = write_scout(tmp_path / "s.dcm", ct, change=change)
+def test_what_does_not_fit_is_named(tmp_path, cube, change, words):
+    path = write_scout(tmp_path / "s.dcm", change=change)
     with pytest.raises(InputError, match=words) as error:
         place_scout(read_scout(path), cube, Geometry("scout"), 10.0, 64, FRAME)
     assert str(path) in str(error.value)
+
+
+def header(kind=(), depth=0.0, distances=None, **tags):
+    """What a scanner writes: further values of Image Type, depth of Image Position, no distances where ``{}``."""
+
+    def change(data):
+        data.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER", *kind]
+        x, _, z = data.ImagePositionPatient
+        data.ImagePositionPatient = texts([float(x), depth, float(z)])
+        if distances == {}:
+            del data.DistanceSourceToPatient, data.DistanceSourceToDetector
+        for name, value in tags.items():
+            setattr(data, name, value)
+
+    return change
+
+
+VENDORS = {
+    "rows from the head, tube above": (541.0, header(SeriesDescription="SCOUT AP"), {}),
+    "depth is not the isocentre's": (
+        595.0,
+        header(("CT_SOM5 TOP",), depth=-160.0, SeriesDescription="TOPOGRAM 0.6 T20f"),
+        {"flipped": True},
+    ),
+    "no distances": (570.0, header(distances={}, SeriesDescription="SURVIEW"), {}),
+    "head to feet along the rows": (600.0, header(SeriesDescription="SCANOGRAM"), {"transposed": True}),
+}
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_what_scanners_write_leads_to_the_same_picture(tmp_path, cube, vendor):
+    sid, change, layout = VENDORS[vendor]
+    scout = read_scout(write_scout(tmp_path / "s.dcm", sid=sid, change=change, **layout))
+    data_set = Geometry("scout", 360.0, 949, sid, source_sides=("in front", "on the right"))
+    placed = place_scout(scout, cube, data_set, 10.0, 64)
+    assert placed.ncc > 0.995
+    assert placed.isocentre_mm == pytest.approx(-cube.centre_lps[1])  # at y = 0, whatever the header's depth
+    assert placed.sid_mm == pytest.approx(sid)
+    rendered = (line_integrals(cube.mu[None, None], data_set, (64, 64)) / 10.0)[0, 0].numpy()
+    rows = np.flatnonzero(cube.scanned)[2:-2]
+    assert np.abs(placed.pixels - rendered)[rows].mean() < 0.012
+
+
+def test_of_two_scouts_of_one_view_the_one_that_fits_is_used(tmp_path, cube):
+    paths = [
+        write_scout(tmp_path / "b.dcm"),
+        write_scout(tmp_path / "a.dcm", change=lambda data: nudge(data, 3.0)),  # the patient has moved by 3 mm
+    ]
+    data_set = Geometry("scout", source_sides=("in front", "on the right"))
+    for order in (paths, paths[::-1]):
+        placed, notes = place_scouts(order, cube, data_set, 10.0, 64)
+        assert list(placed) == [0]
+        assert placed[0].ncc > 0.995
+        assert any("one of several PA scouts" in note for note in notes)
+
+
+def nudge(data, mm):
+    x, y, z = data.ImagePositionPatient
+    data.ImagePositionPatient = texts([float(x), float(y), float(z) + mm])
 
 
 # ------------------------------------------------------------------------------------------------
 # In a data set
 
 
-@pytest.fixture
-def session(tmp_path, ct):
-    """Two patients as get_data.py leaves them, one with two scouts and one with a single one."""
+@pytest.fixture(scope="module")
+def cts(tmp_path_factory):
+    """Two patients: one as get_data.py leaves it, one with scouts among the slices of the CT."""
 
     def same_frame(data, k):
         data.FrameOfReferenceUID = FRAME
 
-    for name in ("P1", "P2"):
-        write_slices(tmp_path / "cts" / name / "ct", ct, change=same_frame, series=1 if name == "P1" else 2)
-        write_scout(tmp_path / "cts" / name / "scouts" / "frontal.dcm", ct)
-    write_scout(tmp_path / "cts" / "P1" / "scouts" / "lateral.dcm", ct, view=1, side=0)
-    write_scout(tmp_path / "cts" / "P2" / "scouts" / "other.dcm", ct, view=1, change=away)
-    return tmp_path
+    root = tmp_path_factory.mktemp("scouts") / "cts"
+    write_slices(root / "P1" / "ct", patient_ct(), change=same_frame, series=1)
+    write_slices(root / "P2", patient_ct(), change=same_frame, series=2)
+    for scouts in (root / "P1" / "scouts", root / "P2"):
+        write_scout(scouts / "frontal.dcm")
+    write_scout(root / "P1" / "scouts" / "lateral.dcm", view=1, side=0)
+    write_scout(root / "P2" / "other.dcm", view=1, change=away)
+    return root
 
 
-def prepare(session, *more):
+def prepare(cts):
     small = ("--size", "32", "--xray-size", "64", "--workers", "1", "--geometry", "scout", "--frontal", "ap")
-    where = ("--input", str(session / "cts"), "--output", str(session / "data"))
-    return main([*where, *small, *more])
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert main(["--input", str(cts), "--output", str(cts.parent / "data"), *small, "--with-scouts"]) == 0
+    return text.getvalue()
 
 
-def test_prepared_scouts_are_the_input_of_an_evaluation(session, capsys):
-    assert prepare(session, "--with-scouts") == 0
-    assert "P2: " in capsys.readouterr().out  # the scout of another table position is named
-    manifest = json.loads((session / "data" / "dataset.json").read_text())
+@pytest.fixture(scope="module")
+def prepared(cts):
+    """The data set and what its preparation said."""
+    said = prepare(cts)
+    return cts.parent / "data", said
+
+
+def test_scouts_of_the_session_and_among_the_slices_are_prepared(prepared, cts):
+    root, said = prepared
+    assert "P2: " in said  # the scout of another table position is named
+    manifest = json.loads((root / "dataset.json").read_text())
     first, second = manifest["patients"]["P1"], manifest["patients"]["P2"]
     assert sorted(first["scouts"]) == ["P1_lat_scout.png", "P1_pa_scout.png"]
     assert first["scouts"]["P1_pa_scout.png"]["ncc"] > 0.99
     assert set(first["scouts"]) < set(first["files"])
     assert sorted(second["scouts"]) == ["P2_pa_scout.png"]
-    data = PatientDataset(session / "data", "all", 32, 64, xrays="scout")
+    assert "2 of 2 CTs are done already" in prepare(cts)
+
+
+def test_prepared_scouts_show_what_the_data_set_renders(prepared):
+    root, _ = prepared
+    data = PatientDataset(root, "all", 32, 64, xrays="scout")
     assert (data.ids, data.without_xrays) == (["P1"], ["P2"])
-    rendered = PatientDataset(session / "data", "all", 32, 64)
+    rendered = PatientDataset(root, "all", 32, 64)
     assert rendered.ids == ["P1", "P2"]
     real, drawn = data[0]["xrays"], rendered[0]["xrays"]
     assert not torch.equal(real, drawn)
     for view in range(2):
         rows = slice(16, 48)
         assert np.corrcoef(real[view, rows].ravel(), drawn[view, rows].ravel())[0, 1] > 0.97
-    assert prepare(session, "--with-scouts") == 0  # all done
-    assert "2 of 2 CTs are done already" in capsys.readouterr().out
 
 
-def test_a_data_set_without_scouts_says_so(session):
-    assert prepare(session) == 0
-    with pytest.raises(InputError, match=r"none of 2 patients has ID_pa_scout.png and ID_lat_scout.png"):
-        PatientDataset(session / "data", "all", 32, 64, xrays="scout")
+def test_a_data_set_without_scouts_says_so(tmp_path):
+    root = make_dataset(tmp_path / "data", patients=3, cube_size=16, xray_size=32)
+    with pytest.raises(InputError, match=r"none of 3 patients has ID_pa_scout.png and ID_lat_scout.png"):
+        PatientDataset(root, "all", 16, 32, xrays="scout")
 
 
-def test_scouts_want_a_scout_geometry(session):
+def test_scouts_want_a_scout_geometry(cts):
     with pytest.raises(InputError, match="--with-scouts goes with --geometry scout"):
-        main(["--input", str(session / "cts"), "--output", str(session / "data"), "--with-scouts"])
+        main(["--input", str(cts), "--output", str(cts.parent / "other"), "--with-scouts"])

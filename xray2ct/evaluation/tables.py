@@ -22,8 +22,9 @@ REAL_GAINS = ("pa_ncc", "lateral_ncc", "lung_litres_absolute_error")  # likewise
 def read_rows(path, method: str, patients: list[str], xrays: str = "drr") -> list[dict]:
     """Another run's rows of one method, in the order of ``patients``, from its ``per_patient.csv``.
 
-    xrays: kind of X-rays whose scores are to be compared; a run on another kind has only some of them. Columns that the
-    file does not have are named in a note and left out; an empty cell is None.
+    xrays: kind of X-rays whose scores are to be compared: a run on rendered ones has only some of them, and may have
+    more patients than those with real ones. Columns that the file does not have are named in a note and left out; an
+    empty cell is None.
     Raises :class:`InputError` naming the file when it is missing, of another kind, or lacks the method or a patient.
     """
     try:
@@ -39,6 +40,8 @@ def read_rows(path, method: str, patients: list[str], xrays: str = "drr") -> lis
     if not found:
         names = ", ".join(dict.fromkeys(row["method"] for row in rows))
         raise InputError(f"--compare {path}: has no method {method!r}, only {names} (choose by --compare-method)")
+    if xrays != "drr":  # not every patient has them
+        found = {patient: row for patient, row in found.items() if patient in patients}
     if set(found) != set(patients):
         odd = sorted(set(found) ^ set(patients))
         raise InputError(f"--compare {path}: other patients than scored here ({', '.join(odd[:5])})")
