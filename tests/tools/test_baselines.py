@@ -119,7 +119,7 @@ class TestLifting:
     @staticmethod
     def _features(model, xrays):
         kept = []
-        handle = model.norm.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+        handle = model.decoder[-1].register_forward_hook(lambda _module, _inputs, output: kept.append(output))
         model(xrays)
         handle.remove()
         return kept[0]
