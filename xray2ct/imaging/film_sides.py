@@ -13,7 +13,7 @@ from xray2ct.files import InputError
 from xray2ct.imaging.dicom_view import turned
 from xray2ct.imaging.film_frame import fill, mask_markers, perspective, trim
 from xray2ct.imaging.film_view import FilmFinding, classify
-from xray2ct.imaging.read_xray import check_polarity, checked
+from xray2ct.imaging.read_xray import MIN_SIZE, check_polarity, checked
 from xray2ct.imaging.stored_xray import Exposure, StoredXray
 
 VIEW_SOURCES = ("pixels", "header")
@@ -97,9 +97,10 @@ def look_at(film: Film, options: FilmOptions) -> None:
     if slanted:
         raise InputError(f"{film.path}: {slanted}")
     box, notes = trim(film.pixels)
-    film.notes += notes
-    film.pixels = box.cut(film.pixels)
-    checked(film.path, film.pixels, [])
+    if min(box.cut(film.pixels).shape) >= MIN_SIZE:
+        film.notes += notes
+        film.pixels = box.cut(film.pixels)
+        checked(film.path, film.pixels, [])
     if _thumbnail(film.pixels).std() < NOISE * np.nanstd(film.pixels):
         raise InputError(f"{film.path}: the picture holds nothing but noise; expected an X-ray")
     mask, notes = mask_markers(film.pixels)
