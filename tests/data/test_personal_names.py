@@ -16,6 +16,7 @@ from tests.helpers.ct_cases import grid_affine, thorax
 from tests.helpers.tiny_data import make_hu
 from xray2ct.files import InputError
 from xray2ct.imaging.read_xray import read_xray, write_png16
+from xray2ct.imaging.xray_picture import OWN_MARK
 
 MARKER, BIRTH = "QzMarkerXj", "19020304"
 PERSONAL = {
@@ -132,7 +133,7 @@ def test_no_name_of_a_dicom_or_nifti_header_reaches_any_output(tmp_path, capfd):
         assert all(not volume.header[key].item() for key in ("db_name", "aux_file", "intent_name", "descrip"))
     with Image.open(tmp_path / "out" / "case7" / "case7_pa_drr.png") as picture:
         picture.load()
-        assert picture.text == {}
+        assert picture.text == dict([OWN_MARK])  # nothing but the scale
 
 
 def test_no_name_of_a_dicom_xray_reaches_any_output(tmp_path, capfd, caplog, monkeypatch):
