@@ -94,6 +94,8 @@ def test_prepared_films_are_the_xrays_of_an_evaluation(tmp_path):
     }
     assert set(first["films"]) < set(first["files"])
     assert (manifest["films"], second["films"]) == (True, {})
+    for path in (tmp_path / "data").rglob("*.*"):
+        assert path.is_dir() or NAME.encode() not in path.read_bytes(), path
     data = PatientDataset(tmp_path / "data", "all", 32, 64, xrays="film")
     assert (data.ids, data.without_xrays) == (["P1"], ["P2"])
     read = read_pair(*paths, size=64, geometry=Geometry())

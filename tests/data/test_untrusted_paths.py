@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,11 +119,13 @@ def test_manifest_files_that_leave_their_folder_are_refused(root, name):
         Manifest(root, find_patients(root))
 
 
-@pytest.mark.parametrize("what", ["p0", "p0/p0.nii.gz", "p0/p0_pa_drr.png"])
+@pytest.mark.parametrize("what", ["p0", "p0/p0.nii.gz", "p0/p0_pa_drr.png", "p0/p0_lat_film.png"])
 def test_links_that_leave_a_data_set_are_refused_links_inside_and_a_linked_root_are_not(root, tmp_path, what):
     (root.parent / "link").symlink_to(root)
     assert len(PatientDataset(root.parent / "link", "all", 16, None)) == 3
     inside, outside = root / ".kept", tmp_path / "elsewhere"
+    if not (root / what).exists():
+        shutil.copy(root / "p0" / "p0_lat_drr.png", root / what)
     (root / what).rename(inside)
     (root / what).symlink_to(inside)
     assert len(PatientDataset(root, "all", 16, None)) == 3

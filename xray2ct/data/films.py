@@ -19,8 +19,8 @@ def choose_films(paths: Sequence[Path], geometry: Geometry, size: int) -> tuple[
     """``(pair, {view: record}, notes)``: the earliest study with a frontal and a lateral film, read by ``read_pair``.
 
     Within a study the first film of each view by acquisition (else content, study) date and time, instance number and
-    file name. Pixels: ``(size, size)``. Dates are used for the order alone; records hold the file's name, what was done
-    to it, and whether its pixel spacing set the scale. pair is None where no study has both views; the notes say why.
+    file name. Pixels: ``(size, size)``. Dates are used for the order alone; records hold the file's name and what was
+    done to it. pair is None where no study has both views; the notes say why.
     """
     studies, notes = _studies(paths)
     for study in studies:
@@ -32,7 +32,7 @@ def choose_films(paths: Sequence[Path], geometry: Geometry, size: int) -> tuple[
         except InputError as error:
             notes.append(f"{error}; both films of this study are left out")
             continue
-        records = {view: _record(path, films, view) for view, path in enumerate(pair)}
+        records = {view: _record(path, films) for view, path in enumerate(pair)}
         return films, records, [*notes, *films.doubts]
     notes.append(f"{len(paths)} films, but no study with a frontal and a lateral one that can be read")
     return None, {}, notes
@@ -92,9 +92,7 @@ def _view(path: Path) -> int:
     return 0
 
 
-def _record(path: Path, films: FilmPair, view: int) -> dict:
+def _record(path: Path, films: FilmPair) -> dict:
     """A film's entry in the manifest."""
     notes = [note.removeprefix(f"{path}: ") for note in films.notes if note.startswith(f"{path}: ")]
-    image = films.views[view]
-    assert image is not None  # both were given
-    return {"source": path.name, "spacing_known": bool(image.spacing_known), "notes": notes}
+    return {"source": path.name, "notes": notes}
