@@ -47,14 +47,14 @@ def requirement_files(path: Path) -> list[Path]:
 
 
 def read_requirements(path: Path) -> list[tuple[str, str]]:
-    """``(name, least version)`` of every line ``name>=version`` of :func:`requirement_files`."""
+    """``(name, least version)`` of every line ``name>=version``, extras aside, of :func:`requirement_files`."""
     found = []
     for file in requirement_files(path):
         for line in file.read_text(encoding="utf-8").splitlines():
             line = line.partition("#")[0].strip()
             if not line or line.startswith("-r"):
                 continue
-            match = re.fullmatch(r"([\w.-]+)\s*>=\s*([\d.]+)", line)
+            match = re.fullmatch(r"([\w.-]+)(?:\[[\w,.-]+\])?\s*>=\s*([\d.]+)", line)
             if match is None:
                 raise ValueError(f"{file}: {line!r}; expected name>=version")
             found.append((match[1], match[2]))
