@@ -32,6 +32,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--base", required=True, help="stage-1 checkpoint")
     parser.add_argument("--refinement", help="stage-2 checkpoint: the volume has 256^3 voxels instead of 64^3")
     add_tile_argument(parser)
+    parser.add_argument("--compile", action="store_true", help="stage 1 by torch.compile: pays for many pairs")
     add_common_arguments(parser)
     return parser.parse_args(argv)
 
@@ -41,7 +42,7 @@ def main(argv=None) -> int:
     check_common_arguments(args)
     if not args.folder and not args.lateral:
         raise InputError("--lateral is missing; expected the two X-rays, or --folder")
-    pipeline = load_pipeline(args.base, args.refinement, args.device, args.precision, args.tile)
+    pipeline = load_pipeline(args.base, args.refinement, args.device, args.precision, args.tile, args.compile)
     if args.folder:
         return reconstruct_folder(pipeline, args)
     hu, _ = reconstruct_one(pipeline, args.pa, args.lateral, args.output, args.picture, args)

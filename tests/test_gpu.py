@@ -269,6 +269,14 @@ def test_checked_precision_predicts_what_float32_does_and_the_volume_comes_back_
     assert (found - expected).abs().max() < 0.02
 
 
+def test_a_compiled_system_predicts_what_a_plain_one_does_for_each_pair(root, tmp_path):
+    base, pairs = make_checkpoint(tmp_path / "base.pt", root), torch.rand(3, 1, 2, 64, 64)
+    plain, graphs = (DirectSystem(base, device="cuda", compiled=compiled) for compiled in (False, True))
+    found = [graphs.predict(xrays) for xrays in pairs]  # kept while the graph runs again
+    for volume, xrays in zip(found, pairs):
+        assert torch.allclose(volume, plain.predict(xrays), atol=1e-3)
+
+
 def test_patches_lifted_together_equal_the_cpu():
     torch.manual_seed(0)
     network = RefinementNetwork(**TINY_REFINEMENT).train()

@@ -53,9 +53,9 @@ def test_compiled_blocks_train_as_they_do_without():
 def test_without_a_compiler_there_is_one_note_and_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(compiling, "compiler_problem", lambda device: "no g++")
     model, notes = Tiny(), []
-    for mode in ("blocks", "model", True):
+    for mode in ("blocks", "model", "graphs", True):
         assert compiling.compiled(model, mode, torch.device("cpu"), notes.append) is model
-    assert notes == ["note: training.compile is off: no working compiler for cpu here (no g++)"] * 3
+    assert notes == ["note: training.compile is off: no working compiler for cpu here (no g++)"] * 4
     assert model.block._compiled_call_impl is None
     assert compiling.compiled(model, False, torch.device("cpu"), notes.append) is model
     assert len(notes) == 3

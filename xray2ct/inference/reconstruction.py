@@ -108,14 +108,15 @@ def load_pipeline(
     device: str = "auto",
     precision: str = "float32",
     tile: int | str = "auto",
+    compiled: bool = False,
 ) -> Pipeline:
     """Load a stage-1 checkpoint, and a stage-2 one for 256^3: ``hu, affine = pipeline(pa, lateral)``.
 
-    base: also a baseline's. device: auto, cpu, cuda, ... precision, tile: see
+    base: also a baseline's. device: auto, cpu, cuda, ... precision, tile, compiled: see
     :class:`DirectSystem`. Raises :class:`InputError` naming the file when a checkpoint is missing, damaged, of another
     kind or unfit for the other.
     """
-    return Pipeline(DirectSystem(base, refinement, device, precision, tile))
+    return Pipeline(DirectSystem(base, refinement, device, precision, tile, compiled))
 
 
 def _array_view(source, view: int, size: int) -> np.ndarray:

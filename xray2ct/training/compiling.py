@@ -18,9 +18,10 @@ def compiled(model: nn.Module, mode: bool | str, device: torch.device, say=print
 
     mode: False: ``model`` itself. "blocks": its :class:`ResidualBlock` and :class:`RRDB` instances are compiled where
     they stand (regional compilation: blocks that are alike are compiled once; about half the time to compile of the
-    whole, most of the gain). "model" or True: all of it. What was compiled is kept on disk (TORCHINDUCTOR_CACHE_DIR),
-    so that the next start does not compile again. Without a working compiler ``say`` gets one line, and nothing is
-    compiled.
+    whole, most of the gain). "model" or True: all of it. "graphs": all of it, its kernels launched as CUDA graphs, for
+    inputs of one shape; results then stay valid until the next call alone. What was compiled is kept on disk
+    (TORCHINDUCTOR_CACHE_DIR), so that the next start does not compile again. Without a working compiler ``say`` gets
+    one line, and nothing is compiled.
     """
     if not mode:
         return model
@@ -29,7 +30,7 @@ def compiled(model: nn.Module, mode: bool | str, device: torch.device, say=print
         say(f"note: training.compile is off: no working compiler for {device.type} here ({problem})")
         return model
     if mode != "blocks":
-        return torch.compile(model)
+        return torch.compile(model, mode="reduce-overhead" if mode == "graphs" else None)
     torch._dynamo.config.recompile_limit = max(SHAPES_OF_A_BLOCK, torch._dynamo.config.recompile_limit)
     for module in model.modules():
         if isinstance(module, ResidualBlock | RRDB):

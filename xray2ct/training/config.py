@@ -50,8 +50,9 @@ class CommonTraining:
     precision: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
     # Memory format of the convolutions: auto is channels-last on CPUs, contiguous on GPUs.
     channels_last: bool | str = setting("auto", choices=("auto", True, False))
-    # torch.compile: of the repeated blocks (compiled once a kind), or of the whole network ("model", as true does).
-    compile: bool | str = setting(False, choices=(False, "blocks", "model", True))
+    # torch.compile: of the repeated blocks (compiled once a kind), of the whole network ("model", as true does), or of
+    # that as CUDA graphs ("graphs").
+    compile: bool | str = setting(False, choices=(False, "blocks", "model", "graphs", True))
     seed: int = setting(0, minimum=0)
 
 
