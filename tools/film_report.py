@@ -132,7 +132,7 @@ def main(argv=None) -> int:
     parser.add_argument("--base", required=True, help="stage-1 checkpoint")
     parser.add_argument("--refinement", help="stage-2 checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="folder for report.json and ID.png")
-    parser.add_argument("--xray-normalization", default="histogram", choices=NORMALIZATIONS, help="default %(default)s")
+    parser.add_argument("--xray-normalization", default="auto", choices=NORMALIZATIONS, help="default %(default)s")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
     args = parser.parse_args(argv)
     if bool(args.folder) == bool(args.pa or args.lateral) or bool(args.pa) != bool(args.lateral):

@@ -426,10 +426,31 @@ def test_folders_made_by_hand(good, tmp_path):
             path, image = picture(tmp_path, patient, view)
             Image.fromarray((255 * (image / image.max())).astype(np.uint8)).save(path)
     path, image = picture(tmp_path, "p1", 0)
-    Image.fromarray((65535 * np.fliplr(image) * 257).astype(np.uint8)).save(path)
+    Image.fromarray((255 * np.fliplr(image) / image.max()).astype(np.uint8)).save(path)
     (tmp_path / "p1" / "p1_lat_drr.png").unlink()
     failed = [(f.patient, f.check, f.message) for f in check_dataset(tmp_path) if f.status == FAILED]
     assert failed == [("p1", "PA X-ray", "mirrored left-right")]
+
+
+def test_films_of_a_folder_made_by_hand_are_read_as_the_data_set_reads_them(good, tmp_path):
+    """Both together: one film given twice is refused in the reader's words, a page around a film is cut off."""
+    shutil.copytree(good / "p0", tmp_path / "p0")
+    pages = []
+    for view in (0, 1):
+        path, image = picture(tmp_path, "p0", view)
+        path.unlink()
+        pages.append(np.pad((255 * image / image.max()).astype(np.uint8), 20, constant_values=255))
+
+    def check(pa, lateral):
+        Image.fromarray(pa).save(tmp_path / "p0" / "p0_pa.png")
+        Image.fromarray(lateral).save(tmp_path / "p0" / "p0_lat.png")
+        found = {f.check: f for f in check_dataset(tmp_path)}
+        return [found[view] for view in VIEWS]
+
+    for finding in check(pages[0], np.fliplr(pages[0])):
+        assert finding.status == FAILED
+        assert "are the same picture" in finding.message
+    assert check(*pages)[0].status == OK
 
 
 def test_files_of_a_folder_made_by_hand_are_checked_or_named(good, tmp_path):

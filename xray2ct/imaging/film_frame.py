@@ -12,9 +12,12 @@ from scipy import ndimage
 
 WORKING_EDGE = 512  # pixels; the copy that is looked at has an edge of 512 to 1,023
 FRAME_OUTLIERS = 0.03  # share of a frame's row that a caption or dust may cover
-STRAIGHT_SHARE = 0.45  # share of a row that leaves the frame at once where its straight edge lies; a body tapers
+# A frame ends on one straight line: for this share of its edge, to the pixel. Backs of patients in front of air: 0.61.
+STRAIGHT_SHARE = 0.7
+STRAIGHT_DEGREES = 1.25  # a scanned film's frame is tilted by up to 1 degree
 MARKER_SHARE = 0.01  # of the picture; a letter is smaller
 SLANT_DEGREES = 2.0  # between opposite edges: a tilted film on a scanner keeps them parallel
+LINE_ERROR = 0.002  # of the picture's edge, mean; edges of photographed films: 0.0008, outlines of bodies from 0.003 on
 
 
 class Box(NamedTuple):
@@ -43,10 +46,11 @@ def decimated(pixels: np.ndarray, edge: int = WORKING_EDGE) -> tuple[np.ndarray,
 def trim(pixels: np.ndarray) -> tuple[Box, list[str]]:
     """Find the picture inside uniform frames: a white page, a black page, borders, several of them nested.
 
-    A frame's rows hold one value (3 % of their pixels may be a caption), and it ends at a straight edge: nearly half of
-    the next row leaves that value at once. Air beside a body is uniform too, but the body's outline is curved: it
-    stays. Wholly padded rows (NaN) go as well. Returns the :class:`Box` that is left, and a note on what was cut, none
-    where nothing was. Where less than a quarter of an edge would be left, nothing is cut.
+    A frame's rows hold one value (3 % of their pixels may be a caption), and it ends on a straight line. Air beside a
+    body is uniform too, but the body's outline is curved: it stays, since without it the patient would be neither in
+    place nor at scale. What a tilted line leaves within the box stays as well; wholly padded rows (NaN) go. Returns the
+    :class:`Box` that is left, and a note on what was cut, none where nothing was. Where less than a quarter of an edge
+    would be left, nothing is cut.
     """
     small, step = decimated(pixels)
     rows, columns = small.shape
@@ -56,13 +60,7 @@ def trim(pixels: np.ndarray) -> tuple[Box, list[str]]:
     top, bottom, left, right = 0, rows, 0, columns
     cut: dict[str, int] = {}
     while True:
-        inside = small[top:bottom, left:right]
-        found = {
-            "top": _frame_width(inside, span),
-            "bottom": _frame_width(inside[::-1], span),
-            "left": _frame_width(inside.T, span),
-            "right": _frame_width(inside.T[::-1], span),
-        }
+        found = _frame_widths(small[top:bottom, left:right], span)
         if not any(found.values()):
             break
         top, bottom = top + found["top"], bottom - found["bottom"]
@@ -87,27 +85,41 @@ def _span(small) -> float:
     return float(np.subtract(*np.percentile(values, [99.5, 0.5]))) if values.size else 0.0
 
 
-def _frame_width(picture, span) -> int:
-    """Rows of ``picture``, from its first on, that are frame."""
-    padded = ~np.isfinite(picture).any(axis=1)
-    count = int(np.argmin(padded)) if not padded.all() else 0
-    if count:
-        return count
-    first = picture[0]
-    level = np.nanmedian(first)
-    away = ~(np.abs(picture - level) <= 0.02 * span)  # NaN is away
-    share = away.mean(axis=1)
-    if share[0] > FRAME_OUTLIERS:
-        return 0
-    beyond = np.flatnonzero(share > FRAME_OUTLIERS)
-    if not len(beyond):
-        return 0
-    width = int(beyond[0])
-    # The edge may be blurred or tilted by a degree.
-    reach = width + max(2, len(picture) // 50)
-    if share[width : reach + 1].max() < STRAIGHT_SHARE:
-        return 0
-    return int(width + np.argmax(share[width : reach + 1] >= STRAIGHT_SHARE))
+def _frame_widths(picture, span) -> dict[str, int]:
+    """Rows and columns of ``picture`` that are frame, by side."""
+    padded = ~np.isfinite(picture)
+    turned = {"top": picture, "bottom": picture[::-1], "left": picture.T, "right": picture.T[::-1]}
+    if padded.all(axis=0).any() or padded.all(axis=1).any():
+        return {side: _leading(~np.isfinite(way).any(axis=1)) for side, way in turned.items()}
+    away = {side: ~(np.abs(way - np.median(way[0])) <= 0.02 * span) for side, way in turned.items()}  # NaN is away
+    uniform = {side: _leading(way.mean(axis=1) <= FRAME_OUTLIERS) for side, way in away.items()}
+    widths = {}
+    for side, way in away.items():
+        before, after = ("left", "right") if side in ("top", "bottom") else ("top", "bottom")
+        # Corners belong to the frames at both sides.
+        between = way[:, uniform[before] : way.shape[1] - uniform[after]]
+        widths[side] = _straight_edge(between) if uniform[side] and between.size else 0
+    return widths
+
+
+def _leading(rows) -> int:
+    """How many of ``rows`` (bool) are true from the first on; 0 where all are."""
+    return int(np.argmin(rows))
+
+
+def _straight_edge(away) -> int:
+    """Rows before the straight line on which most columns of ``away`` (bool) become true first; 0 without one."""
+    first = np.where(away.any(axis=0), away.argmax(axis=0), len(away))
+    across = np.arange(len(first)) - len(first) / 2
+    best, width = 0, 0
+    for slope in np.tan(np.deg2rad(np.linspace(-STRAIGHT_DEGREES, STRAIGHT_DEGREES, 11))):
+        offsets = np.sort(first - slope * across)
+        within = np.searchsorted(offsets, offsets + 2, "right") - np.arange(len(offsets))
+        if within.max() > best:
+            best, start = int(within.max()), offsets[within.argmax()]
+            on_line = np.abs(first - slope * across - start - 1) <= 1
+            width = int(first[on_line].min())
+    return width if best >= STRAIGHT_SHARE * len(first) else 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -245,7 +257,7 @@ def _quadrilateral(picture) -> dict[str, float] | None:
         if len(where) < 20 or (edge <= 1).mean() > 0.1:  # reaches the picture's border: cropped, not an edge
             return None
         slope, offset = np.polyfit(where, edge, 1)
-        if np.abs(edge - slope * where - offset).mean() > 0.006 * max(rows, columns):
+        if np.abs(edge - slope * where - offset).mean() > LINE_ERROR * max(rows, columns):
             return None
         mirrored = side in ("right", "bottom")
         angles[side] = float(np.degrees(np.arctan(-slope if mirrored else slope)))

@@ -155,16 +155,19 @@ def _settle_polarity(film: Film, options: FilmOptions) -> None:
 
 
 def _settle_turn(film: Film, options: FilmOptions) -> None:
-    turns = film.finding.quarter_turns
-    if turns is None:
-        film.decide("how it is turned cannot be told: taken as upright (--rotate)")
-    elif turns:
+    """Turn a film upright; say so, and where the picture alone does not tell its position, unless the header does."""
+    turns, asked = film.finding.quarter_turns, options.rotate[film.place]
+    sure = film.finding.confidence["position"]
+    doubt = "" if sure >= SURE else f", with a confidence of {sure:.0%} only"
+    if turns:
         lies, degrees = "upside down" if turns == 2 else "on its side", 360 - 90 * turns  # clockwise
-        if options.rotate[film.place]:
+        if asked:
             film.decide(f"seems to lie {lies} after --rotate: left as asked for")
             return
         film.pixels = np.rot90(film.pixels, turns)
-        film.decide(f"lay {lies}: turned by {degrees} degrees clockwise (--view-from header leaves it)")
+        film.decide(f"lay {lies}{doubt}: turned by {degrees} degrees clockwise (--view-from header leaves it)")
+    elif doubt and not asked and film.sides_of is None:
+        film.decide(f"taken as upright{doubt} (--rotate turns it, --invert where bone is dark)")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ class FilmFinding:
     the anterior chest lies in the upright lateral; None for a frontal. polarity: "bright" or "dark" bone.
     quarter_turns: counter-clockwise turns (``numpy.rot90``) that put the picture upright: trust them only where their
     confidence is high, since a wrong turn that nobody notices is worse than none. confidence: of each of those
-    decisions, by its name, provided that it is a chest radiograph at all, and of that, "chest".
+    decisions, by its name, provided that it is a chest radiograph at all, and of that, "chest"; "position": of polarity
+    and turn together by this picture alone, without the knowledge that most films are upright and show bone bright.
     """
 
     view: str | None
@@ -75,6 +76,7 @@ def classify(pixels: np.ndarray) -> FilmFinding:
     chances = (evidence + _log_prior()).softmax(0).double().numpy()
     chest = float(1.0 - chances[-1])
     table = chances[:-1].reshape(2, 4, 3) / max(chances[:-1].sum(), 1e-12)  # polarity, turn, hypothesis
+    alone = evidence[:-1].softmax(0).double().numpy().reshape(2, 4, 3)
     polarity, turn, hypothesis = np.unravel_index(table.argmax(), table.shape)
     lateral = hypothesis > 0
     facing = table[..., 1:].sum(axis=(0, 1))
@@ -83,6 +85,7 @@ def classify(pixels: np.ndarray) -> FilmFinding:
         "view": float(table[..., 1:].sum() if lateral else table[..., 0].sum()),
         "polarity": float(table[polarity].sum()),
         "quarter_turns": float(table[:, turn].sum()),
+        "position": float(alone[polarity, turn].sum()),
     }
     if lateral:
         confidence["faces"] = float(facing[hypothesis - 1] / facing.sum())

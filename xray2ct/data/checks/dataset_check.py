@@ -43,7 +43,8 @@ from xray2ct.imaging.body import body_mask
 from xray2ct.imaging.cube import area_average
 from xray2ct.imaging.cube_files import read_array_cube, read_cube
 from xray2ct.imaging.film import check_spacings
-from xray2ct.imaging.read_xray import XrayImage, read_xray
+from xray2ct.imaging.read_films import read_films
+from xray2ct.imaging.read_xray import read_xray
 
 RENDER_SIZE = 128  # voxels and pixels per edge at which X-rays are compared, at most
 ANATOMY_MM = 5.0  # organs are measured on voxels of at least this edge
@@ -155,38 +156,60 @@ def _check_xrays(folder, volume, settings, fingerprints) -> list[Finding]:
     size = volume.unit.shape[0]
     rendered = render(volume.unit, settings.geometry, settings)
     fingerprints.renders[folder.id] = np.stack([resize(image, min(size, FINGERPRINT_SIZE)) for image in rendered])
-    findings, others, read = [], [], {}
-    for view, path in enumerate(folder.xrays):
+    findings, others = [], []
+    for view, answer in enumerate((_read_stored if settings.present else _read_by_hand)(folder.xrays, size, settings)):
         status, text = UNKNOWN, "not checked: there is no X-ray"
-        try:
-            if path is not None:
-                read[path], notes = _read_stored(path, size, view, settings)
-                check_spacings(read)
-                stored = read[path].pixels
-                status, text = compare_xray(stored, rendered, view, linear=settings.present)
-                if status == FAILED and not text:
-                    others = others or list(other_geometries(volume.unit, settings))
-                    sure, text = name_geometry(stored, rendered, others, view)
-                    if not sure:  # another patient's, perhaps: seen when all are known
-                        fingerprints.unexplained[folder.id, view] = resize(stored, min(size, FINGERPRINT_SIZE))
-                if notes:
-                    status, text = FAILED, "; ".join([*notes, *([text] if text else [])])
-        except InputError as error:
-            status, text = FAILED, str(error)
+        if isinstance(answer, InputError):
+            status, text = FAILED, str(answer)
+        elif answer is not None:
+            stored, notes = answer
+            status, text = compare_xray(stored, rendered, view, linear=settings.present)
+            if status == FAILED and not text:
+                others = others or list(other_geometries(volume.unit, settings))
+                sure, text = name_geometry(stored, rendered, others, view)
+                if not sure:  # another patient's, perhaps: seen when all are known
+                    fingerprints.unexplained[folder.id, view] = resize(stored, min(size, FINGERPRINT_SIZE))
+            if notes and settings.present:
+                status = FAILED
+            text = "; ".join(filter(None, [*notes, text]))
         findings.append(Finding(folder.id, VIEW_CHECKS[view], status, text))
     return findings
 
 
-def _read_stored(path, size, view, settings) -> tuple[XrayImage, list[str]]:
-    """The stored picture at ``size`` pixels; a picture refused for its polarity is inverted, and noted."""
-    normalization = "manifest" if settings.present else "percentile"
+Read = tuple[np.ndarray, list[str]] | InputError | None  # a view's picture with notes, why there is none, no file
+
+
+def _read_stored(paths, size, settings) -> list[Read]:
+    """X-rays that prepare_data.py wrote, one by one; a picture refused for its polarity is inverted, and noted."""
+    answers: list[Read] = []
+    spacings: dict = {}
+    for view, path in enumerate(paths):
+        notes: list[str] = []
+        try:
+            if path is not None:
+                try:
+                    xray = read_xray(path, "manifest", size, view, geometry=settings.geometry)
+                except InputError as error:
+                    if "invert" not in str(error):
+                        raise
+                    xray = read_xray(path, "manifest", size, view, invert=True, geometry=settings.geometry)
+                    notes = ["inverted (bone dark, air bright)"]
+                spacings[path] = xray
+                check_spacings(spacings)
+            answers.append(None if path is None else (xray.pixels, notes))
+        except InputError as error:
+            answers.append(error)
+    return answers
+
+
+def _read_by_hand(paths, size, settings) -> list[Read]:
+    """Any X-rays as the data set reads them: both together, with what their pixels decided or left in doubt."""
     try:
-        return read_xray(path, normalization, size, view, geometry=settings.geometry), []
+        pair = read_films(tuple(paths), "auto", size, settings.geometry)
     except InputError as error:
-        if "invert" not in str(error):
-            raise
-        xray = read_xray(path, normalization, size, view, invert=True, geometry=settings.geometry)
-        return xray, ["inverted (bone dark, air bright)"]
+        return [None if path is None else error for path in paths]
+    said = [[doubt for doubt in pair.doubts if doubt.startswith(f"{path}: ")] for path in paths]
+    return [None if xray is None else (xray.pixels, notes) for xray, notes in zip(pair.views, said)]
 
 
 # ------------------------------------------------------------------------------------------------

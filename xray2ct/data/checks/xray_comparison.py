@@ -30,6 +30,8 @@ def compare_xray(stored: np.ndarray, rendered: np.ndarray, view: int, linear: bo
     """
     if stored.std() < 1e-6:
         return FAILED, "the picture is constant"
+    if not linear:  # films have display curves
+        stored, rendered = _ranks(stored), [_ranks(image) for image in rendered]
     own, same = ncc_distance(stored, rendered[view]), SAME_XRAY if linear else FOREIGN_XRAY
     candidates = [(ncc_distance(stored, image), name, image) for name, image in _transforms(rendered, view)]
     distance, transform, image = min(candidates, key=lambda candidate: candidate[0])
