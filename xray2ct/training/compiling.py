@@ -13,7 +13,7 @@ from xray2ct.models.blocks import RRDB, ResidualBlock
 SHAPES_OF_A_BLOCK = 64
 
 
-def compiled(model: nn.Module, mode: bool | str, device: torch.device, say=print) -> Any:
+def compiled(model: nn.Module, mode: bool | str, device: torch.device, say=print, backend: str = "inductor") -> Any:
     """What to call instead of ``model`` in training, with the same parameters and ``state_dict``.
 
     mode: False: ``model`` itself. "blocks": its :class:`ResidualBlock` and :class:`RRDB` instances are compiled where
@@ -21,27 +21,27 @@ def compiled(model: nn.Module, mode: bool | str, device: torch.device, say=print
     whole, most of the gain). "model" or True: all of it. "graphs": all of it, its kernels launched as CUDA graphs, for
     inputs of one shape; results then stay valid until the next call alone. What was compiled is kept on disk
     (TORCHINDUCTOR_CACHE_DIR), so that the next start does not compile again. Without a working compiler ``say`` gets
-    one line, and nothing is compiled.
+    one line, and nothing is compiled. backend: of torch.compile; tests take one that needs no compiler.
     """
     if not mode:
         return model
-    problem = compiler_problem(device)
+    problem = compiler_problem(device, backend)
     if problem is not None:
         say(f"note: training.compile is off: no working compiler for {device.type} here ({problem})")
         return model
     if mode != "blocks":
-        return torch.compile(model, mode="reduce-overhead" if mode == "graphs" else None)
+        return torch.compile(model, backend=backend, mode="reduce-overhead" if mode == "graphs" else None)
     torch._dynamo.config.recompile_limit = max(SHAPES_OF_A_BLOCK, torch._dynamo.config.recompile_limit)
     for module in model.modules():
         if isinstance(module, ResidualBlock | RRDB):
-            module.compile(dynamic=False)
+            module.compile(dynamic=False, backend=backend)
     return model
 
 
-def compiler_problem(device: torch.device) -> str | None:
+def compiler_problem(device: torch.device, backend: str = "inductor") -> str | None:
     """Why torch.compile does not work on ``device`` here; None where it does."""
     try:
-        torch.compile(lambda x: x.sin() + 1.0)(torch.ones(16, device=device))
+        torch.compile(lambda x: x.sin() + 1.0, backend=backend)(torch.ones(16, device=device))
     except Exception as error:  # noqa: BLE001 - the compilers' errors share no class: missing, broken, without headers
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None
