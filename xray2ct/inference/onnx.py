@@ -45,15 +45,12 @@ def metadata(predictor: Predictor, module: nn.Module) -> dict:
     """What somebody needs who has the file alone: scales, geometry, conventions; JSON-ready."""
     geometry, size = predictor.geometry, predictor.volume_size[0]
     views = "channel 0 PA (columns patient right to left), channel 1 lateral (columns anterior to posterior)"
-    seen = ""
+    shape = "batch, views, S, S"
     if predictor.seen_channel:
-        seen, views = (
-            "2, ",
-            f"{views}; of each view pixels, then what is seen (0 behind collimators and beyond the film)",
-        )
+        shape = "batch, views, 2, S, S"
+        views += "; of each view pixels, then what is seen (0 behind collimators and beyond the film)"
     return {
-        "input": f"xrays (batch, views, {seen}S, S) float32 in [0, 1], line integral / xray_scale, bone bright;"
-        f" {views}",
+        "input": f"xrays ({shape}) float32 in [0, 1], line integral / xray_scale, bone bright; {views}",
         "output": "volume (batch, 1, D, H, W) float32 in [0, 1] of hu_window; D superior to inferior, H anterior to"
         " posterior, W patient right to left",
         "xray_size": predictor.xray_size,
