@@ -24,8 +24,6 @@ for p in pictures:
 pixels = [np.asarray(p) for p in pictures]
 images = [Image.fromarray((p / np.iinfo(p.dtype).max).astype(np.float32)) for p in pixels]
 xrays = np.stack([image.resize((about["xray_size"],) * 2, Image.Resampling.BOX) for image in images])[None]
-if about.get("seen_channel"):
-    xrays = np.stack([xrays, np.ones_like(xrays)], axis=2)  # all of these pictures is seen
 low, high = about["hu_window"]
 hu = session.run(["volume"], {"xrays": xrays})[0][0, 0] * (high - low) + low  # (D, H, W)
 nib.save(nib.Nifti1Image(np.rint(hu).astype(np.int16).transpose(2, 1, 0), np.array(about["affine"])), output)
