@@ -45,20 +45,22 @@ RENDER_SIZE = 512  # pixels per edge of a missing X-ray before it is averaged to
 
 
 class PatientDataset(Dataset):
-    """Patients of one split as ``{"id", "xrays", "ct_volume", "mask", "affine"}``, and ``"body"`` on demand.
+    """Patients of one split as ``{"id", "xrays", "ct_volume", "mask", "affine"}``; ``"body"``, ``"seen"`` on demand.
 
     xrays ``(2, xray_size, xray_size)`` float32 in [0, 1] (left out with ``xray_size=None``);
     ct_volume ``(1, N, N, N)`` float32, ``hu_window`` mapped to [0, 1]; mask ``(1, N, N, N)``
     float32, 1 inside the scan; body ``(1, N, N, N)`` uint8, 1 in the patient (:func:`body.patient_mask`);
-    affine ``(4, 4)`` of ``ct_volume`` as stored in NIfTI (W, H, D).
+    affine ``(4, 4)`` of ``ct_volume`` as stored in NIfTI (W, H, D); seen: of the X-rays' shape, float32, how much of
+    each pixel its file shows, 1 where the X-ray is rendered (:class:`read_xray.XrayImage`).
 
     split: "train", "val", "test" or "all". max_patients: the first so many (by id).
     hu_window: another window than the data set's own. xray_normalization: for X-rays of a data set
     without manifest (see :func:`read_films.read_films`). raw: leave ct_volume as uint16 (65535 = 1) and
     mask as uint8, to be converted on the device. with_mask: False leaves the mask out. body: whether ``"body"`` is
-    wanted. xrays: ``"drr"`` for the X-rays that belong to the volume, ``"scout"`` or ``"film"`` for real ones of the
-    same patient (``ID_pa_scout.png``): patients without both views are left out, and named by ``without_xrays``;
-    scouts have the data set's scale, films are read by :func:`read_films.read_films`.
+    wanted; seen: whether ``"seen"`` is, next to the X-rays. xrays: ``"drr"`` for the X-rays that belong to the volume,
+    ``"scout"`` or ``"film"`` for real ones of the same patient (``ID_pa_scout.png``): patients without both views are
+    left out, and named by ``without_xrays``; scouts have the data set's scale, films are read by
+    :func:`read_films.read_films`.
     Raises :class:`InputError` naming file or folder for anything unusable.
     """
 
@@ -76,6 +78,7 @@ class PatientDataset(Dataset):
         with_mask: bool = True,
         body: bool = False,
         xrays: str = "drr",
+        seen: bool = False,
     ):
         self.root = Path(root)
         patients = find_patients(self.root)
@@ -114,7 +117,7 @@ class PatientDataset(Dataset):
         # Prepared films have the data set's scale, and a mark that says so, which "auto" knows.
         self._normalization = "manifest" if made_here else "auto" if xrays == "film" else xray_normalization
         self.volume_size, self.xray_size = int(volume_size), xray_size
-        self.raw, self.with_mask, self.body = raw, with_mask, body
+        self.raw, self.with_mask, self.body, self.seen = raw, with_mask, body, seen
         if self.cube_size % self.volume_size:
             raise InputError(f"volume size {volume_size} does not divide the data set's cube of {self.cube_size}")
         self.cache = Path(cache_dir) if cache_dir else self.root / ".cache"
@@ -161,8 +164,8 @@ class PatientDataset(Dataset):
         if self.body:
             item["body"] = torch.from_numpy(np.array(self._body(patient)))[None]
         if self.xray_size is not None:
-            xrays = self._xrays(patient, self.xray_size)
-            item["xrays"] = torch.from_numpy(xrays.astype(np.float32)).div_(65535.0)
+            for name, array in self._xrays(patient).items():
+                item[name] = torch.from_numpy(array.astype(np.float32)).div_(np.iinfo(array.dtype).max)
         return item
 
     def build_cache(self, rank: int = 0, world_size: int = 1, progress=None) -> None:
@@ -178,7 +181,7 @@ class PatientDataset(Dataset):
                 if self.body:
                     self._body(patient)
                 if self.xray_size is not None:
-                    self._xrays(patient, self.xray_size)
+                    self._xrays(patient)
 
     # -- cached arrays ---------------------------------------------------------------------------
 
@@ -201,7 +204,8 @@ class PatientDataset(Dataset):
             name, shape = f"body{self.volume_size}", (self.volume_size,) * 3
             yield self._entry(patient, name, shape, [patient.volume]), shape, np.uint8
         if self.xray_size is not None:
-            yield self._entry(patient, *self._xray_array(patient)), self._xray_array(patient)[1], np.uint16
+            for name, shape, dtype, sources in self._xray_arrays(patient).values():
+                yield self._entry(patient, name, shape, sources), shape, dtype
 
     def _volume_arrays(self):
         size = self.volume_size
@@ -275,25 +279,35 @@ class PatientDataset(Dataset):
             return read_array_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
         return read_cube(patient.volume, self.geometry.fov_mm, self.cube_size)
 
-    def _xray_array(self, patient):
-        """Name, shape and sources of the X-rays in use."""
+    def _xray_arrays(self, patient) -> dict[str, tuple]:
+        """Name, shape, dtype and sources of the X-rays in use, and of what they show where that is wanted."""
         kind, size = "xrays" if self.xrays == "drr" else self.xrays, self.xray_size
-        return f"{kind}{size}", (2, size, size), self._xray_files(patient, patient.xray_sources)
+        shape, sources = (2, size, size), self._xray_files(patient, patient.xray_sources)
+        arrays = {"xrays": (f"{kind}{size}", shape, np.uint16, sources)}
+        return arrays | {"seen": (f"{kind}_seen{size}", shape, np.uint8, sources)} if self.seen else arrays
 
     def _xray_files(self, patient, own):
         return own if self.xrays == "drr" else patient.real[self.xrays]
 
-    def _xrays(self, patient, size: int):
-        name, shape, sources = self._xray_array(patient)
-        return self._cached(patient, name, shape, np.uint16, sources, partial(self._read_xrays, patient, size))
+    def _xrays(self, patient) -> dict[str, np.ndarray]:
+        made = {}
 
-    def _read_xrays(self, patient, size: int):
+        def make(part):
+            if not made:
+                made.update(self._read_xrays(patient, self.xray_size))
+            return made[part]
+
+        arrays = self._xray_arrays(patient)
+        return {part: self._cached(patient, *about, partial(make, part)) for part, about in arrays.items()}
+
+    def _read_xrays(self, patient, size: int) -> dict[str, np.ndarray]:
         paths = self._xray_files(patient, patient.xrays)
         pair = read_films(tuple(paths), self._normalization, size, self.geometry)
         if not self.has_manifest:
             for note in pair.notes:
                 warnings.warn(note, stacklevel=2)
         images = [None if xray is None else xray.pixels for xray in pair.views]
+        seen = [np.ones((size, size)) if xray is None else xray.seen for xray in pair.views]
         if None in paths:
             hu = self._read_cube(patient)[0]
             volume = torch.from_numpy(hu_to_unit(hu, self.hu_window))[None, None]
@@ -303,7 +317,10 @@ class PatientDataset(Dataset):
             if not pair.films:
                 names = [str(path or f"{patient.id} (rendered)") for path in paths]
                 check_views(images[0], images[1], names)
-        return np.round(np.stack(images) * 65535.0).astype(np.uint16)
+        return {
+            "xrays": np.round(np.stack(images) * 65535.0).astype(np.uint16),
+            "seen": np.round(np.stack(seen) * 255.0).astype(np.uint8),
+        }
 
 
 def _files_of(sources) -> list[Path]:

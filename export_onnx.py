@@ -6,7 +6,8 @@ python export_onnx.py --cascade checkpoints/quick_2stage --output cascade.onnx  
 
 Input ``xrays`` (batch, 2, S, S) float32 in [0, 1], output ``volume`` (batch, 1, D, H, W) in [0, 1], any batch; S, the
 HU window, the geometry and the NIfTI affine are in the file's metadata, as JSON. ``docs/onnx_inference.py`` uses such a
-file without PyTorch.
+file without PyTorch. A network with ``model.seen_channel`` takes (batch, 2, 2, S, S): of each view pixels, then what is
+seen in [0, 1] (ones for a whole picture).
 
 A cascade gives its posterior mean (one network step a stage, as inference.py does by default), because that is a volume
 from X-rays in one call; samples need a loop over the denoiser, for which there is the Python API.

@@ -32,6 +32,7 @@ from xray2ct.models.blocks import (
     in_full_precision,
     pixel_shuffle_3d,
     pixel_unshuffle_3d,
+    pixels_of,
     prepare_xrays,
     shuffle_conv,
     upsample,
@@ -88,6 +89,8 @@ class EnhancedDirectModel(CoarseModel):
         X-rays as they come (any multiple of ``32``).
     stem_stride: 2 for 512^2 X-rays; 1 reads 128^2 X-rays at full resolution.
     activation_checkpointing: recompute activations of the blocks in the backward pass (less memory).
+    seen_channel: also read what of each view the film shows: 1, or 0 behind a collimator and beyond the film's edge,
+        where a pixel is air for want of anything better.
 
     The output is the sum of the upsampled predictions of the three decoder scales, each of which is
     supervised (multi-scale loss); in eval mode it is clamped to [0, 1].
@@ -104,13 +107,14 @@ class EnhancedDirectModel(CoarseModel):
         decoder_blocks=(3, 2, 1),
         transformer_blocks: int = 6,
         activation_checkpointing: bool = False,
+        seen_channel: bool = False,
     ):
         super().__init__(volume_size, geometry, xray_size)
         check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks)
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.seen_channel = activation_checkpointing, seen_channel
         c = base_channels
         widths = (c // 2, c, 2 * c, 4 * c)
-        self.encoder = XrayEncoder(widths, encoder_blocks, stem_stride)
+        self.encoder = XrayEncoder(widths, encoder_blocks, stem_stride, in_channels=2 if seen_channel else 1)
 
         # Bottleneck at 1/8: global context over all cells, with a learned anatomical prior per cell.
         self.bottleneck_size = tuple(n // 8 for n in self.volume_size)
@@ -135,10 +139,13 @@ class EnhancedDirectModel(CoarseModel):
     def forward(self, xrays):
         """xrays ``(B, 2, H, W)`` in [0, 1] -> ``(volume (B, 1, D, H, W), aux)``.
 
+        With ``seen_channel`` also ``(B, 2, 2, H, W)``: of each view pixels, then what is seen in [0, 1]; without this
+        channel everything is seen.
         aux: ``{"volume_16": ..., "volume_32": ...}``, named by their depth: the lower-resolution
         predictions for the multi-scale loss. Raises ``ValueError`` on another shape.
         """
-        features = self._run(self.encoder, prepare_xrays(xrays, self.xray_size))  # strides 2, 4, 8, 16
+        xrays = prepare_xrays(xrays, self.xray_size, seen_channel=self.seen_channel)
+        features = self._run(self.encoder, xrays)  # strides 2, 4, 8, 16
 
         x = self._run(self.bottleneck_lift, features[3], self.geometry, self.bottleneck_size)
         x = x + self.prior.to(x.dtype)
@@ -269,10 +276,13 @@ class RefinementNetwork(ActivationCheckpointing):
     # -- parts -----------------------------------------------------------------------------------
 
     def encode(self, coarse, xrays):
-        """X-rays -> features for :meth:`deep` and :meth:`head`; None without X-rays or guidance."""
+        """X-rays -> features for :meth:`deep` and :meth:`head`; None without X-rays or guidance.
+
+        Of X-rays with a channel of what is seen, only the pixels are used.
+        """
         if self.guidance is None or xrays is None:
             return None
-        xrays = prepare_xrays(xrays, self.xray_size)
+        xrays = prepare_xrays(pixels_of(xrays), self.xray_size)
         size = [min(n, 4 * max(coarse.shape[2:])) for n in xrays.shape[-2:]]  # finer shows nothing more
         rendered = self.acquisition.render(coarse, size)
         rendered = F.interpolate(rendered, size=xrays.shape[-2:], mode="bilinear", align_corners=False)

@@ -86,10 +86,6 @@ class CascadeSystem(Predictor):
             methods[TRILINEAR] = without_last
         return methods
 
-    def item_xrays(self, item: dict) -> torch.Tensor:
-        """X-rays ``(1, num_views, H, W)`` of a data set's item, which always has both views: PA first."""
-        return item["xrays"][None, : self.num_views]
-
     def item_generator(self, item: dict) -> torch.Generator:
         """Generator that follows from the seed and the patient's id alone."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(str(item.get("id", "")).encode()))

@@ -20,7 +20,7 @@ from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 from xray2ct.imaging.cube import cube_affine
 from xray2ct.imaging.cube_files import read_cube, write_cube
-from xray2ct.imaging.read_films import read_pair
+from xray2ct.imaging.read_films import read_films, read_pair
 from xray2ct.imaging.read_xray import write_png16
 from xray2ct.imaging.write_volume import write_volume
 
@@ -196,6 +196,30 @@ def test_films_are_read_as_a_reconstruction_reads_them(tmp_path):
         assert ("a_lat.dcm: its pixel spacing is missing" in told) == (spacings == 1)
         for xray, expected in zip(xrays, read_pair(*paths, size=64, geometry=Geometry()).views):
             assert xray == pytest.approx(expected.pixels, abs=1e-4)
+
+
+def test_items_say_what_their_xrays_show(made, tmp_path):
+    """All of a rendered X-ray, also where it is rendered now; of a film what its file shows, from the cache too."""
+    seen = PatientDataset(made, "test", 16, 64, seen=True)[0]["seen"]
+    assert seen.shape == (2, 64, 64)
+    assert (seen == 1).all()
+    assert "seen" not in PatientDataset(made, "test", 16, 64)[0]
+    by_hand(tmp_path, xrays=False)
+    hidden = np.zeros((128, 96), bool)
+    hidden[:32, :60] = True
+    grey = (255 * np.clip(render_64(1)[0] / 0.7, 0, 1)).astype(np.uint8).repeat(2, 0).repeat(2, 1)[:, 16:112]
+    picture = np.dstack([grey, np.where(hidden, 0, 255)]).astype(np.uint8)
+    Image.fromarray(picture, "LA").save(tmp_path / "a" / "a_pa.png")
+    data = quiet(tmp_path, "all", 16, 64, xray_normalization="histogram", seen=True)
+    options = {"size": 64, "geometry": Geometry(), "normalization": "histogram"}
+    expected = read_films((tmp_path / "a" / "a_pa.png", None), **options).pa
+    assert expected.seen.mean() == pytest.approx((128 * 96 - 32 * 60) / 128**2, abs=1e-6)  # padded to a square
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            item = data[0]
+        assert item["seen"][0].numpy() == pytest.approx(expected.seen, abs=1 / 500)
+        assert (item["seen"][1] == 1).all()
 
 
 def render_64(seed):

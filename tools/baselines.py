@@ -102,6 +102,8 @@ def read_config(args) -> EnhancedConfig:
     blocks = config.model.transformer_blocks
     if blocks:
         raise InputError(f"model.transformer_blocks is {blocks}; a baseline has no attention: expected 0")
+    if config.model.seen_channel:
+        raise InputError("model.seen_channel is true; a baseline reads pixels alone: expected false")
     if args.baseline == "mean":
         config.data.xray_source = "files"  # volumes as they are, at the model's resolution
     return config

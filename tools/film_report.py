@@ -31,6 +31,7 @@ from xray2ct.imaging.figures import DISPLAY_WINDOW_HU, planes
 from xray2ct.imaging.film_view import FilmFinding, classify
 from xray2ct.imaging.read_xray import NORMALIZATIONS, decode
 from xray2ct.inference.reconstruction import Pipeline, load_pipeline
+from xray2ct.models.blocks import pixels_of
 
 TILE, CAPTION, GAP = 220, 20, 4
 
@@ -57,12 +58,12 @@ def examine(pipeline: Pipeline, paths, normalization: str) -> tuple[dict, Image.
     scale = film_scale.estimate(*upright)
     report["scale"] = {**asdict(scale), "note": scale.note()}
     xrays = pipeline.read(*paths, normalization=normalization)
-    report["notes"] = list(pipeline.notes)
+    report["notes"], volume = list(pipeline.notes), pipeline.predict(xrays)
+    xrays = pixels_of(xrays[None])[0]
     mm = pipeline.system.geometry.fov_mm / xrays.shape[-1]
     (height, width), (_, depth) = (film_scale.lung_size(xrays[view].numpy(), view) for view in range(2))
     names = ("lung_height_mm", "lung_width_mm", "lung_depth_mm")
     report["as_the_network_sees_it"] = dict(zip(names, (height * mm, width * mm, depth * mm)))
-    volume = pipeline.predict(xrays)
     system = pipeline.system
     acquisition = Acquisition(system.geometry, system.hu_window, system.xray_scale)
     report["projection"], rendered = residuals(acquisition, xrays, volume)

@@ -331,3 +331,22 @@ def test_nothing_waits_for_the_device():
     assert "aten::lift_fresh" not in operations.names  # what torch.tensor(numbers) does
     with pytest.raises(RuntimeError):
         pictures.mean().item()
+
+
+def test_what_a_film_does_not_show_is_not_seen(volumes):
+    """Films by their mask, whose hidden pixels are air; renderings are seen everywhere."""
+    half = FilmConfig(**{**PLAIN, "probability": 0.5, "collimation": 0.4})
+    config, seeds = AugmentConfig(source_size=SIZE, xray_noise=0.0, film=half), range(12)
+    maker = PairMaker(Acquisition(), (32, 32, 32), SIZE, config, with_seen=True)
+    pair = maker(volumes[:1].expand(12, -1, -1, -1, -1), None, seeds)
+    is_film = maker.film.is_film(SampleRandom(seeds))
+    assert 0 < is_film.sum() < 12
+    assert pair["seen"].shape == pair["xrays"].shape
+    assert pair["seen"].unique().tolist() == [0.0, 1.0]
+    assert (pair["seen"][~is_film] == 1).all()
+    films_seen = pair["seen"][is_film]
+    assert 0.2 < films_seen.mean() < 0.95
+    assert (pair["xrays"][is_film][films_seen == 0] == 0).all()
+    assert (pair["xrays"][is_film][films_seen == 1] > 0).float().mean() > 0.5
+    plain = PairMaker(Acquisition(), (32, 32, 32), SIZE, config)(volumes, None, [1, 2])
+    assert plain.keys() == {"xrays", "ct_volume"}

@@ -250,6 +250,7 @@ def test_padding_is_air_and_decides_nothing(tmp_path, kind, normalization):
     xray = read_xray(write_dicom(tmp_path / "x.dcm", padded, photometric, **tags), normalization)
     assert np.array_equal(xray.pixels[24:], body.pixels)
     assert (xray.pixels[:24] == 0).all()
+    assert np.array_equal(xray.seen, np.repeat([0, 1], [24, 48])[:, None] * np.ones((1, 48)))
     assert "33.3% of the pixels are padding or transparent: taken for air" in xray.notes
 
 
@@ -458,6 +459,7 @@ def test_what_lies_behind_a_shutter_is_air(tmp_path, kind, name):
         shown = (row - 24) ** 2 + (column - 20) ** 2 <= 17**2
     xray = read_xray(write_dicom(tmp_path / "x.dcm", stored, **shutter_tags(kind, name)))
     assert np.array_equal(xray.pixels, np.where(shown, stored / 4095, 0).astype(np.float32))
+    assert np.array_equal(xray.seen, shown.astype(np.float32))
     assert f"{1 - shown.mean():.0%} of the picture are outside the {name.lower()}: not used" in xray.notes
 
 

@@ -269,3 +269,43 @@ def test_a_film_of_40_megapixels_is_reduced_before_it_is_looked_at(write, latera
 def test_no_check_reads_what_would_be_refused(write, lateral):
     pair = read_pair(write("x.png", hand()), lateral, size=64, options=FilmOptions(check=False))
     assert any("does not look like a chest X-ray" in doubt for doubt in pair.doubts)
+
+
+# -- what is seen --------------------------------------------------------------------------------
+
+
+def box(edge, rows, columns):
+    seen = np.zeros((edge, edge), np.float32)
+    seen[slice(*rows), slice(*columns)] = 1
+    return seen
+
+
+def test_beyond_the_films_edge_nothing_is_seen(write, lateral):
+    """128 pixels of 2.5 mm in a field of 360 mm, which has 144; 15 columns of the lateral are a frame, cut off."""
+    given, pa = Exposure(2.5, spacing_at_patient=True), write("pa.png", OTHER_PA)
+    pair = read_pair(pa, lateral, geometry=Geometry("parallel"), exposure=given)
+    assert np.array_equal(pair.pa.seen, box(144, (8, 136), (8, 136)))
+    assert np.array_equal(pair.lateral.seen, box(144, (8, 136), (15, 128)))
+    for xray in pair.views:
+        assert (xray.pixels[xray.seen == 0] == 0).all()
+    smaller = read_pair(pa, lateral, size=48, geometry=Geometry("parallel"), exposure=given).pa
+    expected = box(48, (3, 45), (3, 45))  # 8 of 144 pixels are 2 2/3 of 48
+    expected[[2, 45], 3:45] = expected[3:45, [2, 45]] = 1 / 3
+    expected[2, [2, 45]] = expected[45, [2, 45]] = 1 / 9
+    assert smaller.seen == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_a_collimator_hides_is_not_seen(tmp_path, lateral):
+    """Sixteen columns of 128 are cut off, and the rest is padded to a square: eight on each side."""
+    edges = {"LeftVertical": 17, "RightVertical": 128, "UpperHorizontal": 1, "LowerHorizontal": 128}
+    tags = {"CollimatorShape": "RECTANGULAR"} | {f"Collimator{side}Edge": place for side, place in edges.items()}
+    path = write_dicom(tmp_path / "pa.dcm", 16 * OTHER_PA.astype(int), **tags)
+    xray = read_pair(path, lateral, size=128).pa
+    assert np.array_equal(xray.seen, box(128, (0, 128), (8, 120)))
+    assert (xray.pixels[xray.seen == 0] == 0).all()
+
+
+def test_a_whole_film_and_the_projects_own_xrays_are_seen_everywhere(tmp_path, write):
+    assert (read_films((write("pa.png", OTHER_PA), None), size=64).pa.seen == 1).all()
+    write_png16(tmp_path / "x_drr.png", PA / 400)
+    assert (read_films((tmp_path / "x_drr.png", None)).pa.seen == 1).all()

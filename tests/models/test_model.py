@@ -6,10 +6,11 @@ from torch import nn
 
 from losses import EnhancedLoss
 from model_enhanced import DecoderStage, EnhancedDirectModel
+from tests.helpers.tiny_data import TINY_MODEL, make_model
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry, render_xrays
 from xray2ct.models import loading, registry
-from xray2ct.models.blocks import ResidualBlock, TransformerBlock
+from xray2ct.models.blocks import ResidualBlock, TransformerBlock, prepare_xrays
 from xray2ct.training.precision import to_channels_last
 
 SMALL = {"volume_size": (16, 16, 16), "base_channels": 16, "stem_stride": 1, "encoder_blocks": (1, 1, 1, 1)}
@@ -281,3 +282,38 @@ def test_load_base_model_names_a_file_whose_weights_do_not_fit(tmp_path):
     save_checkpoint(path, {"kind": registry.KIND, "model_config": config, "model_state_dict": state})
     with pytest.raises(InputError, match=r"base\.pt.*do not fit"):
         loading.load_base_model(path)
+
+
+# -- what is seen --------------------------------------------------------------------------------
+
+
+def test_a_network_with_the_seen_channel_reads_it():
+    model, xrays = make_model(seen_channel=True), torch.rand(2, 2, 64, 64)
+    whole, seen = model(xrays)[0], torch.ones_like(xrays)
+    assert torch.equal(model(xrays.unsqueeze(2))[0], whole)
+    assert torch.equal(model(torch.stack([xrays, seen], dim=2))[0], whole)  # no channel: all is seen
+    seen[1, 1, :, 40:] = 0
+    partly = model(torch.stack([xrays, seen], dim=2))[0]
+    assert torch.equal(partly[0], whole[0])
+    assert (partly[1] - whole[1]).abs().max() > 1e-3
+
+
+def test_the_seen_channel_is_resampled_with_the_pixels():
+    xrays, seen = torch.rand(1, 2, 128, 128), torch.ones(1, 2, 128, 128)
+    seen[..., :3] = 0  # the first pixel and half of the second
+    prepared = prepare_xrays(torch.stack([xrays, seen], dim=2), 64, seen_channel=True)
+    assert prepared.shape == (1, 2, 2, 64, 64)
+    assert torch.equal(prepared[:, :, 0], prepare_xrays(xrays, 64))
+    assert prepared[0, :, 1, 5, :3].tolist() == [[0.0, 0.5, 1.0]] * 2
+
+
+def test_without_the_seen_channel_weights_and_shapes_stay():
+    plain, other = EnhancedDirectModel(**TINY_MODEL), EnhancedDirectModel(**TINY_MODEL, seen_channel=True)
+    assert plain.encoder.stem.weight.shape == (8, 1, 5, 5)
+    assert other.encoder.stem.weight.shape == (8, 2, 5, 5)
+    assert plain.state_dict().keys() == other.state_dict().keys()
+    with pytest.raises(ValueError, match=r"\(1, 2, 2, 64, 64\); expected \(B, 2, H, W\): PA, then lateral$"):
+        plain(torch.rand(1, 2, 2, 64, 64))
+    for shape in ((1, 2, 3, 64, 64), (1, 3, 64, 64), (2, 64, 64)):
+        with pytest.raises(ValueError, match=r"expected \(B, 2, H, W\).*or \(B, 2, 2, H, W\): of each view pixels"):
+            other(torch.rand(shape))

@@ -274,6 +274,7 @@ class TestBadInput:
             ("unet", ["--data", "nowhere"], ["nowhere", "prepare_data.py"]),
             ("mean", ["--data", "nowhere"], ["nowhere", "prepare_data.py"]),
             ("unet", ["--set", "model.transformer_blocks=2"], ["model.transformer_blocks is 2", "expected 0"]),
+            ("unet", ["--set", "model.seen_channel=true"], ["model.seen_channel is true", "expected false"]),
             ("unet", ["--set", "model.base_channels=20"], ["model.base_channels", "multiple of 16"]),
             ("mean", ["--set", "model.volume_size=[16,16,32]"], ["model.volume_size", "equal"]),
             ("unet", ["--set", "training.num_epoch=1"], ["did you mean training.num_epochs"]),

@@ -78,13 +78,16 @@ class PairMaker:
     """Source volumes -> training batches ``{"xrays", "ct_volume", "mask"}`` on their device.
 
     ``__call__(volumes (B, 1, S, S, S) in [0, 1] or uint16, masks, seeds)``: one seed per sample. Returns xrays
-    ``(B, 2, xray_size, xray_size)``, ct_volume and mask ``(B, 1, *volume_size)``; no mask for masks None.
+    ``(B, 2, xray_size, xray_size)``, ct_volume and mask ``(B, 1, *volume_size)``; no mask for masks None. with_seen:
+    also ``"seen"``, of the X-rays' shape: 1 where they show the patient, 0 where a film does not.
     Volumes coarser than ``volume_size`` raise :class:`InputError`.
     """
 
-    def __init__(self, acquisition: Acquisition, volume_size, xray_size: int, config: AugmentConfig):
+    def __init__(
+        self, acquisition: Acquisition, volume_size, xray_size: int, config: AugmentConfig, with_seen: bool = False
+    ):
         self.acquisition, self.config = acquisition, config
-        self.volume_size, self.xray_size = tuple(volume_size), xray_size
+        self.volume_size, self.xray_size, self.with_seen = tuple(volume_size), xray_size, with_seen
         self.film = FilmChain(config.film if config.enabled else FilmConfig(), acquisition)
 
     @torch.no_grad()
@@ -104,11 +107,13 @@ class PairMaker:
             xrays = self.film.render(volumes, (self.render_size,) * 2, random)
             if self.render_size != self.xray_size:
                 xrays = F.interpolate(xrays, size=(self.xray_size,) * 2, mode="bilinear")
-            xrays = self.film(xrays, volumes, random)
+            xrays, seen = self.film.with_seen(xrays, volumes, random)
             if self.config.enabled:
                 xrays = self._degrade(xrays, random)
             target = self._pool(volumes)
         pair = {"xrays": xrays.clamp(0.0, 1.0), "ct_volume": target}
+        if self.with_seen:
+            pair["seen"] = seen
         return pair if masks is None else {**pair, "mask": (self._pool(masks) >= 0.5).float()}
 
     @property

@@ -155,10 +155,18 @@ class FilmChain:
 
     def __call__(self, xrays: torch.Tensor, volumes: torch.Tensor, random: SampleRandom) -> torch.Tensor:
         """What the network sees of each pair: ``(B, 2, S, S)``, from ``xrays`` of that shape (:meth:`render`)."""
+        return self.with_seen(xrays, volumes, random)[0]
+
+    def with_seen(self, xrays, volumes, random: SampleRandom) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and what of each picture shows the patient: float, 1 or 0, as the reader finds it.
+
+        Renderings are seen everywhere, also where the CT ends: nothing in their files tells the reader.
+        """
         if not self.enabled:
-            return xrays
-        films = self.films(xrays, volumes, random)[0]
-        return torch.where(self.is_film(random).view(-1, 1, 1, 1), films, xrays)
+            return xrays, torch.ones_like(xrays)
+        chosen = self.is_film(random).view(-1, 1, 1, 1)
+        films, shown = self.films(xrays, volumes, random)
+        return torch.where(chosen, films, xrays), (shown | ~chosen).to(xrays.dtype)
 
     def films(self, xrays, volumes, random: SampleRandom) -> tuple[torch.Tensor, torch.Tensor]:
         """Films of all pairs, as the reader gives them, and what of each picture shows the patient (bool)."""

@@ -85,7 +85,7 @@ def open_data(
     # X-rays of a data set without manifest are read as they were in training.
     common: dict[str, Any] = {"cache_dir": cache_dir, "xray_normalization": predictor.xray_normalization}
     size = predictor.volume_size[0]
-    data = PatientDataset(root, split, size, predictor.xray_size, xrays=xrays, **common)
+    data = PatientDataset(root, split, size, predictor.xray_size, xrays=xrays, seen=predictor.seen_channel, **common)
     if data.without_xrays:
         print(f"note: {len(data.without_xrays)} patients have no {xrays} of both views: {some(data.without_xrays)}")
     seen: set[str] = set()

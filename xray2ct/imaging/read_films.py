@@ -2,7 +2,7 @@
 
 from xray2ct.imaging.read_films import read_pair
 pair = read_pair("pa.dcm", "lateral.png", size=512, geometry=Geometry())
-pair.pa.pixels, pair.lateral.pixels, pair.notes
+pair.pa.pixels, pair.pa.seen, pair.lateral.pixels, pair.notes
 
 What the project rendered itself is read as it is, by ``read_xray``; all else here is for films (docs/films.md).
 """
@@ -20,8 +20,8 @@ from xray2ct.imaging.film_sides import Film, FilmOptions, assign_views, check_di
 from xray2ct.imaging.film_spacing import question_spacing, scale_by_lungs, settle_spacings
 from xray2ct.imaging.read_xray import XrayImage, check_normalization, checked, chosen, decode, read_xray
 from xray2ct.imaging.stored_xray import Exposure
-from xray2ct.imaging.xray_field import fit_field, fit_size
-from xray2ct.imaging.xray_scale import AIR, normalise
+from xray2ct.imaging.xray_field import fit
+from xray2ct.imaging.xray_scale import normalise
 
 MIN_WORKING_EDGE = 1024  # pixels that a large film is averaged to at least before anything else is done with it
 HOW_READ = {
@@ -147,9 +147,5 @@ def _finished(film: Film, normalization: str, size: int | None, geometry: Geomet
     kind = chosen(normalization, film.stored)
     pixels = normalise(film.path, film.pixels, film.stored.full_scale, kind, film.view)
     film.notes.append(HOW_READ[kind])
-    pixels = np.where(np.isnan(pixels), np.float32(AIR), pixels)
-    if geometry is not None:
-        pixels = fit_field(film.path, pixels, film.exposure, geometry, film.notes)
-    if size is not None:
-        pixels = fit_size(pixels, size, film.notes)
-    return XrayImage(np.ascontiguousarray(pixels, dtype=np.float32), film.notes, geometry is not None)
+    pixels, seen = fit(film.path, pixels, np.isnan(film.pixels), film.exposure, geometry, size, film.notes)
+    return XrayImage(pixels, seen, film.notes, geometry is not None)

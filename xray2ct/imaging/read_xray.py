@@ -21,9 +21,9 @@ from xray2ct.imaging.dicom_files import is_dicom
 from xray2ct.imaging.dicom_view import check_view, turned
 from xray2ct.imaging.dicom_xray import decode_dicom
 from xray2ct.imaging.stored_xray import MAX_VALUE, Exposure, StoredXray
-from xray2ct.imaging.xray_field import MAX_EDGE, fit_field, fit_size
+from xray2ct.imaging.xray_field import MAX_EDGE, fit
 from xray2ct.imaging.xray_picture import OWN_MARK, decode_array, decode_picture, is_rendered
-from xray2ct.imaging.xray_scale import AIR, NORMALIZATIONS, REFERENCE_PERCENTILES, normalise
+from xray2ct.imaging.xray_scale import NORMALIZATIONS, REFERENCE_PERCENTILES, normalise
 
 __all__ = ["MAX_EDGE", "NORMALIZATIONS", "REFERENCE_PERCENTILES", "XrayImage", "decode", "read_xray", "write_png16"]
 MIN_SIZE = 32
@@ -31,9 +31,14 @@ MIN_SIZE = 32
 
 @dataclass
 class XrayImage:
-    """One X-ray: ``pixels`` (H, W) float32 in [0, 1]; what was done to it, in words; is its pixel spacing known?"""
+    """One X-ray: ``pixels`` (H, W) float32 in [0, 1]; what was done to it, in words; is its pixel spacing known?
+
+    seen: how much of each pixel the file shows, of that shape, in [0, 1]; 0 for padding, shutters, transparent pixels
+    and all beyond its edge, where ``pixels`` are air.
+    """
 
     pixels: np.ndarray
+    seen: np.ndarray
     notes: list[str] = field(default_factory=list)
     spacing_known: bool = False
 
@@ -106,13 +111,10 @@ def read_xray(
         notes.append("inverted")
     pixels = normalise(path, raw, full_scale, chosen(normalization, decoded), view)
     check_polarity(path, pixels[shown])
-    pixels = np.where(outside, AIR, pixels)
     known = (exposure or Exposure()).over(decoded.exposure)
-    if geometry is not None and known.pixel_spacing_mm is not None:
-        pixels = fit_field(path, pixels, known, geometry, notes)
-    if size is not None:
-        pixels = fit_size(pixels, size, notes)
-    return XrayImage(np.ascontiguousarray(pixels, dtype=np.float32), notes, known.pixel_spacing_mm is not None)
+    spacing_known = known.pixel_spacing_mm is not None
+    pixels, seen = fit(path, pixels, outside, known, geometry if spacing_known else None, size, notes)
+    return XrayImage(pixels, seen, notes, spacing_known)
 
 
 def check_normalization(name: str) -> None:

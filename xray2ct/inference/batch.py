@@ -22,6 +22,7 @@ from xray2ct.imaging.read_films import FilmWarning
 from xray2ct.imaging.write_volume import FORMATS, check_output, write_volume
 from xray2ct.inference.film_arguments import add_film_arguments, exposures, film_options
 from xray2ct.inference.reconstruction import Pipeline
+from xray2ct.models.blocks import pixels_of
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +110,8 @@ def _write(pipeline: Pipeline, xrays, volume, output, picture, args) -> tuple[np
     hu, affine = pipeline.to_hu(volume)
     write_volume(output, hu, affine, args.format)
     if picture:
-        shown = xrays if len(xrays) == 2 else torch.cat([xrays, torch.zeros_like(xrays)])
+        shown = pixels_of(xrays[None])[0]
+        shown = shown if len(shown) == 2 else torch.cat([shown, torch.zeros_like(shown)])
         save_panel(picture, shown, volume, None, pipeline.hu_window)
     return hu, affine
 

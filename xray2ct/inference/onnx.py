@@ -27,7 +27,7 @@ PHANTOM_SIZE, PHANTOM_SPACING_MM = 64, 5.0
 
 
 def export(predictor: Predictor, path, xrays: torch.Tensor, opset: int = OPSET, tolerance: float = 1e-4) -> None:
-    """Write ``predictor`` as the ONNX file ``path``, after a test run at batch 1 and 2 on ``xrays`` (2, V, S, S).
+    """Write ``predictor`` as the ONNX file ``path``, after a test run at batch 1 and 2 on two cases of ``xrays``.
 
     Prints the largest differences from PyTorch; :class:`InputError` above ``tolerance`` (of [0, 1]) and for what torch
     cannot export; an existing file is kept then.
@@ -45,12 +45,17 @@ def metadata(predictor: Predictor, module: nn.Module) -> dict:
     """What somebody needs who has the file alone: scales, geometry, conventions; JSON-ready."""
     geometry, size = predictor.geometry, predictor.volume_size[0]
     views = "channel 0 PA (columns patient right to left), channel 1 lateral (columns anterior to posterior)"
+    shape = "batch, views, S, S"
+    if predictor.seen_channel:
+        shape = "batch, views, 2, S, S"
+        views += "; of each view pixels, then what is seen (0 behind collimators and beyond the film)"
     return {
-        "input": f"xrays (batch, views, S, S) float32 in [0, 1], line integral / xray_scale, bone bright; {views}",
+        "input": f"xrays ({shape}) float32 in [0, 1], line integral / xray_scale, bone bright; {views}",
         "output": "volume (batch, 1, D, H, W) float32 in [0, 1] of hu_window; D superior to inferior, H anterior to"
         " posterior, W patient right to left",
         "xray_size": predictor.xray_size,
         "views": predictor.num_views,
+        "seen_channel": predictor.seen_channel,
         "xray_scale": predictor.xray_scale,
         "hu_window": list(predictor.hu_window),
         "volume_size": list(predictor.volume_size),
@@ -66,7 +71,10 @@ def metadata(predictor: Predictor, module: nn.Module) -> dict:
 
 
 def trace(module: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
-    """The module's graph for X-rays of ``shape`` (V, S, S) in any batch, without traces of this machine's files."""
+    """The module's graph for X-rays of ``shape`` in any batch, without traces of this machine's files.
+
+    shape: (V, S, S), or (V, 2, S, S) for a network with ``seen_channel``.
+    """
     example = torch.rand(2, *shape)  # a batch of 1 would be taken as fixed
     module = module.eval().to(memory_format=torch.contiguous_format)  # channels-last is this machine's choice
     with torch.no_grad():
@@ -140,18 +148,20 @@ def _group_norm(x, num_groups, weight, bias, eps=1e-5, cudnn_enabled=True):
 
 
 def check_xrays(predictor: Predictor, pa=None, lateral=None, data=None) -> torch.Tensor:
-    """Two different cases of X-rays, ``(2, V, S, S)``; of one alone, the second is the mirror image.
+    """Two different cases of X-rays, as :meth:`Predictor.predict` takes; of one alone, the second is the mirror image.
 
     From the files ``pa`` and ``lateral``, else the first test patients of the data set ``data``, else a phantom.
     """
-    views, size = predictor.num_views, predictor.xray_size
+    size = predictor.xray_size
     if pa:
         cases = [Pipeline(predictor).read(pa, lateral)]
     elif data:
-        patients = PatientDataset(data, "test", predictor.volume_size[0], size, max_patients=2)
-        cases = [patients[index]["xrays"][:views] for index in range(len(patients))]
+        seen = predictor.seen_channel
+        patients = PatientDataset(data, "test", predictor.volume_size[0], size, max_patients=2, seen=seen)
+        cases = [predictor.item_xrays(patients[index])[0] for index in range(len(patients))]
     else:
-        cases = [phantom_xrays(predictor, size)[:views]]
+        xrays = phantom_xrays(predictor, size)
+        cases = [predictor.item_xrays({"xrays": xrays, "seen": torch.ones_like(xrays)})[0]]
     return torch.stack([cases[0], cases[1] if len(cases) > 1 else cases[0].flip(-1)])
 
 

@@ -41,6 +41,7 @@ class Predictor(ABC):
     xray_size: int  # resolution at which X-rays should be read
     xray_normalization: str  # how X-ray files were read in training, where a data set has no manifest
     num_views: int = 2  # 2: PA and lateral; 1: PA alone
+    seen_channel: bool = False  # whether predict() takes what each X-ray shows, too
     volume_size: tuple[int, int, int]  # (D, H, W)
     device: torch.device
     precision: Precision
@@ -50,15 +51,26 @@ class Predictor(ABC):
 
     @abstractmethod
     def predict(self, xrays: torch.Tensor) -> torch.Tensor:
-        """``(B, num_views, S, S)`` in [0, 1] -> volume ``(B, 1, D, H, W)`` in [0, 1], float32 on the CPU."""
+        """``(B, num_views, S, S)`` in [0, 1] -> volume ``(B, 1, D, H, W)`` in [0, 1], float32 on the CPU.
+
+        With ``seen_channel`` also ``(B, num_views, 2, S, S)``: of each view pixels, then what is seen.
+        """
 
     def methods(self) -> dict[str, Method]:
         """What an evaluation compares, by name: the system's own way first, then its parts and ceilings."""
         return {"model": self.predict_item}
 
     def predict_item(self, item: dict) -> torch.Tensor:
-        """:meth:`predict` for a data set's item, which always has both views."""
-        return self.predict(item["xrays"][None, : self.num_views])[0, 0]
+        """:meth:`predict` for a data set's item."""
+        return self.predict(self.item_xrays(item))[0, 0]
+
+    def item_xrays(self, item: dict) -> torch.Tensor:
+        """X-rays ``(1, num_views, S, S)`` of a data set's item, which always has both views: PA first.
+
+        With ``seen_channel`` ``(1, num_views, 2, S, S)``, from the item's ``seen``.
+        """
+        xrays = torch.stack([item["xrays"], item["seen"]], dim=1) if self.seen_channel else item["xrays"]
+        return xrays[None, : self.num_views]
 
     @abstractmethod
     def checkpoints(self) -> list[LoadedCheckpoint]:

@@ -47,6 +47,8 @@ class Pipeline:
     ) -> torch.Tensor:
         """X-ray files or arrays (H, W) in [0, 1] -> ``(num_views, S, S)`` float32 at the model's resolution.
 
+        ``(num_views, 2, S, S)`` for a system with ``seen_channel``: of each view pixels, then what is seen (of an array
+        all).
         lateral: None for a system of one view. normalization, exposure: see :func:`read_films`; an array shows what the
         model's detector sees. films: what the user decides about files, in place of ``invert`` and ``check`` (of
         swapped views). What was done to the pictures is left in ``notes``; what was decided by the pixels of films, or
@@ -73,10 +75,17 @@ class Pipeline:
             self.notes += check_views(images[0], images[1], names)
         for doubt in pair.doubts:
             warnings.warn(doubt, FilmWarning, stacklevel=2)
-        return torch.from_numpy(np.stack(images).astype(np.float32))
+        xrays = torch.from_numpy(np.stack(images).astype(np.float32))
+        if not self.system.seen_channel:
+            return xrays
+        seen = [
+            np.ones_like(image) if array else pair.views[view].seen
+            for view, (image, array) in enumerate(zip(images, arrays))
+        ]
+        return torch.stack([xrays, torch.from_numpy(np.stack(seen))], dim=1)
 
     def predict(self, xrays: torch.Tensor) -> torch.Tensor:
-        """``(num_views, S, S)`` -> volume ``(D, H, W)`` in [0, 1], float32 on the CPU; :class:`InputError` for NaN."""
+        """:meth:`read`'s X-rays -> volume ``(D, H, W)`` in [0, 1], float32 on the CPU; :class:`InputError` for NaN."""
         return self.system.predict(xrays.unsqueeze(0))[0, 0]
 
     def to_hu(self, volume: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -94,7 +94,7 @@ class DirectSystem(Predictor):
         self.precision = Precision(precision_name(precision, self.device), self.device)
         model, self.checkpoint = load_base_model(base, self.device)
         assert isinstance(model, CoarseModel)
-        self.model = model
+        self.model, self.seen_channel = model, model.seen_channel
         self.refinement: RefinementNetwork | None = None
         self.refinement_checkpoint: dict = {}
         self.notes = []
@@ -141,7 +141,7 @@ class DirectSystem(Predictor):
             )
 
     def coarse(self, xrays: torch.Tensor) -> torch.Tensor:
-        """Stage 1: ``(B, 2, S, S)`` in [0, 1] -> ``(B, 1, 64, 64, 64)`` in [0, 1], float32 on the device."""
+        """Stage 1: X-rays as :meth:`predict` takes -> ``(B, 1, 64, 64, 64)`` in [0, 1], float32 on the device."""
         with torch.inference_mode(), self.precision.autocast():
             volume, _ = self.compiled(xrays.to(self.device))
         volume = volume.float() if self.compiled is self.model else volume.float().clone()  # a graph's own memory
@@ -191,7 +191,7 @@ class DirectSystem(Predictor):
             return super().methods()
 
         def trilinear(item: dict) -> torch.Tensor:
-            return upsample(self.coarse(item["xrays"].unsqueeze(0)))[0, 0].cpu()
+            return upsample(self.coarse(self.item_xrays(item)))[0, 0].cpu()
 
         def perfect(item: dict) -> torch.Tensor:
             return upsample(F.avg_pool3d(item["ct_volume"].unsqueeze(0), RefinementNetwork.scale))[0, 0]
@@ -227,7 +227,7 @@ class DirectSystem(Predictor):
 
 
 class DirectPath(nn.Module):
-    """Both stages as one: X-rays ``(B, 2, S, S)`` in [0, 1] -> volume ``(B, 1, D, H, W)`` in [0, 1]."""
+    """Both stages as one: X-rays as :meth:`Predictor.predict` takes -> volume ``(B, 1, D, H, W)`` in [0, 1]."""
 
     def __init__(self, system: DirectSystem):
         super().__init__()

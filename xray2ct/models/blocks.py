@@ -185,16 +185,22 @@ def in_full_precision(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return layer(x.to(next(layer.parameters()).dtype))
 
 
-def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torch.Tensor:
+def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2, seen_channel: bool = False) -> torch.Tensor:
     """``(B, V, H, W)`` or ``(B, V, 1, H, W)`` -> ``(B, V, size, size)``; ``size`` None leaves the resolution.
 
+    seen_channel: take ``(B, V, 2, H, W)``, too, each view's pixels and how much of each the film shows, in [0, 1];
+    returns ``(B, V, 2, size, size)``, where X-rays without that channel are seen everywhere.
     Raises ``ValueError`` on another shape, another number of views, or a resolution that is not a multiple of 32.
     """
+    if seen_channel and xrays.ndim == 5 and xrays.shape[2] == 2:
+        return torch.stack([prepare_xrays(channel, size, views) for channel in xrays.unbind(2)], dim=2)
+    given = xrays
     if xrays.ndim == 5 and xrays.shape[2] == 1:
         xrays = xrays.squeeze(2)
     if xrays.ndim != 4 or xrays.shape[1] != views:
         wanted = "(B, 2, H, W): PA, then lateral" if views == 2 else "(B, 1, H, W): PA alone"
-        raise ValueError(f"X-rays have shape {tuple(xrays.shape)}; expected {wanted}")
+        wanted += f"; or (B, {views}, 2, H, W): of each view pixels, then what is seen" if seen_channel else ""
+        raise ValueError(f"X-rays have shape {tuple(given.shape)}; expected {wanted}")
     if size is not None and tuple(xrays.shape[-2:]) != (size, size):
         if min(xrays.shape[-2:]) > size:
             xrays = averaged_to(xrays, (size, size))
@@ -202,7 +208,12 @@ def prepare_xrays(xrays: torch.Tensor, size: int | None, views: int = 2) -> torc
             xrays = F.interpolate(xrays, size=(size, size), mode="bilinear")
     if xrays.shape[-2] % 32 or xrays.shape[-1] % 32:
         raise ValueError(f"X-rays have size {tuple(xrays.shape[-2:])}; expected multiples of 32")
-    return xrays
+    return torch.stack([xrays, torch.ones_like(xrays)], dim=2) if seen_channel else xrays
+
+
+def pixels_of(xrays: torch.Tensor) -> torch.Tensor:
+    """X-rays ``(B, V, H, W)`` without the channel of what is seen, ``(B, V, 2, H, W)``, where they have it."""
+    return xrays[:, :, 0] if xrays.ndim == 5 and xrays.shape[2] == 2 else xrays
 
 
 def check_stem_stride(stem_stride) -> None:

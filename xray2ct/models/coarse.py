@@ -19,7 +19,12 @@ def check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, tran
 
 
 class CoarseModel(ActivationCheckpointing):
-    """What loading and stage 2 want of a stage-1 network: sizes, and the geometry of its data in the ``state_dict``."""
+    """What loading and stage 2 want of a stage-1 network: sizes, and the geometry of its data in the ``state_dict``.
+
+    seen_channel: whether it reads what each X-ray shows as a second channel (:func:`blocks.prepare_xrays`).
+    """
+
+    seen_channel = False
 
     def __init__(self, volume_size, geometry: Geometry | None, xray_size: int | None):
         super().__init__()

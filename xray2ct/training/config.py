@@ -31,6 +31,7 @@ class ModelConfig:
     decoder_blocks: list[int] = field(default_factory=lambda: [3, 2, 1])
     transformer_blocks: int = setting(6, minimum=0)
     activation_checkpointing: bool = False  # less memory, about a third more time
+    seen_channel: bool = False  # read what each film shows, too: not behind a collimator, not beyond its edge
 
 
 @dataclass

@@ -28,6 +28,7 @@ class EnhancedTask(RegressionTask):
             raise InputError(
                 f"model.volume_size is {size}; the data set's field of view is a cube, so expected three equal sizes"
             )
+        self.seen_channel = self.model_config().get("seen_channel", False)
         source = config.augment.source_size if config.augment.enabled else size[0] * 2
         self.open_data(size[0], config.model.xray_size, source)
         self.set_criterion(processes.device)
@@ -56,12 +57,12 @@ class EnhancedTask(RegressionTask):
         ]
 
     def loss(self, model, batch):
-        volume, aux = model(batch["xrays"])
+        volume, aux = model(self.network_xrays(batch))
         return self.compare(volume, batch, aux)
 
     def score(self, model, batch, precision, index) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         with precision.autocast():
-            volume, aux = model(batch["xrays"])
+            volume, aux = model(self.network_xrays(batch))
             total, parts = self.compare(volume, batch, aux)
         volume, target = volume[0, 0].float(), batch["ct_volume"][0, 0]
         row = {"loss": total, "psnr": psnr_tensor(volume, target), "ssim_3d": ssim_3d_tensor(volume, target)}

@@ -37,7 +37,7 @@ class RefinementTask(RegressionTask):
         self.base.requires_grad_(False)
         set_memory_format(self.base, config.training.channels_last)
         self.fingerprint = weights_fingerprint(self.base.state_dict())
-        self.coarse_size = self.base.volume_size[0]
+        self.coarse_size, self.seen_channel = self.base.volume_size[0], self.base.seen_channel
         self.size = RefinementNetwork.scale * self.coarse_size
         self._check_sizes()
         self.open_data(self.size, config.model.xray_size, source_size=self.size)
@@ -115,7 +115,7 @@ class RefinementTask(RegressionTask):
     def make_batch(self, raw, seeds, device) -> dict:
         """The pairs with stage 1's volume ``coarse``, ``gate`` (B,): 0 without X-rays, and patches at ``origins``."""
         batch = super().make_batch(raw, seeds, device)
-        batch["coarse"] = self.predict_coarse(batch["xrays"], self.precision)
+        batch["coarse"] = self.predict_coarse(self.network_xrays(batch), self.precision)
         batch["gate"] = self.gate(batch["draws"])
         if self.config.patch.size:
             batch["origins"] = self.patch_origins(batch["draws"])
@@ -174,7 +174,7 @@ class RefinementTask(RegressionTask):
 
     def score(self, model, batch, precision, index) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Full volumes, with plain upsampling of stage 1's volume and of a perfect coarse one."""
-        coarse, target = self.predict_coarse(batch["xrays"], precision), batch["ct_volume"]
+        coarse, target = self.predict_coarse(self.network_xrays(batch), precision), batch["ct_volume"]
         tile = choose_tile(model, coarse.shape[2:], target.device, precision.dtype.itemsize)
         with precision.autocast():
             volume = model.refine(coarse, batch["xrays"] if self.config.model.guided else None, tile)

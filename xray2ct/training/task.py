@@ -87,6 +87,7 @@ class PatientTask(Task):
     kept_samples = 2  # validation patients whose pictures go to the monitors
     uses_mask = False  # whether the scan mask is wanted in a batch
     makes_films = False  # whether some of the pairs become simulated films
+    seen_channel = False  # whether the network that reads the X-rays wants to know what they show
     initial: dict = {}  # noqa: RUF012 (replaced, never changed): see initial_weights.start_from
     criterion: nn.Module
 
@@ -99,6 +100,7 @@ class PatientTask(Task):
         """
         data = self.config.data
         common = {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
+        common["seen"] = self.seen_channel
         self.xray_size = xray_size
         self.val_data = PatientDataset(data.dataset_path, "val", size, xray_size, **common)
         self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
@@ -115,7 +117,7 @@ class PatientTask(Task):
         options |= {"with_mask": self.uses_mask, "body": self.makes_films}
         self.train_data = PatientDataset(data.dataset_path, "train", *read_as, **options, **common)
         self.data_header = data_header(self.train_data)
-        self.pairs = PairMaker(self.train_data.acquisition, (size,) * 3, xray_size, augment)
+        self.pairs = PairMaker(self.train_data.acquisition, (size,) * 3, xray_size, augment, self.seen_channel)
 
     def augment_config(self, source_size: int) -> AugmentConfig:
         """The settings of augmentation, for source volumes of ``source_size``."""
@@ -147,8 +149,8 @@ class PatientTask(Task):
         return header
 
     def make_batch(self, raw, seeds, device) -> dict:
-        """``xrays`` (B, 2, H, W) and ``ct_volume`` (B, 1, D, H, W) in [0, 1], ``mask`` where it is used."""
-        batch = {k: raw[k].to(device, non_blocking=True) for k in ("ct_volume", "mask", "xrays") if k in raw}
+        """``xrays`` (B, 2, H, W) and ``ct_volume`` (B, 1, D, H, W) in [0, 1]; ``mask`` and ``seen`` where used."""
+        batch = {k: raw[k].to(device, non_blocking=True) for k in ("ct_volume", "mask", "xrays", "seen") if k in raw}
         if self.makes_films:
             body = raw["body"].to(device, non_blocking=True)
             batch["ct_volume"] = self.pairs.film.without_couch(batch["ct_volume"], body, SampleRandom(seeds, device))
@@ -156,13 +158,17 @@ class PatientTask(Task):
             batch = self.pairs(batch["ct_volume"], batch.get("mask"), seeds)
         return batch
 
+    def network_xrays(self, batch: dict) -> torch.Tensor:
+        """A batch's X-rays as the network reads them: ``(B, 2, H, W)``, or with what is seen ``(B, 2, 2, H, W)``."""
+        return torch.stack([batch["xrays"], batch["seen"]], dim=2) if self.seen_channel else batch["xrays"]
+
     # -- validation ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def validate(self, model, processes, precision: Precision) -> list[dict]:
         ids, rows, self.samples = [], [], []
         self.criterion.eval()
-        names = ("xrays", "ct_volume", "mask") if self.uses_mask else ("xrays", "ct_volume")
+        names = ["xrays", "ct_volume", *["mask"] * self.uses_mask, *["seen"] * self.seen_channel]
         for index in range(processes.rank, len(self.val_data), processes.world_size):
             item = self.val_data[index]
             batch = {name: sent(item[name].unsqueeze(0), processes.device) for name in names}
