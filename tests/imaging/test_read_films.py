@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from tests.helpers.xray_cases import write_dicom
 from xray2ct.files import InputError
@@ -269,3 +270,22 @@ def test_a_film_of_40_megapixels_is_reduced_before_it_is_looked_at(write, latera
 def test_no_check_reads_what_would_be_refused(write, lateral):
     pair = read_pair(write("x.png", hand()), lateral, size=64, options=FilmOptions(check=False))
     assert any("does not look like a chest X-ray" in doubt for doubt in pair.doubts)
+
+
+def blurred(picture):
+    return np.rint(ndimage.gaussian_filter(picture.astype(float), 4)).astype(np.uint8)
+
+
+def test_a_position_that_the_picture_does_not_tell_is_noted(write, lateral):
+    """Upside down, blurred and without its upper third, a frontal is taken as upright, but not without a word."""
+    path = write("half.png", blurred(OTHER_PA[::-1, ::-1])[48:])
+    pair = read_films((path, None), size=64)
+    assert "half.png: taken as upright, with a confidence of" in pair.doubts[0]
+    told = read_films((path, None), size=64, options=FilmOptions(view_from="header"))
+    assert not any("upright" in doubt for doubt in told.doubts)
+
+
+def test_a_picture_that_is_hardly_a_chest_does_not_decide_the_view(write):
+    path = write("half.png", blurred(255 - PA[::-1, ::-1])[:, 48:])  # looks like a lateral, 15 % like a chest at all
+    pair = read_films((path, None), size=64)
+    assert any("which view it is cannot be told: taken for the PA view, as given" in doubt for doubt in pair.doubts)
