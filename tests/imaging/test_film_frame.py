@@ -46,6 +46,33 @@ def test_air_beside_a_body_and_a_film_without_a_frame_stay():
         assert notes == []
 
 
+def lateral_with_air():
+    """A drawn lateral of 512 x 512: black air before a curved chest, and behind a back flat to 8 pixels."""
+    v, u = np.mgrid[-1:1:512j, -1:1:512j]
+    front, back = -0.65 + 0.2 * v**2, 0.6 - 0.03 * v**2
+    inside = np.clip((u - front) * (back - u), 0, None)
+    return np.sqrt(inside) * film(512, 512)
+
+
+def test_air_beside_a_lateral_stays_and_only_frames_around_it_go():
+    body = lateral_with_air()
+    assert (body[:, :20] == 0).all()  # uniform columns, bounded by the chest's curve
+    for pixels in (body, 1 - body, body[:, ::-1]):
+        assert trim(pixels) == (Box(0, 512, 0, 512), [])
+    for level in (0.5, 1.0):
+        box, _ = trim(np.pad(body, ((30, 20), (25, 40)), constant_values=level))
+        assert box == Box(30, 542, 25, 537)
+
+
+def test_collimation_is_cut_off_a_frontal_and_a_tilted_frame_to_its_outermost_pixel():
+    shown = np.zeros((600, 560))
+    shown[50:540, 70:500] = film(490, 430)
+    assert trim(shown)[0] == Box(50, 540, 70, 500)
+    tilted = ndimage.rotate(np.pad(film(500, 460), 60), 0.8, reshape=False, order=1)
+    box, _ = trim(tilted)
+    assert np.abs(np.subtract(box, (60, 560, 60, 520))).max() <= 5  # half of 500 * tan(0.8 degrees) is 3.5
+
+
 def test_a_large_film_is_cut_to_the_pixel_of_its_decimated_copy():
     page = np.pad(film(1200, 1100), 100, constant_values=1.0)
     step = decimated(page)[1]
@@ -96,5 +123,9 @@ def test_a_photograph_taken_at_an_angle_is_named():
 def test_straight_and_tilted_films_are_no_photographs():
     assert perspective(photographed(((40, 40), (440, 40), (440, 440), (40, 440)))) is None
     assert perspective(photographed(((60, 30), (450, 60), (420, 450), (30, 420)))) is None
+    collimated = lateral_with_air()
+    collimated[:50], collimated[-60:] = 0, 0
+    assert perspective(collimated) is None
+    assert perspective(np.pad(np.pad(lateral_with_air(), 12), 28, constant_values=1.0)) is None
     assert perspective(film()) is None
     assert perspective(picture(300, 260)) is None

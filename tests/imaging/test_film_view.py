@@ -80,7 +80,7 @@ def test_what_is_no_chest_radiograph(picture):
 
 def test_confidences_are_shares():
     confidence = classify(film("lidc_0001_lat.png")).confidence
-    assert set(confidence) == {"chest", "view", "polarity", "quarter_turns", "faces"}
+    assert set(confidence) == {"chest", "view", "polarity", "quarter_turns", "position", "faces"}
     assert all(0.5 < value <= 1 for value in confidence.values())
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from tests.helpers.xray_cases import write_dicom
 from xray2ct.files import InputError
@@ -309,3 +310,22 @@ def test_a_whole_film_and_the_projects_own_xrays_are_seen_everywhere(tmp_path, w
     assert (read_films((write("pa.png", OTHER_PA), None), size=64).pa.seen == 1).all()
     write_png16(tmp_path / "x_drr.png", PA / 400)
     assert (read_films((tmp_path / "x_drr.png", None)).pa.seen == 1).all()
+
+
+def blurred(picture):
+    return np.rint(ndimage.gaussian_filter(picture.astype(float), 4)).astype(np.uint8)
+
+
+def test_a_position_that_the_picture_does_not_tell_is_noted(write, lateral):
+    """Upside down, blurred and without its upper third, a frontal is taken as upright, but not without a word."""
+    path = write("half.png", blurred(OTHER_PA[::-1, ::-1])[48:])
+    pair = read_films((path, None), size=64)
+    assert "half.png: taken as upright, with a confidence of" in pair.doubts[0]
+    told = read_films((path, None), size=64, options=FilmOptions(view_from="header"))
+    assert not any("upright" in doubt for doubt in told.doubts)
+
+
+def test_a_picture_that_is_hardly_a_chest_does_not_decide_the_view(write):
+    path = write("half.png", blurred(255 - PA[::-1, ::-1])[:, 48:])  # looks like a lateral, 15 % like a chest at all
+    pair = read_films((path, None), size=64)
+    assert any("which view it is cannot be told: taken for the PA view, as given" in doubt for doubt in pair.doubts)

@@ -19,6 +19,7 @@ from xray2ct.imaging.stored_xray import Exposure, StoredXray
 VIEW_SOURCES = ("pixels", "header")
 TURNS = (0, 90, 180, 270)
 SURE = 0.9  # confidence from which a picture decides against order and headers
+SURE_CHEST = 0.5  # the least confidence in a chest with which its picture decides the view
 NOISE = 0.4  # standard deviation of a thumbnail of 32 x 32 over that of the picture; 0.9 for films
 SAME_PICTURE = 0.98  # correlation of thumbnails of 32 x 32; 0.93 at most between films of different patients
 
@@ -201,6 +202,8 @@ def assign_views(films: list[Film], taken: tuple[int, ...], options: FilmOptions
     if len(films) < 2:
         for film, view, claim in zip(films, shown, said):
             _check_single(film, view, claim, options)
+            if (view, claim) == (None, None) and options.view_from == "pixels":
+                film.decide(_NOT_TOLD.format(VIEW_LABELS[film.place]))
         return
     if None not in shown and shown[0] == shown[1] and options.check:
         raise InputError(f"{films[0].path} and {films[1].path} both {_LOOK[shown[0]]}; {_REMEDY}")
@@ -214,7 +217,7 @@ def assign_views(films: list[Film], taken: tuple[int, ...], options: FilmOptions
         first = _first_view(said)
         if first is None and options.view_from == "pixels":
             for film in films:
-                film.decide(f"which view it is cannot be told: taken for the {VIEW_LABELS[film.place]} view, as given")
+                film.decide(_NOT_TOLD.format(VIEW_LABELS[film.place]))
     first = 0 if first is None else first
     for film, view in zip(films, (first, 1 - first)):
         film.view = view
@@ -226,6 +229,7 @@ def assign_views(films: list[Film], taken: tuple[int, ...], options: FilmOptions
             film.decide(f"View Position is {claim}, but the picture shows the {VIEW_LABELS[view]} view, as given")
 
 
+_NOT_TOLD = "which view it is cannot be told: taken for the {} view, as given"
 _LOOK = ("look like frontal films", "look like lateral films")
 _REMEDY = (
     "expected a frontal and a lateral film of one patient (--view-from header takes them as headers and order say)"
@@ -235,6 +239,8 @@ _REMEDY = (
 def _shown(film: Film) -> int | None:
     finding = film.finding
     if finding is None or finding.view is None or finding.confidence["view"] < SURE:
+        return None
+    if finding.confidence["chest"] < SURE_CHEST:
         return None
     return int(finding.view == "lateral")
 
