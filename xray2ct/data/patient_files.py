@@ -56,7 +56,9 @@ def xray_name(name: str) -> XrayName | None:
 
 def visible(folder: Path) -> list[Path]:
     """What is in a folder, sorted, without hidden names; empty when there is no such folder."""
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    # Sorted as names, which compare faster than paths: a large data set asks for many folders.
+    names = sorted(name for name in os.listdir(folder) if not name.startswith(".")) if folder.is_dir() else []
+    return [folder / name for name in names]
 
 
 def some(paths: Iterable) -> str:
