@@ -96,7 +96,7 @@ def main(argv=None) -> int:
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return 0
-    print(machine(torch.device("cpu")))
+    print(machine())
     rows, columns = args.pixels
     with tempfile.TemporaryDirectory() as folder:
         for kind, paths in make_films(Path(folder), rows, columns).items():

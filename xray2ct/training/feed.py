@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +18,7 @@ from xray2ct.training.plan import EpochPlan
 
 Sample = tuple[int, int]  # position in the epoch, index of the patient
 CACHE_SHARE = 0.5  # of the device's free memory that data.device_cache=auto may take; training needs the rest
+HELD_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WORKER_GRACE_SECONDS = 30  # how long a loader process works on after a SIGTERM
 
 
@@ -41,6 +42,20 @@ def outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)  # a new process began with them held back
+
+
+@contextlib.contextmanager
+def signals_held() -> Generator[None]:
+    """Hold signals back while processes are made: one that comes before :func:`outlive_signals` would end them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def sample_loader(data: Dataset, batches: Iterable[list[Sample]], workers: int, prefetch: int, pin: bool) -> DataLoader:
@@ -200,7 +215,8 @@ class Feed:
             return map(self.cache, batches)
         pin = self.device.type == "cuda"
         loader = sample_loader(self.data, batches, self.workers, self.settings.prefetch_factor, pin)
-        return iter(loader) if self.device.type == "cpu" else Prefetcher(loader, self.device)
+        with signals_held():
+            return iter(loader) if self.device.type == "cpu" else Prefetcher(loader, self.device)
 
     def _cached(self) -> DeviceCache | None:
         if self.device.type == "cpu" or self.settings.device_cache == "off":
