@@ -47,15 +47,20 @@ def requirement_files(path: Path) -> list[Path]:
 
 
 def read_requirements(path: Path) -> list[tuple[str, str]]:
-    """``(name, least version)`` of every line ``name>=version``, extras aside, of :func:`requirement_files`."""
+    """``(name, least version)`` of every line ``name>=version``, extras aside, of :func:`requirement_files`.
+
+    Lines for another platform (``; sys_platform == 'linux'``) are left out.
+    """
     found = []
     for file in requirement_files(path):
         for line in file.read_text(encoding="utf-8").splitlines():
             line = line.partition("#")[0].strip()
-            if not line or line.startswith("-r"):
+            line, _, condition = map(str.strip, line.partition(";"))
+            elsewhere = re.fullmatch(r"sys_platform == '(\w+)'", condition)
+            if not line or line.startswith("-r") or (elsewhere and elsewhere[1] != sys.platform):
                 continue
             match = re.fullmatch(r"([\w.-]+)(?:\[[\w,.-]+\])?\s*>=\s*([\d.]+)", line)
-            if match is None:
+            if match is None or (condition and not elsewhere):
                 raise ValueError(f"{file}: {line!r}; expected name>=version")
             found.append((match[1], match[2]))
     return found

@@ -47,10 +47,16 @@ def test_missing_requirements_are_named_with_what_was_found(tmp_path):
     assert found[1] == "no-such-package-42>=1 (not installed)"
 
 
-def test_a_line_that_cannot_be_checked_is_an_error(tmp_path):
-    path = write_requirements(tmp_path, "numpy @ file:///x\n")
-    with pytest.raises(ValueError, match=r"requirements\.txt.*numpy @"):
+@pytest.mark.parametrize("line", ["numpy @ file:///x", "numpy>=1; python_version > '3'"])
+def test_a_line_that_cannot_be_checked_is_an_error(tmp_path, line):
+    path = write_requirements(tmp_path, f"{line}\n")
+    with pytest.raises(ValueError, match=rf"requirements\.txt.*{line[:5]}"):
         launch.missing_requirements(path)
+
+
+def test_a_line_for_another_platform_does_not_count(tmp_path):
+    lines = "moto[s3,server]>=5\nabsent-1>=1; sys_platform == 'other'\n" + f"pip>=1; sys_platform == '{sys.platform}'\n"
+    assert launch.read_requirements(write_requirements(tmp_path, lines)) == [("moto", "5"), ("pip", "1")]
 
 
 def test_every_file_that_requirements_name_counts(tmp_path):
