@@ -22,9 +22,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xray2ct.data.checks.anatomy import orientation
 from xray2ct.data.patient_files import find_pairs
-from xray2ct.evaluation.residuals import VIEWS, residuals
+from xray2ct.evaluation.residuals import residuals
 from xray2ct.files import InputError, atomic_path, check_writable, describe, run_cli, write_json
 from xray2ct.geometry.acquisition import Acquisition
+from xray2ct.geometry.projector import VIEWS
 from xray2ct.imaging import film_frame, film_scale
 from xray2ct.imaging.cube import area_average
 from xray2ct.imaging.figures import DISPLAY_WINDOW_HU, planes

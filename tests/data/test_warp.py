@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.data.test_augment import centroid_mm
-from tests.helpers.paths import ROOT
+from tests.helpers.interpreter import check_in_interpreter
 from xray2ct.data import warp as warp_module
 from xray2ct.data.augment import AugmentConfig, random_affine, random_displacement
 from xray2ct.data.sample_random import SampleRandom
@@ -79,18 +75,7 @@ print("equal")
 
 
 def test_the_triton_kernel_is_torchs_sampling_and_the_change():
-    """In triton's interpreter, which must be chosen before triton is imported."""
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-c", TRITON],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=600,
-    )
-    assert (result.returncode, result.stdout) == (0, "equal\n"), result.stderr
+    check_in_interpreter(TRITON)
 
 
 def test_shares_of_control_points_sum_to_one_and_keep_lines():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from xray2ct.evaluation.residuals import gradient_ncc, misplaced, ncc
+from xray2ct.data.checks.xray_comparison import ncc
+from xray2ct.evaluation.residuals import gradient_ncc, misplaced
 
 
 def test_ncc_by_hand():

@@ -1,14 +1,10 @@
 """The renderer's backends against dense weights built here, in float64: forward and adjoint, all geometries."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers.paths import ROOT
+from tests.helpers.interpreter import check_in_interpreter
 from xray2ct.geometry.projector import Geometry, line_integrals
 
 GEOMETRIES = {
@@ -86,18 +82,7 @@ print("equal")
 
 
 def test_triton_kernels_are_the_matrix_and_its_transpose():
-    """In triton's interpreter, which must be chosen before triton is imported."""
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-c", TRITON],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=600,
-    )
-    assert (result.returncode, result.stdout) == (0, "equal\n"), result.stderr
+    check_in_interpreter(TRITON)
 
 
 def test_unknown_backend_is_named():

@@ -259,6 +259,13 @@ META_VALUES = (
 )
 
 
+def check_usable(ct):
+    """Whatever its header said: a finite volume in a place of its own."""
+    assert ct.data.ndim == 3
+    assert np.isfinite(ct.data).all()
+    assert np.linalg.matrix_rank(ct.affine) == 4
+
+
 @given(
     st.dictionaries(
         st.sampled_from(META_KEYS),
@@ -289,9 +296,7 @@ def test_any_metaimage(folder, changes, damage, damages):
     (folder / "x.mha").write_bytes(damaged(raw, damage) if damages else raw)
     ct = outcome(read_ct, folder / "x.mha")
     if ct is not None:
-        assert ct.data.ndim == 3
-        assert np.isfinite(ct.data).all()
-        assert np.linalg.matrix_rank(ct.affine) == 4
+        check_usable(ct)
         if not changes and not damages:  # MetaImage positions are LPS
             assert ct.data[1, 0, 0] == -1000
             assert np.allclose(ct.affine, [[-2, 0, 0, -1], [0, -3, 0, -2], [0, 0, 4, 3], [0, 0, 0, 1]])
@@ -315,9 +320,7 @@ def test_any_nrrd(folder, changes, damage, damages):
     (folder / "x.nrrd").write_bytes(damaged(raw, damage) if damages else raw)
     ct = outcome(read_ct, folder / "x.nrrd")
     if ct is not None:
-        assert ct.data.ndim == 3
-        assert np.isfinite(ct.data).all()
-        assert np.linalg.matrix_rank(ct.affine) == 4
+        check_usable(ct)
         if not changes and not damages:
             assert np.allclose(ct.affine, [[-2, 0, 0, -1], [0, -3, 0, -2], [0, 0, 4, 3], [0, 0, 0, 1]])
 
@@ -345,6 +348,4 @@ def test_damaged_bytes_of_a_multi_frame_ct(folder, damage, header_only, preamble
     (folder / "frames" / "e.dcm").write_bytes(damaged(raw, damage, end)[0 if preamble else 132 :])
     found = outcome(read_ct, folder / "frames")
     if found is not None:
-        assert found.data.ndim == 3
-        assert np.isfinite(found.data).all()
-        assert np.linalg.matrix_rank(found.affine) == 4
+        check_usable(found)

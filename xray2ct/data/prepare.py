@@ -53,8 +53,9 @@ def _prepare(source, folder, settings):
     patient = check_patient_id(source.patient_id, source.path)
     geometry = Geometry.from_dict(settings["geometry"])
     fov_mm, size = geometry.fov_mm, settings["cube_size"]
-    scouts, films = _real_xrays(source, settings)
-    signature = signature_of(source, [*scouts, *films])  # before reading: a change meanwhile is noticed the next time
+    signature = signature_of(source, _files_beside(source, settings))  # before reading: notices a change meanwhile
+    scouts = find_scouts(source) if settings.get("scouts") else []
+    films = dicom_files(xray_folder(source, "films")) if settings.get("films") else []
     ct = read_ct(source.path, source.kind, assume_ras=settings["assume_ras"])
     notes = list(ct.notes)
     centre = locate_cube(ct, fov_mm)
@@ -112,11 +113,13 @@ def _real_pictures(source, scouts, films, cube: Cube | None, geometry, settings,
     return pictures, records
 
 
-def _real_xrays(source: CtSource, settings) -> tuple[list[Path], list[Path]]:
-    """Files of scouts and of films that belong to a CT, as far as the settings ask for them."""
-    wanted = settings if isinstance(settings, dict) else {}
-    scouts = find_scouts(source) if wanted.get("scouts") else []
-    return scouts, dicom_files(xray_folder(source, "films")) if wanted.get("films") else []
+def _files_beside(source: CtSource, settings) -> list[Path]:
+    """Files in the CT's folders of scouts and films, as far as the settings ask for them.
+
+    Scouts among the CT's own slices are files of the CT: a restart need not read its headers to find them.
+    """
+    kinds = [kind for kind in XRAY_FOLDERS if isinstance(settings, dict) and settings.get(kind)]
+    return [path for kind in kinds for path in dicom_files(xray_folder(source, kind))]
 
 
 def real_xray(patient: str, kind: str, view: int) -> str:
@@ -172,8 +175,7 @@ def _stamp(path) -> list[int]:
 
 
 def _unchanged(source, settings, signature) -> bool:
-    scouts, films = _real_xrays(source, settings)
-    xrays = [*scouts, *films]
+    xrays = _files_beside(source, settings)
     if not isinstance(signature, dict):  # of an earlier version, which did not look at all files
         return False
     return (

@@ -17,6 +17,7 @@ import torch
 from scipy import ndimage
 
 from xray2ct.conventions import VIEW_LABELS
+from xray2ct.data.checks.xray_comparison import CONTROL_DEGREES, CONTROL_MM, ncc
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import SOURCE_SIDES, Geometry, hat_weights, hu_to_mu
 from xray2ct.imaging.cube import area_average
@@ -24,7 +25,6 @@ from xray2ct.imaging.read_scout import Scout, read_scout
 
 SID_MM, SDD_MM = 570.0, 1040.0  # where a header has none: the middle of common scanners (541 to 606, 949 to 1085)
 MIN_NCC = 0.85  # a real scout (sharpened by its scanner) and its CT were seen at 0.95, the control at 0.86
-CONTROL_MM, CONTROL_DEG = 5.0, 5.0
 MIN_ROWS_MM = 100.0  # of overlap between scout and CT
 OPTIONS = {"behind": "--frontal pa", "in front": "--frontal ap"}  # of prepare_data.py
 OPTIONS |= {"on the right": "--lateral left", "on the left": "--lateral right"}
@@ -114,7 +114,8 @@ def place_scout(scout: Scout, cube: Cube, geometry: Geometry, xray_scale: float,
     if fit.ncc < MIN_NCC or fit.ncc <= fit.control:
         raise InputError(
             f"{scout.path}: does not show the CT: correlation {fit.ncc:.3f}, and {fit.control:.3f} when shifted by"
-            f" {CONTROL_MM:g} mm and turned by {CONTROL_DEG:g} degrees; expected at least {MIN_NCC}, and more than that"
+            f" {CONTROL_MM:g} mm and turned by {CONTROL_DEGREES:g} degrees; expected at least {MIN_NCC}, and more than"
+            " that"
         )
     source, wanted = SOURCE_SIDES[scout.view][fit.side], geometry.source_sides[scout.view]
     if source != wanted:
@@ -205,9 +206,7 @@ def _covered(scout: Scout, cube: Cube) -> np.ndarray:
 def _ncc(one: np.ndarray, other: np.ndarray) -> float:
     """Correlation over pixels that both have, signed: a scout may have bone dark."""
     known = np.isfinite(one) & np.isfinite(other)
-    a, b = (values[known] - values[known].mean() for values in (one.astype(np.float64), other.astype(np.float64)))
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 0 else 0.0
+    return ncc(one[known], other[known])
 
 
 def _line(measured: np.ndarray, rendered: np.ndarray) -> tuple[float, float]:
@@ -220,7 +219,7 @@ def _line(measured: np.ndarray, rendered: np.ndarray) -> tuple[float, float]:
 def _misplaced(image: np.ndarray, scout: Scout) -> np.ndarray:
     """The control: shifted by 5 mm along both axes and turned by 5 degrees about its middle; NaN outside."""
     steps = np.array([abs(scout.z_mm[1] - scout.z_mm[0]), abs(scout.across_mm[1] - scout.across_mm[0])])
-    angle = np.deg2rad(CONTROL_DEG)
+    angle = np.deg2rad(CONTROL_DEGREES)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = turn * steps[None, :] / steps[:, None]  # turned in mm, not in pixels
     middle = (np.array(image.shape) - 1) / 2

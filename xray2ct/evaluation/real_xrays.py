@@ -10,9 +10,9 @@ import numpy as np
 from scipy import ndimage
 
 from xray2ct.evaluation.protocols import PROTOCOLS, Case, Protocol
-from xray2ct.evaluation.residuals import VIEWS, residuals
+from xray2ct.evaluation.residuals import residuals
 from xray2ct.geometry.acquisition import Acquisition
-from xray2ct.geometry.projector import unit_to_hu
+from xray2ct.geometry.projector import VIEWS, unit_to_hu
 from xray2ct.imaging.body import body_mask
 
 LUNG_HU = -500.0  # air-filled below it: normally inflated lung ends there (Cressoni et al., Crit. Care 17, R93, 2013)

@@ -5,17 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from xray2ct.data.checks.xray_comparison import CONTROL_DEGREES, CONTROL_MM, ncc
 from xray2ct.geometry.acquisition import Acquisition
-
-VIEWS = ("pa", "lateral")
-CONTROL_MM, CONTROL_DEGREES = 5.0, 5.0
-
-
-def ncc(one, other) -> float:
-    """Normalised cross-correlation of two arrays of one shape, -1 to 1; 0 where one is constant."""
-    one, other = (np.asarray(a, np.float64) - np.mean(a) for a in (one, other))
-    norm = np.sqrt((one**2).sum() * (other**2).sum())
-    return float((one * other).sum() / norm) if norm > 0 else 0.0
+from xray2ct.geometry.projector import VIEWS
 
 
 def gradient_ncc(one, other) -> float:

@@ -18,6 +18,8 @@ from xray2ct.geometry.projector import Geometry, render_xrays
 SAME_XRAY = 3e-4
 SAME_XRAY_COARSE = 2e-3  # at 64 pixels, or where a part of the pixels is saturated
 FOREIGN_XRAY = 0.1  # without a manifest: another renderer, or a real X-ray
+# How far the control of a comparison is misplaced: where it fits as well, a high correlation says little.
+CONTROL_MM, CONTROL_DEGREES = 5.0, 5.0
 GAIN_TOLERANCE, OFFSET_TOLERANCE = 0.01, 0.004  # seen: 0.002 and 0.0003
 
 
@@ -51,12 +53,17 @@ def compare_xray(stored: np.ndarray, rendered: np.ndarray, view: int, linear: bo
     return FAILED, ""
 
 
-def ncc_distance(one, other) -> float:
-    """1 - |NCC| of two arrays of one size, 0 to 1: blind to gain, offset and inversion."""
+def ncc(one, other) -> float:
+    """Normalised cross-correlation of two arrays of one size, -1 to 1; 0 where one is constant."""
     one, other = (np.asarray(array, dtype=np.float64).ravel() for array in (one, other))
     one, other = one - one.mean(), other - other.mean()
     norm = np.sqrt((one @ one) * (other @ other))
-    return 1.0 if norm < 1e-12 else 1.0 - abs(float(one @ other) / norm)
+    return 0.0 if norm < 1e-12 else float(one @ other) / norm
+
+
+def ncc_distance(one, other) -> float:
+    """1 - |NCC| of two arrays of one size, 0 to 1: blind to gain, offset and inversion."""
+    return 1.0 - abs(ncc(one, other))
 
 
 def _transforms(rendered, view) -> Iterable[tuple[str, np.ndarray]]:
