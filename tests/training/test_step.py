@@ -38,7 +38,9 @@ from xray2ct.training.trainer import Trainer, TrainingError, fit
 
 CPU = torch.device("cpu")
 LOSSES = ("loss.perceptual_weight=0.1", "loss.perceptual_weights=random", "loss.edge_weight=0.1")
-DIRECT = (*TINY, *LOSSES, "loss.ssim_weight=0.5", "loss.projection_weight=0.1", "loss.use_scan_mask=true")
+# The bottleneck of 32^3 has 4^3 cells: bfloat16 weight gradients of a 3^3 kernel on 2^3 are wrong on some CPUs.
+SIZE = "model.volume_size=[32, 32, 32]"
+DIRECT = (*TINY, *LOSSES, SIZE, "loss.ssim_weight=0.5", "loss.projection_weight=0.1", "loss.use_scan_mask=true")
 REFINEMENT = (*LOSSES, *(f"model.{key}={json.dumps(value)}" for key, value in TINY_REFINEMENT.items()))
 REFINEMENT += ("patch.size=8", "patch.context=4", "patch.per_volume=2", "guidance_dropout=0.4")
 REFINEMENT += ("training.precision=float32", "augment.elastic_points=3", "loss.ssim_weight=0.5")
@@ -104,6 +106,7 @@ def test_a_step_waits_for_nothing(root, files, tmp_path, make):
     task = make(root, files, "training.precision=bfloat16", "training.batch_size=2", "training.micro_batch=1")
     task.config.world_size = 1
     trainer = make_trainer(task, tmp_path)
+    trainer.check_precision()
     raw = list(batches(trainer))[:2]
     trainer.step(iter(raw))  # fills tables that stay
     with OperatorCounter() as counter:
