@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -54,21 +51,16 @@ class DensityChange(NamedTuple):
         return changed.addcmul_(density.mul_(5.0).clamp_max_(1.0), self.offset).clamp_(0.0, 1.0)
 
 
-@lru_cache
 def _kernel(device: torch.device) -> Callable | None:
-    """:func:`warp_triton.warp` where it works: on a GPU with triton, which needs a C compiler."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    """:func:`warp_triton.warp` where it works: on a GPU with triton."""
+    if device.type != "cuda":
         return None
-    from xray2ct.data import warp_triton  # here, as the import of triton takes half a second
+    from xray2ct.triton_kernels import kernels_work
 
-    try:
-        volumes, theta = torch.zeros(1, 1, 4, 4, 4, device=device), torch.eye(3, 4, device=device)[None]
-        change = DensityChange(*torch.zeros(2, 1, 1, 1, 1, 1, device=device), 0.0)
-        warp_triton.warp(volumes, *SmoothWarp(theta, None, (4, 4, 4)).expanded(), change)
-    except Exception as error:  # noqa: BLE001 - whatever a compiler, a driver or a version may say
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"volumes are warped without the Triton kernel, slower ({reason})", stacklevel=2)
+    if not kernels_work(device):
         return None
+    from xray2ct.data import warp_triton
+
     return warp_triton.warp
 
 

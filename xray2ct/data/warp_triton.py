@@ -8,13 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from xray2ct.files import InputError
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from xray2ct.triton_kernels import kernel, require_triton, tl, triton
 
 TILE = (4, 128)  # rows and columns of a program's voxels
 
@@ -26,8 +20,7 @@ def warp(volumes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, densi
     of the control points, expanded along D and H. columns: ``(n, W)``, the share of each point in each column (see
     :meth:`warp.SmoothWarp.expanded`). density: :class:`warp.DensityChange`. Raises :class:`InputError` without triton.
     """
-    if triton is None:
-        raise InputError("the warp's kernel needs the package triton; run: pip install triton")
+    require_triton("the warp's kernel")
     coded = volumes.dtype == torch.uint16
     source = volumes.contiguous().view(torch.int16) if coded else volumes.contiguous()
     batch, _, depth, height, width = volumes.shape
@@ -41,11 +34,7 @@ def warp(volumes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, densi
     return made
 
 
-def _kernel(function):
-    return triton.jit(function) if triton else function
-
-
-@_kernel
+@kernel
 def _warp(
     source, rows, columns, stretch, offset, made, air, points, depth, height, width,
     CODED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,

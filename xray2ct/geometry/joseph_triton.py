@@ -9,20 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from xray2ct.files import InputError
 from xray2ct.geometry.band import Band
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from xray2ct.triton_kernels import kernel, require_triton, tl, triton
 
 TILE = (16, 32)  # rows and columns of a program's pixels or voxels
-
-
-def _kernel(function):
-    return triton.jit(function) if triton else function
 
 
 def project(slabs: torch.Tensor, rows: Band, cols: Band) -> torch.Tensor:
@@ -30,7 +20,7 @@ def project(slabs: torch.Tensor, rows: Band, cols: Band) -> torch.Tensor:
 
     Raises :class:`InputError` where triton is not installed.
     """
-    _check_triton()
+    require_triton("backend 'triton'")
     # Neighbouring threads take neighbouring columns, which must lie side by side in memory.
     slabs = slabs if slabs.stride(3) == 1 else slabs.contiguous()
     image = slabs.new_empty(len(slabs), rows.pixels, cols.pixels)
@@ -45,7 +35,7 @@ def back_project(image: torch.Tensor, rows: Band, cols: Band, slabs: torch.Tenso
 
     image: ``(B, rows.pixels, cols.pixels)``, float32. Raises :class:`InputError` where triton is not installed.
     """
-    _check_triton()
+    require_triton("backend 'triton'")
     image = image.contiguous()
     made = slabs if slabs.stride(3) == 1 else torch.empty(slabs.shape, device=slabs.device)
     tiles = triton.cdiv(rows.voxels, TILE[0]) * triton.cdiv(cols.voxels, TILE[1])
@@ -58,16 +48,11 @@ def back_project(image: torch.Tensor, rows: Band, cols: Band, slabs: torch.Tenso
         slabs.copy_(made)
 
 
-def _check_triton():
-    if triton is None:
-        raise InputError("backend 'triton' needs the package triton; run: pip install triton")
-
-
 def _numbers(band: Band) -> tuple[float, float, int, int]:
     return band.step, band.slope, band.pixels, band.voxels
 
 
-@_kernel
+@kernel
 def _project(
     slabs, image, batch_stride, slice_stride, depth_stride, slices,
     row_step, row_slope, row_pixels, row_voxels, col_step, col_slope, col_pixels, col_voxels,
@@ -97,7 +82,7 @@ def _project(
     tl.store(image + place, total, inside)
 
 
-@_kernel
+@kernel
 def _back_project(
     image, slabs, batch_stride, slice_stride, depth_stride, most_rows, most_cols,
     row_step, row_slope, row_pixels, row_voxels, col_step, col_slope, col_pixels, col_voxels,

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from numbers import Real
 
 import torch
@@ -255,14 +254,23 @@ def _slab_length(geometry, view, volume_shape, image_size, device):
     return thickness * torch.sqrt(1.0 + (u * u + v * v) / geometry.picture_distance_mm**2)
 
 
+def _fastest(device: torch.device) -> str:
+    """The fastest of :data:`BACKENDS` that works on a device."""
+    if torch.compiler.is_compiling():
+        return "dense"
+    if device.type == "cuda":
+        from xray2ct.triton_kernels import kernels_work  # here, as the import of triton takes half a second
+
+        return "triton" if kernels_work(device) else "dense"
+    return "banded" if device.type == "cpu" else "dense"
+
+
 def _backend(name: str, device: torch.device):
     """The module with ``project`` and ``back_project`` that ``backend`` of :func:`line_integrals` means."""
     if name == "auto":
-        name = {"cpu": "banded", "cuda": "triton"}.get(device.type, "dense")
-        if torch.compiler.is_compiling() or (name == "triton" and find_spec("triton") is None):
-            name = "dense"
+        name = _fastest(device)
     if name == "triton":
-        from xray2ct.geometry import joseph_triton  # here, as the import of triton takes half a second
+        from xray2ct.geometry import joseph_triton
 
         return joseph_triton
     return {"dense": dense, "banded": banded}[name]
