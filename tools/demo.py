@@ -26,6 +26,7 @@ import train_enhanced_4gpu
 import train_refinement_4gpu
 from dataset import PatientDataset
 from tools import make_phantoms
+from xray2ct.command_line import Parser
 from xray2ct.evaluation import scoring
 from xray2ct.files import InputError, read_json, run_cli, write_json
 from xray2ct.geometry.projector import hu_to_unit
@@ -149,7 +150,7 @@ def arguments(options: dict) -> list[str]:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", default="demo_output", help="folder for everything (default %(default)s)")
     parser.add_argument("--patients", type=int, default=24, help="phantoms (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the phantoms (default %(default)s)")
