@@ -98,7 +98,7 @@ class Demo:
 
     def evaluate(self) -> int:
         options = {"data": self.data, "split": "test", **self.checkpoints, "output": self.results}
-        return evaluate.main(arguments(options))
+        return evaluate.main([*arguments(options), "--report"])
 
     def reconstruct(self) -> int:
         """One held-out phantom from its two PNG files, as a user would; then the picture of what was written."""
@@ -129,6 +129,7 @@ class Demo:
         )
         print(f"  {self.picture}: {patient}, two X-rays | prediction | truth")
         print(f"  {self.reconstruction}: {patient} from its two X-rays, in HU")
+        print(f"  {self.results / 'report.html'}: open it in a browser: volumes, truth and error, scores")
         print(f"  {self.results}: scores per phantom, pictures")
         print(f"  {self.training}, {self.refinement_training}: checkpoints, logs")
         print("Phantoms show that everything works; scores on them say nothing about patients.")

@@ -505,7 +505,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_the_run_is_recorded(wo
 
 def test_out_of_gpu_memory_names_the_settings_to_try(words):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    expected = "stage low: epoch 1, step 1: out of GPU memory.*2\\.00 GiB.*stages\\.0\\.activation_checkpointing"
+    expected = "stage low: epoch 1, step 1: out of GPU memory.*2\\.00 GiB.*stage1\\.activation_checkpointing"
     with at_forward(CascadeStage, 1, raising(error)), pytest.raises(InputError, match=expected):
         main(words())
 
