@@ -106,6 +106,11 @@ def test_settings_named_in_the_troubleshooting_exist(page, scripts):
             assert any(accepts(script, setting) for script in scripts), setting
 
 
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index + "(README.md)"]
+
+
 def test_what_the_architecture_page_names_in_a_module_is_there():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", text)
