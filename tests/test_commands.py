@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -111,3 +113,13 @@ def test_help_shows_every_default_once(capsys):
     ):
         assert line in text
     assert text.count("(default") == 5  # none for a folder, a switch, a list that is empty
+
+
+def test_what_commands_write_where_the_pages_say_is_not_committed():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    made = ["checkpoints_enhanced/best_model.pt", "checkpoints_refinement/last.pt", "demo_output/reconstruction.png"]
+    made += ["hybrid_vit_cascade/checkpoints/quick_2stage/config.json", "evaluation_256/report.html", "curves.png"]
+    made += ["film_benchmark/report.json", "phantom_run/curves.png", "ct.nii.gz", "cascade.onnx", "data/dataset.json"]
+    found = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout.splitlines() == made
