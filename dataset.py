@@ -10,7 +10,6 @@ use, as memory-mapped arrays under ``ROOT/.cache`` (or ``cache_dir``), so that n
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import warnings
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST, REAL_XRAYS
 from xray2ct.data.cache import UNREADABLE, complete, open_cached, write_cached
 from xray2ct.data.manifest import Manifest, check_patients, find_patients
@@ -345,7 +345,7 @@ def mean_volume(dataset: PatientDataset) -> torch.Tensor:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--check", type=Path, required=True, metavar="ROOT", help="data set to check")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 
 from hybrid_vit_cascade.system import load_cascade_system
+from xray2ct.command_line import Parser
 from xray2ct.conventions import REAL_XRAYS
 from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.run import FILES, evaluate
@@ -28,7 +29,7 @@ from xray2ct.inference.system import DirectSystem, add_tile_argument
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="data set, as from prepare_data.py")
     parser.add_argument(
         "--xrays",
@@ -36,7 +37,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         choices=("drr", *REAL_XRAYS),
         help="rendered, scouts of the CT's session, or films, for which no voxels are scored (default %(default)s)",
     )
-    parser.add_argument("--split", default="test", choices=(*SPLITS, "all"))
+    parser.add_argument("--split", default="test", choices=(*SPLITS, "all"), help="patients to score")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--base", help="stage-1 checkpoint of the direct system")
     what.add_argument("--cascade", metavar="DIR", help="checkpoint folder of hybrid_vit_cascade")
@@ -51,13 +52,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--report-cases", nargs="+", metavar="ID", help="patients in the report's viewer: ids, or how many (default 5)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
-    parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--cache-dir", help="default: DATA/.cache")
     parser.add_argument(
-        "--allow-seen", "--allow_seen", action="store_true", help="also score patients the checkpoint was trained on"
+        "--precision", default="float32", choices=("auto", "float32", "bfloat16", "float16"), help="of the networks"
     )
+    parser.add_argument("--cache-dir", help="default: DATA/.cache")
+    parser.add_argument("--allow-seen", action="store_true", help="also score patients the checkpoint was trained on")
     parser.add_argument("--full-table", action="store_true", help="print every score; files always hold all of them")
-    parser.add_argument("--steps", type=int, default=25, help="cascade: steps per stage and sample (%(default)s)")
+    parser.add_argument("--steps", type=int, default=25, help="cascade: steps per stage and sample")
     parser.add_argument("--samples", type=int, default=0, help="cascade: also one sample, and the mean of this many")
     parser.add_argument("--seed", type=int, default=0, help="cascade: of the samples' noise (default %(default)s)")
     parser.add_argument("--max-stages", type=int, help="cascade: stop after this many stages")

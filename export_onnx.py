@@ -23,6 +23,7 @@ import importlib.util
 from pathlib import Path
 
 from hybrid_vit_cascade.system import load_cascade_system
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, check_writable, run_cli
 from xray2ct.inference.onnx import OPSET, check_xrays, export
 from xray2ct.inference.system import DirectSystem
@@ -32,7 +33,7 @@ TOLERANCE = 1e-4
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--base", help="stage-1 checkpoint (also a baseline's)")
     parser.add_argument("--refinement", help="stage-2 checkpoint: the volume is 256^3")
     parser.add_argument("--cascade", metavar="DIR", help="instead: checkpoint folder of a cascade")

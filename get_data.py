@@ -13,11 +13,11 @@ status is 1.
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from pathlib import Path
 
+from xray2ct.command_line import Parser
 from xray2ct.data.archive.catalogue import as_markdown, catalogue, gigabytes
 from xray2ct.data.archive.collections import LICENCES, check_licence, resolve
 from xray2ct.data.archive.download import download, people_in, plan
@@ -30,7 +30,7 @@ ASK_GB = 20.0
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="COLLECTION", help="such as lidc, nlst, covid_ny: see --list")
     parser.add_argument("--collections", default="", help="the same, separated by commas")
     parser.add_argument("--output", type=Path, help="folder to make or complete")

@@ -23,10 +23,10 @@ noted in the manifest (``source``).
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
+from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.prepare_folder import Prepared, Splitter, merge_shards, prepare_folder
 from xray2ct.data.shards import Shard
@@ -40,10 +40,10 @@ SPLIT_OPTIONS = {"split", "val_fraction", "test_fraction", "seed"}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--input", type=Path, help="folder of CTs, searched with its sub-folders")
     parser.add_argument("--output", type=Path, required=True, help="data set folder to make or complete")
-    parser.add_argument("--geometry", choices=KINDS, default="cone")
+    parser.add_argument("--geometry", choices=KINDS, default="cone", help="of the X-rays that are rendered")
     parser.add_argument("--sdd-mm", type=float, help="source to detector (default 1800; scout: 949)")
     parser.add_argument("--sid-mm", type=float, help="source to isocentre (default 1600; scout: 541)")
     parser.add_argument("--frontal", choices=("pa", "ap"), default="pa", help="source behind or in front (default pa)")
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     parser.add_argument("--val-fraction", type=float, default=0.1, help="without --split (default %(default)s)")
     parser.add_argument("--test-fraction", type=float, default=0.1, help="without --split (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split by hash (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="default %(default)s")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes")
     parser.add_argument("--overwrite", action="store_true", help="do everything again, whatever is there")
     parser.add_argument("--rescan", action="store_true", help="search for CTs again, whatever an earlier run found")
     parser.add_argument("--shard", metavar="I/N", help="prepare every N-th CT only, as job I of N; then --merge")

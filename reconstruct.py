@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, run_cli
 from xray2ct.inference.batch import (
     add_common_arguments,
@@ -28,7 +29,7 @@ from xray2ct.inference.system import add_tile_argument
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--base", required=True, help="stage-1 checkpoint")
     parser.add_argument("--refinement", help="stage-2 checkpoint: the volume has 256^3 voxels instead of 64^3")
     add_tile_argument(parser)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from dataset import PatientDataset
 from losses import EnhancedLoss
 from model_enhanced import EnhancedDirectModel, RefinementNetwork
+from xray2ct.command_line import Parser
 from xray2ct.data.augment import PairMaker
 from xray2ct.data.splits import SPLITS
 from xray2ct.files import InputError, run_cli
@@ -426,11 +427,11 @@ def run_checks(bench: Bench, checks: list[tuple[str, Callable[[Bench], str]]]) -
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--config", help="JSON settings (default: config_enhanced.json next to this script)")
     parser.add_argument("--data", help="data set to look at (default: none)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     return parser.parse_args(argv)
 
 

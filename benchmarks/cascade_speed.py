@@ -19,6 +19,7 @@ from hybrid_vit_cascade.cascade import Stage
 from hybrid_vit_cascade.models import CascadeStage
 from hybrid_vit_cascade.settings import load_cascade_config, stage_run
 from hybrid_vit_cascade.training.task import StageLoss, stage_arguments
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.training.ema import MovingAverage
@@ -87,14 +88,14 @@ def training(model, run, batch: int, precision, repetitions: int) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(CONFIG))
+    parser = Parser(__doc__)
+    parser.add_argument("--config", default=str(CONFIG), help="JSON settings of the cascade")
     parser.add_argument("--stage", type=int, default=1, help="which one, from 1 (default %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="of the training step (default %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--precision", default="auto", help="auto, float32, bfloat16, float16")
+    parser.add_argument("--repetitions", type=int, default=3, help="measurements of each")
     return parser.parse_args(argv)
 
 

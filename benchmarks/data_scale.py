@@ -8,7 +8,6 @@ figure is printed as it is measured.
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.model_speed import machine
 from dataset import PatientDataset
+from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.splits import split_hash
 from xray2ct.files import read_json, write_json
@@ -109,11 +109,11 @@ def measure(folder: Path, count: int) -> None:
     print(f"from the command to the first step, cache warm: {first_step(data, folder / 'run'):.1f} s", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patients", type=int, default=25_000)
+def main(argv=None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--patients", type=int, default=25_000, help="of the made-up data set")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder, removed at the end)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(machine(), flush=True)
     warnings.simplefilter("ignore")
     if args.folder:

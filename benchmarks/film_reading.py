@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from benchmarks.model_speed import machine
+from xray2ct.command_line import Parser
 from xray2ct.data.phantoms import make_phantom
 from xray2ct.files import run_cli
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
@@ -89,8 +90,9 @@ def measure(paths: list[str]) -> dict[str, float]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pixels", nargs=2, type=int, default=(4000, 3000), metavar=("ROWS", "COLUMNS"))
+    parser = Parser(__doc__)
+    size = {"nargs": 2, "type": int, "metavar": ("ROWS", "COLUMNS")}
+    parser.add_argument("--pixels", default=(4000, 3000), help="of a film", **size)
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.bench import Bench
 from benchmarks.gpu_parts import PARTS
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, run_cli
 from xray2ct.training.precision import keep_freed_memory
 from xray2ct.training.provenance import describe_environment
@@ -53,11 +54,11 @@ def table(rows: list[dict]) -> str:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--parts", default=",".join(PARTS), help="which ones, in this order (default: %(default)s)")
-    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument("--device", default="cuda", help="cpu, cuda, ...")
     parser.add_argument("--small", action="store_true", help="tiny sizes, for a test on a CPU")
-    parser.add_argument("--deadline", type=float, default=150, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument("--deadline", type=float, default=150, metavar="SECONDS", help="no part begins later than this")
     parser.add_argument("--output", type=Path, help="file that the lines of JSON are appended to")
     return parser.parse_args(argv)
 

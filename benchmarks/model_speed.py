@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from model_enhanced import EnhancedDirectModel
+from xray2ct.command_line import Parser
 from xray2ct.files import run_cli
 from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 
@@ -71,9 +72,9 @@ def passes(size: int, repetitions: int) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--size", type=int, default=512, help="edge of the X-rays")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=5, help="measurements of each")
     return parser.parse_args(argv)
 
 

@@ -12,7 +12,6 @@ and its own cameras; the timings compare ``render_xrays`` with ``render_xrays_na
 
 from __future__ import annotations
 
-import argparse
 import platform
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.nanodrr_backend import SAMPLES_PER_VOXEL, render_xrays_nanodrr
 from xray2ct.geometry.projector import HU_WINDOW, MU_WATER, Geometry, hu_to_mu, hu_to_unit, line_integrals, render_xrays
@@ -30,7 +30,7 @@ RENDERERS = {"built-in": render_xrays, "nanodrr": render_xrays_nanodrr}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--ct", required=True, help="a prepared cube or any CT (NIfTI, MetaImage, NRRD, DICOM folder)")
     parser.add_argument(
         "--sizes",

@@ -20,6 +20,7 @@ import torch
 from benchmarks.model_speed import machine, median_seconds, peak_memory
 from losses import EnhancedLoss
 from model_enhanced import EnhancedDirectModel, RefinementNetwork
+from xray2ct.command_line import Parser
 from xray2ct.files import run_cli
 from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
 
@@ -78,8 +79,8 @@ def training_step(patch: int, repetitions: int) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser = Parser(__doc__)
+    parser.add_argument("--repetitions", type=int, default=3, help="measurements of each")
     parser.add_argument("--steps", action="store_true", help="a training step of stage 2")
     parser.add_argument("--case", nargs=3, metavar=("GUIDED", "PRECISION", "TILE"), help="one inference case only")
     return parser.parse_args(argv)

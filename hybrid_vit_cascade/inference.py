@@ -2,7 +2,7 @@ r"""Two X-ray files -> a CT volume by the cascade, as NIfTI in Hounsfield units.
 
 python inference.py --pa PA.png --lateral LAT.png --checkpoint checkpoints/quick_2stage --output ct.nii.gz
 python inference.py --pa PA.png --lateral LAT.png --checkpoint checkpoints/quick_2stage --output ct.nii.gz \
-        --steps 25 --samples 8 --save_std std.nii.gz
+        --steps 25 --samples 8 --save-std std.nii.gz
 python inference.py ... --output draw.nii.gz --steps 50 --samples 1 --seed 3
 
 Without --samples: the posterior mean, one network step per stage. --samples K: the mean of K samples of --steps steps
@@ -25,6 +25,7 @@ from hybrid_vit_cascade.cascade import DEFAULT_STEPS
 from hybrid_vit_cascade.system import load_cascade_system
 
 # isort: split
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, run_cli
 from xray2ct.imaging.write_volume import check_output, write_volume
 from xray2ct.inference.batch import (
@@ -47,14 +48,14 @@ def load_cascade_pipeline(checkpoint, *args, **options) -> Pipeline:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder of train_progressive.py")
     add_common_arguments(parser)
     parser.add_argument("--steps", type=int, help=f"network steps per stage and sample (default {DEFAULT_STEPS})")
     parser.add_argument("--samples", type=int, help="mean of K samples, 1: a single one (default: one-step mean)")
-    parser.add_argument("--save_std", "--save-std", metavar="FILE", help="voxel-wise standard deviation in HU, NIfTI")
+    parser.add_argument("--save-std", metavar="FILE", help="voxel-wise standard deviation in HU, NIfTI")
     parser.add_argument("--seed", type=int, default=0, help="of the samples' noise (default %(default)s)")
-    parser.add_argument("--max_stages", "--max-stages", type=int, help="stop after this many stages")
+    parser.add_argument("--max-stages", type=int, help="stop after this many stages")
     return parser.parse_args(argv)
 
 
@@ -63,14 +64,14 @@ def check_args(args) -> None:
     check_common_arguments(args)
     if args.save_std:
         if args.folder:
-            raise InputError("--save_std is for one pair of X-rays; expected --pa and --lateral instead of --folder")
-        check_output(args.save_std, "--save_std", series=False)
+            raise InputError("--save-std is for one pair of X-rays; expected --pa and --lateral instead of --folder")
+        check_output(args.save_std, "--save-std", series=False)
         if Path(args.save_std).resolve() == Path(args.output).resolve():
-            raise InputError(f"--save_std {args.save_std} is --output too; expected another name")
+            raise InputError(f"--save-std {args.save_std} is --output too; expected another name")
     if args.samples is not None and args.samples < 1:
         raise InputError(f"--samples {args.samples}: expected at least 1; without it the posterior mean is one step")
     if args.save_std and (args.samples or 0) < 2:
-        raise InputError("--save_std needs at least two samples: add --samples 8")
+        raise InputError("--save-std needs at least two samples: add --samples 8")
     if args.steps is not None and args.steps != 1 and args.samples is None:
         raise InputError(
             f"--steps {args.steps} without --samples: the posterior mean takes one step;"

@@ -1,6 +1,6 @@
 """Settings of the cascade: ``config/*.json`` -> dataclasses, checked before anything is built.
 
-    config = load_cascade_config("config/quick_2stage.json", ["training.batch_size=2", "stages.1.num_epochs=20"])
+    config = load_cascade_config("config/quick_2stage.json", ["training.batch_size=2", "stage2.num_epochs=20"])
     run = stage_run(config, 0, world_size=1)      # what the trainer sees of one stage
 
 Every key of the JSON files is explained here; keys that a file leaves out have these defaults.
@@ -8,6 +8,7 @@ Every key of the JSON files is explained here; keys that a file leaves out have 
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from xray2ct.training.config import (
     LoggingConfig,
     TrainingConfig,
     check_config,
+    entry_name,
     load_config,
     weight,
 )
@@ -120,7 +122,7 @@ class CascadeConfig:
 
 
 def load_cascade_config(path, overrides=()) -> CascadeConfig:
-    """Read a cascade's JSON file, apply ``key=value`` overrides (``stages.0.num_epochs=5``) and check everything.
+    """Read a cascade's JSON file, apply ``key=value`` overrides (``stage1.num_epochs=5``) and check everything.
 
     Raises :class:`InputError` naming file and key: an unknown key, a wrong type, an impossible value, stages that do
     not double, heads that do not divide the width.
@@ -128,6 +130,16 @@ def load_cascade_config(path, overrides=()) -> CascadeConfig:
     config = load_config(CascadeConfig, path, overrides)
     check_cascade_config(config, str(path))
     return config
+
+
+def former_spellings(overrides) -> list[str]:
+    """A note for each ``stages.0.KEY=VALUE``, which counts from 0 as the JSON file's list, with today's spelling."""
+    notes = []
+    for text in overrides:
+        if match := re.match(r"stages\.(\d{1,9})\.([\w.]+)", text):
+            now = f"{entry_name('stages', int(match[1]))}.{match[2]}"
+            notes.append(f"note: --set {match[0]} is read as {now}: options count stages from 1, write {now}")
+    return notes
 
 
 def check_cascade_config(config: CascadeConfig, origin: str) -> None:
@@ -150,7 +162,7 @@ def check_cascade_config(config: CascadeConfig, origin: str) -> None:
 
 
 def _check_stage(stage: StageConfig, index: int, origin: str) -> None:
-    prefix = f"stages.{index}."
+    prefix = f"{entry_name('stages', index)}."
     if not is_plain_name(stage.name):  # stage names are folder names, on every system
         raise InputError(
             f"{origin}: {prefix}name is {shown(stage.name)};"
@@ -180,7 +192,7 @@ def _check_chain(stages: list[StageConfig], origin: str) -> None:
         before, size = stages[index - 1].size, stages[index].size
         if size != 2 * before:
             raise InputError(
-                f"{origin}: stages.{index}.volume_size is {size}, after {before}; expected {2 * before}:"
+                f"{origin}: {entry_name('stages', index)}.volume_size is {size}, after {before}; expected {2 * before}:"
                 " each stage doubles the one before"
             )
 

@@ -143,7 +143,7 @@ def _check_earlier_weights(path, data: dict, hashes: dict[str, str]) -> None:
         if trained_on.get(name, found) != found:
             raise InputError(
                 f"{path}: was trained on other weights of stage {name} than are there now; train"
-                f" {data['stage_name']} again, or use the stages before it (--max_stages {len(hashes)})"
+                f" {data['stage_name']} again, or use the stages before it (--max-stages {len(hashes)})"
             )
 
 
@@ -171,7 +171,7 @@ def _stage_path(folder: Path, names: list[str], index: int) -> Path:
     path = folder / names[index] / BEST_NAME
     if path.exists():
         return path
-    hint = "train it" if index == 0 else f"train it, or use the {index} before it (--max_stages {index})"
+    hint = "train it" if index == 0 else f"train it, or use the {index} before it (--max-stages {index})"
     if (path.parent / "last.pt").exists():
         hint += "; it has not been validated yet, there is only last.pt"
     raise InputError(f"{path}: stage {index + 1} of {len(names)}, {names[index]}, has no checkpoint; {hint}")

@@ -14,7 +14,8 @@ CASCADE = ROOT / "hybrid_vit_cascade"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted(CASCADE.glob("*.md"))]
 # Modules that add options to several commands.
-SHARED_OPTIONS = ("training/cli.py", "training/monitors.py", "inference/system.py", "inference/batch.py")
+SHARED_OPTIONS = ("command_line.py", "training/cli.py", "training/monitors.py")
+SHARED_OPTIONS += ("inference/system.py", "inference/batch.py")
 NOT_OURS = ("venv", "pip", "pytest")
 # Files of the projects whose data and scores docs/datasets.md and docs/protocols.md explain.
 OTHERS = {"0_dicom2mhd.py", "3DGAN/lib/utils/metrics_np.py", "3DGAN/test.py", "code/evaluate.py", "ctpro.py"}
@@ -103,6 +104,11 @@ def test_settings_named_in_the_troubleshooting_exist(page, scripts):
     for setting in named:
         if not setting.endswith("=PATH") and setting != "key=value":
             assert any(accepts(script, setting) for script in scripts), setting
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index + "(README.md)"]
 
 
 def test_what_the_architecture_page_names_in_a_module_is_there():

@@ -26,6 +26,7 @@ import train_enhanced_4gpu
 import train_refinement_4gpu
 from dataset import PatientDataset
 from tools import make_phantoms
+from xray2ct.command_line import Parser
 from xray2ct.evaluation import scoring
 from xray2ct.files import InputError, read_json, run_cli, write_json
 from xray2ct.geometry.projector import hu_to_unit
@@ -97,7 +98,7 @@ class Demo:
 
     def evaluate(self) -> int:
         options = {"data": self.data, "split": "test", **self.checkpoints, "output": self.results}
-        return evaluate.main(arguments(options))
+        return evaluate.main([*arguments(options), "--report"])
 
     def reconstruct(self) -> int:
         """One held-out phantom from its two PNG files, as a user would; then the picture of what was written."""
@@ -128,6 +129,7 @@ class Demo:
         )
         print(f"  {self.picture}: {patient}, two X-rays | prediction | truth")
         print(f"  {self.reconstruction}: {patient} from its two X-rays, in HU")
+        print(f"  {self.results / 'report.html'}: open it in a browser: volumes, truth and error, scores")
         print(f"  {self.results}: scores per phantom, pictures")
         print(f"  {self.training}, {self.refinement_training}: checkpoints, logs")
         print("Phantoms show that everything works; scores on them say nothing about patients.")
@@ -149,7 +151,7 @@ def arguments(options: dict) -> list[str]:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", default="demo_output", help="folder for everything (default %(default)s)")
     parser.add_argument("--patients", type=int, default=24, help="phantoms (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the phantoms (default %(default)s)")

@@ -6,13 +6,13 @@ python -m tools.environment --json environment.json
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from xray2ct.command_line import Parser
 from xray2ct.files import run_cli, write_json
 from xray2ct.training.convolution_check import reduced_precision_defects
 from xray2ct.training.provenance import describe_environment
@@ -39,7 +39,7 @@ def default_networks(device) -> list[tuple[str, Callable[[], object]]]:
 
 def main(argv=None) -> int:
     """Print the environment and compare the default networks' convolutions; 1 when one is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and checks as JSON, too")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU where there is one)")
     args = parser.parse_args(argv)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from dataset import PatientDataset
 from tools.film_cases import CASES, VIEWS, Rendering, make_case
 from xray2ct.checkpoints import check_compatible
+from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.film_chain import FilmChain, FilmConfig
 from xray2ct.files import InputError, atomic_path, check_writable, run_cli, write_json
@@ -56,7 +57,7 @@ class Network:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="prepared data set; its test patients are read")
     parser.add_argument("--checkpoint", action="append", required=True, help="stage 1; repeat to compare")
     parser.add_argument(

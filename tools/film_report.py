@@ -13,13 +13,13 @@ with the reason, and the exit status is 1.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from xray2ct.command_line import Parser
 from xray2ct.data.checks.anatomy import orientation
 from xray2ct.data.patient_files import find_pairs
 from xray2ct.evaluation.residuals import residuals
@@ -127,14 +127,14 @@ def summary(name: str, report: dict) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--pa", help="frontal film")
     parser.add_argument("--lateral", help="lateral film")
     parser.add_argument("--folder", help="instead: all pairs ID_pa.png, ID_lat.png (and the like) in it")
     parser.add_argument("--base", required=True, help="stage-1 checkpoint")
     parser.add_argument("--refinement", help="stage-2 checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="folder for report.json and ID.png")
-    parser.add_argument("--xray-normalization", default="auto", choices=NORMALIZATIONS, help="default %(default)s")
+    parser.add_argument("--xray-normalization", default="auto", choices=NORMALIZATIONS, help="how values are read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
     args = parser.parse_args(argv)
     if bool(args.folder) == bool(args.pa or args.lateral) or bool(args.pa) != bool(args.lateral):

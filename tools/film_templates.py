@@ -13,7 +13,6 @@ panoramas, noise. All draws follow from --seed. Name in film_weights.txt, next t
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from scipy import ndimage
 from tqdm import tqdm
 
+from xray2ct.command_line import Parser
 from xray2ct.data.manifest import MANIFEST
 from xray2ct.files import InputError, atomic_path, read_json, run_cli
 from xray2ct.geometry.projector import FOV_MM, Geometry, render_xrays
@@ -399,13 +399,13 @@ def find_patients(data: Path, listed: Path | None) -> list[Path]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="a folder of prepare_data.py")
     parser.add_argument("--patients", type=Path, help="patients to take, one a line (default: the training patients)")
     parser.add_argument("--output", type=Path, required=True, help="folder for film_view.npz and film_scale.npz")
     parser.add_argument("--samples", type=int, default=12000, help="simulated films (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=1000, help="of the training")
+    parser.add_argument("--seed", type=int, default=0, help="of films and training")
     args = parser.parse_args(argv)
     paths = find_patients(args.data, args.patients)
     args.output.mkdir(parents=True, exist_ok=True)

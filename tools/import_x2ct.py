@@ -20,7 +20,6 @@ is named at the end, and the exit status is 1.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -29,6 +28,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
+from xray2ct.command_line import Parser
 from xray2ct.conventions import AIR_HU, MAX_HU
 from xray2ct.data.checks.anatomy import orientation
 from xray2ct.data.checks.findings import FAILED, OK, SIDES, UNKNOWN
@@ -256,7 +256,7 @@ def convert(files: dict[str, Path], output, axes: str, offset: float, edge_mm: f
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="folder with SCAN/ct_xray_data.h5")
     parser.add_argument("--output", type=Path, required=True, help="folder for the NIfTI files and split.json")
     parser.add_argument("--train", type=Path, help="list of training scans, one a line (with --test)")

@@ -8,7 +8,6 @@ They are for trying things out and for tests; scores on them say nothing about p
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from xray2ct.command_line import Parser
 from xray2ct.data.phantoms import encode, make_phantom
 from xray2ct.files import InputError, atomic_path, check_writable, run_cli
 
@@ -35,7 +35,7 @@ def write_phantom(index: int, output: Path, seed: int, spacing_mm: float | None,
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Generate procedural thorax CTs as NIfTI files in HU.")
+    parser = Parser("Generate procedural thorax CTs as NIfTI files in HU.")
     parser.add_argument("--output", type=Path, required=True, help="folder for phantom_0000.nii.gz, ...")
     parser.add_argument("--count", type=int, default=24, help="number of phantoms (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")

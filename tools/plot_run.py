@@ -6,11 +6,11 @@ python -m tools.plot_run run_a run_b/log.jsonl --output curves.png
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, atomic_path, check_writable, run_cli
 
 LOG = "log.jsonl"
@@ -113,9 +113,9 @@ def _curve(values: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a run's folder, or its {LOG}")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="default %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="picture to write")
     args = parser.parse_args(argv)
     if args.output.suffix.lower() != ".png":
         raise InputError(f"--output {args.output}: expected a name ending in .png")

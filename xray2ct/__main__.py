@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
-from xray2ct import __version__
+from xray2ct.command_line import Parser
 
 COMMANDS = (
     "prepare_data.py, train_enhanced_4gpu.py, train_refinement_4gpu.py, evaluate.py, reconstruct.py, export_onnx.py"
@@ -12,10 +10,7 @@ COMMANDS = (
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m xray2ct", description=f"The commands are {COMMANDS}: see README.md."
-    )
-    parser.add_argument("--version", action="version", version=f"xray2ct {__version__}")
+    parser = Parser(prog="python -m xray2ct", description=f"The commands are {COMMANDS}: see README.md.")
     parser.parse_args(argv)
     parser.print_help()
 

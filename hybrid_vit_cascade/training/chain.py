@@ -38,7 +38,7 @@ def check_stage_checkpoint(path, checkpoint: dict, config: CascadeConfig, data: 
         shift=run.shift,
     )
     if data is not None:
-        check_same_data(path, checkpoint, data_header(data), "choose another --checkpoint_dir")
+        check_same_data(path, checkpoint, data_header(data), "choose another --checkpoint-dir")
     return index
 
 
@@ -50,7 +50,7 @@ def recorded_config(folder) -> dict | None:
     data = read_json(path)
     stages = data.get("stages") if isinstance(data, dict) else None
     if not isinstance(stages, list) or not all(isinstance(s, dict) and is_plain_name(s.get("name")) for s in stages):
-        raise InputError(f"{path}: not the configuration of a cascade; choose another --checkpoint_dir")
+        raise InputError(f"{path}: not the configuration of a cascade; choose another --checkpoint-dir")
     return data
 
 
@@ -71,7 +71,7 @@ class Chain:
         if found != ours:
             raise InputError(
                 f"{self.folder} holds a cascade with the stages {', '.join(found)}; the configuration's are"
-                f" {', '.join(ours)}: choose another --checkpoint_dir"
+                f" {', '.join(ours)}: choose another --checkpoint-dir"
             )
 
     def write_config(self, replace: bool = True) -> None:
@@ -109,27 +109,27 @@ class Chain:
 
 
 def check_resume(path, config: CascadeConfig, max_stages: int) -> int | None:
-    """Index of the stage that ``--resume_from`` goes on with; None without it.
+    """Index of the stage that ``--resume-from`` goes on with; None without it.
 
     Raises :class:`InputError` for a folder, a damaged or foreign file, other stages, weights without training state.
     """
     if path is None:
         return None
     if Path(path).is_dir():
-        raise InputError(f"--resume_from {path}: is a folder; expected a file such as {Path(path) / 'last.pt'}")
+        raise InputError(f"--resume-from {path}: is a folder; expected a file such as {Path(path) / 'last.pt'}")
     checkpoint = load_checkpoint(path, kind=KIND)
     if "training_state" not in checkpoint:
         raise InputError(
-            f"--resume_from {path}: holds weights for inference only; expected last.pt or epoch_N.pt of a stage"
+            f"--resume-from {path}: holds weights for inference only; expected last.pt or epoch_N.pt of a stage"
         )
     index = check_stage_checkpoint(path, checkpoint, config)
     if index >= max_stages:
-        raise InputError(f"--resume_from {path}: is of stage {index + 1}, beyond --max_stages {max_stages}")
+        raise InputError(f"--resume-from {path}: is of stage {index + 1}, beyond --max-stages {max_stages}")
     return index
 
 
 def place_resumed(path, index: int, config: CascadeConfig, folder: Path) -> None:
-    """Make ``--resume_from`` the state that the checkpoint folder goes on from, with the stages before it (rank 0)."""
+    """Make ``--resume-from`` the state that the checkpoint folder goes on from, with the stages before it (rank 0)."""
     path = Path(path)
     for stage in config.stages[:index]:
         target, source = folder / stage.name, path.resolve().parent.parent / stage.name
@@ -147,7 +147,7 @@ def place_resumed(path, index: int, config: CascadeConfig, folder: Path) -> None
         elif not target.samefile(path):
             raise InputError(
                 f"{target} (step {step}) would be lost for {path} (step {checkpoint['step']});"
-                " move it away, or choose another --checkpoint_dir"
+                " move it away, or choose another --checkpoint-dir"
             )
         return
     best, state = path.with_name("best.pt"), checkpoint["training_state"]

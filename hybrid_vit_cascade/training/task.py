@@ -18,7 +18,7 @@ from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.metrics import psnr_tensor
-from xray2ct.training.config import config_dict
+from xray2ct.training.config import config_dict, entry_name
 from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision
 from xray2ct.training.task import FILMS_DIFFER, PatientTask
@@ -86,7 +86,8 @@ class StageTask(PatientTask):
         self.has_mean = run.prediction != "noise"
         self.open_data(size, run.xray_img_size, max(augment.source_size, size) if augment.enabled else 2 * size)
         if self.makes_films and run.stage.use_physics_loss:
-            raise InputError(f"stages.{run.index}.use_physics_loss is true, but {FILMS_DIFFER}: expected false")
+            name = f"{entry_name('stages', run.index)}.use_physics_loss"
+            raise InputError(f"{name} is true, but {FILMS_DIFFER}: expected false")
         self.build_cache(processes)
         self.criterion = StageLoss(run, self.train_data.acquisition)
         self.schedule, self.physics = self.criterion.schedule, self.criterion.physics
@@ -160,7 +161,7 @@ class StageTask(PatientTask):
         return [self.earlier.precision] if self.earlier is not None else []
 
     def memory_advice(self) -> str:
-        stage = f"--set stages.{self.config.index}"
+        stage = f"--set {entry_name('stages', self.config.index)}"
         return (
             f"Try {stage}.activation_checkpointing=true, or a smaller {stage}.batch_size with as much more"
             f" {stage}.gradient_accumulation_steps"

@@ -1,7 +1,7 @@
 """Train the cascade, one stage after the other. Works on several GPUs, one, or none; the same command resumes.
 
     cd hybrid_vit_cascade
-    python training/train_progressive.py --config config/quick_2stage.json --checkpoint_dir checkpoints/quick_2stage
+    python training/train_progressive.py --config config/quick_2stage.json --checkpoint-dir checkpoints/quick_2stage
     python training/train_progressive.py --config config/progressive_3stage.json --data ROOT --dry-run
     torchrun --nproc_per_node 4 -m hybrid_vit_cascade.training.train_progressive ...      # from the repository's root
 
@@ -27,6 +27,7 @@ from hybrid_vit_cascade.settings import (
     CascadeConfig,
     StageRun,
     find_data,
+    former_spellings,
     load_cascade_config,
     prediction_of,
     stage_run,
@@ -34,6 +35,7 @@ from hybrid_vit_cascade.settings import (
 from hybrid_vit_cascade.training.chain import Chain, check_resume, place_resumed, recorded_config
 from hybrid_vit_cascade.training.task import StageTask, outline, stage_settings
 from xray2ct.checkpoints import weights_fingerprint
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, run_cli
 from xray2ct.training.cli import add_run_arguments, describe_processes, run_context, stopped
 from xray2ct.training.config import config_dict
@@ -46,14 +48,14 @@ from xray2ct.training.trainer import TrainingError, fit
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--config", default=str(PACKAGE / "config" / "quick_2stage.json"), help="JSON settings")
     parser.add_argument(
-        "--checkpoint_dir", help="folder for checkpoints and logs (default: checkpoints/NAME_OF_CONFIG)"
+        "--checkpoint-dir", help="folder for checkpoints and logs (default: checkpoints/NAME_OF_CONFIG)"
     )
     parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
-    parser.add_argument("--resume_from", metavar="CKPT", help="last.pt or epoch_N.pt of a stage to go on from")
-    parser.add_argument("--max_stages", type=int, help="train only the first so many stages")
+    parser.add_argument("--resume-from", metavar="CKPT", help="last.pt or epoch_N.pt of a stage to go on from")
+    parser.add_argument("--max-stages", type=int, help="train only the first so many stages")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print sizes, stop")
     add_run_arguments(parser)
@@ -68,12 +70,12 @@ def read_settings(args) -> tuple[CascadeConfig, int]:
     config = load_cascade_config(args.config, args.set)
     count = len(config.stages) if args.max_stages is None else args.max_stages
     if not 1 <= count <= len(config.stages):
-        raise InputError(f"--max_stages is {count}; {args.config} has {len(config.stages)} stages")
+        raise InputError(f"--max-stages is {count}; {args.config} has {len(config.stages)} stages")
     for index, stage in enumerate(config.stages):
         try:
             stage_settings(config, index)
         except InputError as error:
-            raise InputError(f"{args.config}: stages.{index} ({stage.name}): {error}") from None
+            raise InputError(f"{args.config}: stage {index + 1} ({stage.name}): {error}") from None
     if args.data and not Path(args.data).is_dir():
         raise InputError(f"--data {args.data}: no such data set; make one with prepare_data.py")
     root = Path(args.data) if args.data else find_data(config.data.dataset_path)
@@ -122,7 +124,7 @@ def train_stage(index: int, chain: Chain, run: StageRun, monitors: Monitors) -> 
 
 
 def train(args, config: CascadeConfig, count: int, processes: Processes) -> None:
-    """Train the first ``count`` stages in turn, from wherever the checkpoint folder or ``--resume_from`` stands."""
+    """Train the first ``count`` stages in turn, from wherever the checkpoint folder or ``--resume-from`` stands."""
     folder = Path(args.checkpoint_dir)
     chain = Chain(config, folder, processes)
     resumed = check_resume(args.resume_from, config, count)
@@ -170,6 +172,8 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     check_arguments(args)
     config, count = read_settings(args)
+    for note in former_spellings(args.set):
+        print(note, file=sys.stderr)
     check_resume(args.resume_from, config, count)
     return launch(worker, config.world_size or torch.cuda.device_count(), args)
 

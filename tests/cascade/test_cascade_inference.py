@@ -272,7 +272,7 @@ def test_folders_that_are_no_cascade_are_named(folder, tmp_path):
 def test_a_stage_that_is_not_trained_yet_is_named(folder, tmp_path):
     copy = copy_of(folder, tmp_path)
     (copy / "high" / "best.pt").rename(copy / "high" / "last.pt")
-    with pytest.raises(InputError, match=r"stage 2 of 2, high, has no checkpoint.*--max_stages 1.*only last.pt"):
+    with pytest.raises(InputError, match=r"stage 2 of 2, high, has no checkpoint.*--max-stages 1.*only last.pt"):
         Cascade.load(copy)
     assert Cascade.load(copy, max_stages=1).volume_size == (16, 16, 16)
 
@@ -335,7 +335,7 @@ def test_a_stage_trained_on_other_weights_of_the_one_before_is_refused(folder, t
     right = {"config": {"earlier_stages": {"low": weights_fingerprint(weights)}}}
     assert Cascade.load(copy_of(folder, tmp_path, **right)).stage_names == ["low", "high"]
     wrong = {"config": {"earlier_stages": {"low": "0" * 16}}}
-    with pytest.raises(InputError, match=r"other weights of stage low.*train high again, or.*--max_stages 1"):
+    with pytest.raises(InputError, match=r"other weights of stage low.*train high again, or.*--max-stages 1"):
         Cascade.load(copy_of(folder, tmp_path, **wrong))
 
 
@@ -378,7 +378,7 @@ def test_by_default_the_file_holds_the_one_step_posterior_mean(root, folder, xra
 
 def test_the_mean_and_standard_deviation_of_samples_are_written(root, folder, xrays, tmp_path, capsys):
     output, spread = tmp_path / "mean.nii.gz", tmp_path / "std.nii.gz"
-    options = ("--steps", "2", "--samples", "3", "--seed", "5", "--save_std", str(spread), "--max_stages", "1")
+    options = ("--steps", "2", "--samples", "3", "--seed", "5", "--save-std", str(spread), "--max-stages", "1")
     assert inference.main(command(root, folder, output, *options)) == 0
     mean, std = Cascade.load(folder, max_stages=1).statistics(xrays, 3, 2, torch.Generator().manual_seed(5))
     assert np.abs(hu_of(output) - (mean[0, 0].numpy() * 2500 - 1024)).max() <= 1
@@ -392,7 +392,7 @@ def test_the_mean_and_standard_deviation_of_samples_are_written(root, folder, xr
 def test_a_single_sample_follows_from_its_seed(root, folder, tmp_path):
     volumes = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        output, options = tmp_path / f"{name}.nii", ("--samples", "1", "--steps", "2", "--max_stages", "1")
+        output, options = tmp_path / f"{name}.nii", ("--samples", "1", "--steps", "2", "--max-stages", "1")
         inference.main(command(root, folder, output, *options, "--seed", seed))
         volumes.append(hu_of(output))
     assert np.array_equal(volumes[0], volumes[1])
@@ -400,7 +400,7 @@ def test_a_single_sample_follows_from_its_seed(root, folder, tmp_path):
 
 
 def test_fewer_stages_make_a_coarser_volume(root, folder, tmp_path):
-    inference.main(command(root, folder, tmp_path / "low.nii.gz", "--max_stages", "1"))
+    inference.main(command(root, folder, tmp_path / "low.nii.gz", "--max-stages", "1"))
     assert nib.load(tmp_path / "low.nii.gz").shape == (16, 16, 16)
 
 
@@ -409,12 +409,12 @@ def test_fewer_stages_make_a_coarser_volume(root, folder, tmp_path):
     [
         (["--steps", "50"], "--steps 50 without --samples: the posterior mean takes one step"),
         (["--samples", "0"], "--samples 0: expected at least 1"),
-        (["--samples", "1", "--save_std", "std.nii.gz"], "--save_std needs at least two samples"),
-        (["--save_std", "std.nii.gz"], "--save_std needs at least two samples"),
-        (["--samples", "2", "--save_std", "std.png"], "--save_std std.png: unknown format; expected a name"),
-        (["--samples", "2", "--save_std", "out.nii.gz"], "--save_std out.nii.gz is --output too"),
+        (["--samples", "1", "--save-std", "std.nii.gz"], "--save-std needs at least two samples"),
+        (["--save-std", "std.nii.gz"], "--save-std needs at least two samples"),
+        (["--samples", "2", "--save-std", "std.png"], "--save-std std.png: unknown format; expected a name"),
+        (["--samples", "2", "--save-std", "out.nii.gz"], "--save-std out.nii.gz is --output too"),
         (["--samples", "2", "--steps", "0"], "0 sampling steps; expected 1 to 1000"),
-        (["--max_stages", "3"], "3 stages wanted"),
+        (["--max-stages", "3"], "3 stages wanted"),
         (["--output", "out.png"], "--output out.png: unknown format; expected a name ending in .nii.gz"),
         (["--device", "toaster"], "--device toaster"),
     ],
@@ -472,7 +472,7 @@ def test_it_runs_from_its_own_folder_and_as_a_module_from_the_root(root, folder,
     output = tmp_path / "out.nii.gz"
     run = {"capture_output": True, "text": True, "timeout": 120}
     module = [sys.executable, "-m", "hybrid_vit_cascade.inference"]
-    subprocess.run([*module, *command(root, folder, output, "--max_stages", "1")], cwd=ROOT, check=True, **run)
+    subprocess.run([*module, *command(root, folder, output, "--max-stages", "1")], cwd=ROOT, check=True, **run)
     assert nib.load(output).shape == (16, 16, 16)
     # From its folder, up to the loading of checkpoints; an error is one line and exit status 2, as everywhere.
     script = [sys.executable, "inference.py", *command(root, tmp_path / "nowhere", output)]

@@ -60,7 +60,7 @@ def test_noisy_steps_count_by_their_share_of_signal(snr, expected):
 def test_a_minimum_weight_above_one_is_named():
     with pytest.raises(InputError, match=r"physics_minimum_weight is 2"):
         load_cascade_config(
-            ROOT / "hybrid_vit_cascade" / "config" / "demo_cpu.json", ["stages.0.physics_minimum_weight=2"]
+            ROOT / "hybrid_vit_cascade" / "config" / "demo_cpu.json", ["stage1.physics_minimum_weight=2"]
         )
 
 

@@ -18,6 +18,7 @@ from hybrid_vit_cascade.settings import (
     CascadeTraining,
     StageConfig,
     find_data,
+    former_spellings,
     load_cascade_config,
     prediction_of,
     stage_run,
@@ -73,12 +74,22 @@ def test_the_two_systems_users_start_are_what_they_are_called():
 
 def test_single_settings_of_stages_can_be_overridden(tmp_path):
     path = write(tmp_path)
-    config = load_cascade_config(path, ["stages.1.physics_weight=0.5", "stages.0.num_epochs=3", "num_views=1"])
+    config = load_cascade_config(path, ["stage2.physics_weight=0.5", "stage1.num_epochs=3", "num_views=1"])
     assert [s.physics_weight for s in config.stages] == [StageConfig().physics_weight, 0.5]
     assert [s.num_epochs for s in config.stages] == [3, 7]
     assert [s.volume_size for s in config.stages] == [16, 32]  # cubes written either way
     assert config.num_views == 1
     assert load_cascade_config(path).stages[0].num_epochs is None
+
+
+def test_the_former_spelling_counts_from_0_as_before_and_is_noted(tmp_path):
+    """``stages.1`` was the second stage and still is: no old command trains something else now."""
+    config = load_cascade_config(write(tmp_path), ["stages.1.num_epochs=20"])
+    assert [s.num_epochs for s in config.stages] == [None, 20]
+    assert former_spellings(["stages.1.num_epochs=20", "stage1.num_epochs=3", "num_views=1"]) == [
+        "note: --set stages.1.num_epochs is read as stage2.num_epochs: options count stages from 1,"
+        " write stage2.num_epochs"
+    ]
 
 
 # -- checks ----------------------------------------------------------------------------------------
@@ -87,23 +98,26 @@ def test_single_settings_of_stages_can_be_overridden(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("stages.1.volume_size=64", ["stages.1.volume_size is 64, after 16", "expected 32"]),
-        ("stages.1.volume_size=16", ["stages.1.volume_size", "doubles"]),
-        ("stages.0.volume_size=[16,16,32]", ["stages.0.volume_size", "three equal sizes"]),
-        ("stages.0.volume_size=8", ["stages.0.volume_size is 8", "at least 16"]),
-        ("stages.0.volume_size=big", ["stages.0.volume_size", "'big'", "int"]),
-        ("stages.0.num_heads=3", ["stages.0.num_heads is 3", "does not divide voxel_dim 32"]),
-        ("stages.0.num_heads=0", ["stages.0.num_heads", "at least 1"]),
-        ("stages.0.name=../x", ["stages.0.name", "'../x'"]),
-        ("stages.0.name=", ["stages.0.name is ''"]),
-        ("stages.1.name=a", ["two stages are called 'a'"]),
-        ("stages.1.nmae=a", ["unknown key stages.1.nmae", "did you mean stages.1.name"]),
+        ("stage2.volume_size=64", ["stage2.volume_size is 64, after 16", "expected 32"]),
+        ("stage2.volume_size=16", ["stage2.volume_size", "doubles"]),
+        ("stage1.volume_size=[16,16,32]", ["stage1.volume_size", "three equal sizes"]),
+        ("stage1.volume_size=8", ["stage1.volume_size is 8", "at least 16"]),
+        ("stage1.volume_size=big", ["stage1.volume_size", "'big'", "int"]),
+        ("stage1.num_heads=3", ["stage1.num_heads is 3", "does not divide voxel_dim 32"]),
+        ("stage1.num_heads=0", ["stage1.num_heads", "at least 1"]),
+        ("stage1.name=../x", ["stage1.name", "'../x'"]),
+        ("stage1.name=", ["stage1.name is ''"]),
+        ("stage2.name=a", ["two stages are called 'a'"]),
+        ("stage2.nmae=a", ["unknown key stage2.nmae", "did you mean stage2.name"]),
+        ("stage3.name=c", ["stage3 does not exist", "stage1 to stage2"]),
+        ("stage0.name=c", ["stage0 does not exist", "stage1 to stage2"]),
+        ("stage01.name=c", ["stage01 does not exist"]),
         ("stages.2.name=c", ["stages.2 does not exist", "0 to 1"]),
-        ("stages.0=5", ["stages.0 is 5", "object"]),
+        ("stage1=5", ["stage1 is 5", "object"]),
         ("stages=5", ["stages is 5", "list of objects"]),
         ("stages=[]", ["stages is empty"]),
-        ("stages.0.noise_shift=0", ["stages.0.noise_shift", "above 0"]),
-        ("stages.0.learning_rate=-1", ["stages.0.learning_rate"]),
+        ("stage1.noise_shift=0", ["stage1.noise_shift", "above 0"]),
+        ("stage1.learning_rate=-1", ["stage1.learning_rate"]),
         ("xray_channels=3", ["xray_channels is 3", "expected 1"]),
         ("num_views=3", ["num_views is 3", "expected 1 to 2"]),
         ("xray_img_size=100", ["xray_img_size is 100", "multiple of 32"]),
@@ -175,7 +189,7 @@ def test_settings_reach_the_trainer(tmp_path):
 def test_other_stages_settings_are_not_in_a_stage_s_run(tmp_path):
     path = write(tmp_path)
     one = stage_run(load_cascade_config(path), 0, 1)
-    other = stage_run(load_cascade_config(path, ["stages.1.vit_depth=9", "stages.1.num_epochs=1"]), 0, 1)
+    other = stage_run(load_cascade_config(path, ["stage2.vit_depth=9", "stage2.num_epochs=1"]), 0, 1)
     assert config_dict(one) == config_dict(other)
 
 

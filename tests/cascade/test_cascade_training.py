@@ -54,7 +54,7 @@ def words(root, config_path, tmp_path):
 
     def make(*overrides, folder=tmp_path / "run", options=()):
         settings = [word for text in overrides for word in ("--set", text)]
-        common = ["--config", str(config_path), "--data", str(root), "--checkpoint_dir", str(folder)]
+        common = ["--config", str(config_path), "--data", str(root), "--checkpoint-dir", str(folder)]
         return [*common, "--no-tensorboard", *options, *settings]
 
     return make
@@ -64,7 +64,7 @@ def words(root, config_path, tmp_path):
 def trained(root, config_path, tmp_path_factory):
     """Both stages, trained without interruption."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    assert main(["--config", str(config_path), "--data", str(root), "--checkpoint_dir", str(folder)]) == 0
+    assert main(["--config", str(config_path), "--data", str(root), "--checkpoint-dir", str(folder)]) == 0
     return folder
 
 
@@ -139,7 +139,7 @@ def test_validation_scores_the_very_posterior_mean_of_inference(trained, root):
 
 def test_a_stage_learns(words, tmp_path):
     overrides = ["training.num_epochs=8", "training.terminal_fraction=0.5", "logging.val_interval=8"]
-    assert main(words(*overrides, options=["--max_stages", "1"])) == 0
+    assert main(words(*overrides, options=["--max-stages", "1"])) == 0
     losses = [event["diffusion"] for event in events(tmp_path / "run" / "low", "epoch")]
     assert losses[-1] < 0.6 * losses[0]
     assert not (tmp_path / "run" / "high").exists()
@@ -298,7 +298,7 @@ def fixed_output(value):
 
 @pytest.mark.parametrize("prediction", ["v", "noise", "x0"])
 def test_the_loss_is_the_weighted_error_plus_the_weighted_physics_loss(root, config_path, prediction):
-    task = make_task(root, config_path, f"prediction={prediction}", "stages.0.physics_weight=0.7")
+    task = make_task(root, config_path, f"prediction={prediction}", "stage1.physics_weight=0.7")
     batch = task.make_batch(raw_batch(task), [1, 2], torch.device("cpu"))
     batch["t"] = torch.tensor([300, 700])
     model = fixed_output(torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)))
@@ -333,7 +333,7 @@ def test_the_loss_is_the_weighted_error_plus_the_weighted_physics_loss(root, con
 
 
 def test_the_switches_switch(root, config_path):
-    task = make_task(root, config_path, "stages.0.use_physics_loss=false", "stages.0.use_depth_lifting=false")
+    task = make_task(root, config_path, "stage1.use_physics_loss=false", "stage1.use_depth_lifting=false")
     batch = task.make_batch(raw_batch(task), [1, 2], torch.device("cpu"))
     total, parts = task.loss(fixed_output(torch.zeros(2, 1, 16, 16, 16)), batch)
     assert list(parts) == ["diffusion"]
@@ -346,17 +346,17 @@ def test_the_switches_switch(root, config_path):
 
 
 def test_simulated_films_and_the_physics_loss_exclude_each_other(root, config_path):
-    words = r"stages.0.use_physics_loss is true, but simulated films .* are no renderings of their volumes"
+    words = r"stage1.use_physics_loss is true, but simulated films .* are no renderings of their volumes"
     with pytest.raises(InputError, match=words):
         make_task(root, config_path, "augment.film.probability=0.5")
-    task = make_task(root, config_path, "augment.film.probability=1", "stages.0.use_physics_loss=false")
+    task = make_task(root, config_path, "augment.film.probability=1", "stage1.use_physics_loss=false")
     batch = task.make_batch(raw_batch(task), [1, 2], torch.device("cpu"))
     assert torch.isfinite(batch["xrays"]).all()
 
 
 def test_one_view_trains_on_the_frontal_image_alone(words, tmp_path):
     overrides = ["num_views=1", "training.num_epochs=1"]
-    assert main(words(*overrides, options=["--max_stages", "1"])) == 0
+    assert main(words(*overrides, options=["--max-stages", "1"])) == 0
     folder = tmp_path / "run"
     assert load_checkpoint(folder / "low" / "best.pt")["num_views"] == 1
     assert Cascade.load(folder, max_stages=1).posterior_mean(torch.rand(1, 1, 32, 32)).shape == (1, 1, 16, 16, 16)
@@ -387,7 +387,7 @@ def sigterm_at(call):
 
 
 def test_a_crash_in_the_middle_of_an_epoch_ends_with_the_same_state_bit_for_bit(words, trained, tmp_path):
-    command = words("logging.checkpoint_minutes=0.0", options=["--max_stages", "1"])
+    command = words("logging.checkpoint_minutes=0.0", options=["--max-stages", "1"])
     with crash_at(5), pytest.raises(Crash):  # the second step of epoch 2
         main(command)
     state = load_checkpoint(tmp_path / "run" / "low" / "last.pt")["training_state"]
@@ -423,20 +423,20 @@ def test_resume_from_another_folder_goes_on_bit_for_bit(words, trained, tmp_path
     with crash_at(5), pytest.raises(Crash):
         main(words("logging.checkpoint_minutes=0.0", folder=first))
     source = first / "high" / "last.pt"
-    assert main(words(folder=second, options=["--resume_from", str(source)])) == 0
+    assert main(words(folder=second, options=["--resume-from", str(source)])) == 0
     assert_same_run(second, trained, "high")
     assert (second / "low" / "best.pt").read_bytes() == (first / "low" / "best.pt").read_bytes()
     # The same command again goes on from what it has reached, not from where it came from.
     before = (second / "high" / "last.pt").read_bytes()
-    assert main(words(folder=second, options=["--resume_from", str(source)])) == 0
+    assert main(words(folder=second, options=["--resume-from", str(source)])) == 0
     assert (second / "high" / "last.pt").read_bytes() == before
 
 
 def test_going_back_never_throws_the_newest_state_away(words, tmp_path):
     short = ("logging.save_checkpoint_interval=1",)
-    assert main(words(*short, options=["--max_stages", "1"])) == 0
+    assert main(words(*short, options=["--max-stages", "1"])) == 0
     folder = tmp_path / "run" / "low"
-    back = ["--max_stages", "1", "--resume_from", str(folder / "epoch_1.pt")]
+    back = ["--max-stages", "1", "--resume-from", str(folder / "epoch_1.pt")]
     with pytest.raises(InputError, match=r"last\.pt \(step 6\) would be lost for .*epoch_1\.pt \(step 3\)"):
         main(words(*short, options=back))
     final = state_of(folder / "last.pt")
@@ -491,7 +491,7 @@ def test_a_nan_names_stage_epoch_and_step_and_keeps_the_last_good_checkpoint(wor
 
 def test_a_damaged_state_falls_back_to_the_one_before_and_the_run_is_recorded(words, tmp_path, capsys):
     """The first run ends in the middle of stage 1; its last file is cut off; the second goes on all the same."""
-    command = words("training.num_epochs=2", "logging.checkpoint_minutes=0", options=["--max_stages", "1"])
+    command = words("training.num_epochs=2", "logging.checkpoint_minutes=0", options=["--max-stages", "1"])
     with at_forward(CascadeStage, 5, raising(KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
         main(command)
     last = tmp_path / "run" / "low" / "last.pt"
@@ -505,7 +505,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_the_run_is_recorded(wo
 
 def test_out_of_gpu_memory_names_the_settings_to_try(words):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    expected = "stage low: epoch 1, step 1: out of GPU memory.*2\\.00 GiB.*stages\\.0\\.activation_checkpointing"
+    expected = "stage low: epoch 1, step 1: out of GPU memory.*2\\.00 GiB.*stage1\\.activation_checkpointing"
     with at_forward(CascadeStage, 1, raising(error)), pytest.raises(InputError, match=expected):
         main(words())
 
@@ -523,13 +523,13 @@ def test_a_folder_with_another_config_json_is_left_alone(words, tmp_path):
     [
         (["--data", "nowhere"], ["--data nowhere", "prepare_data.py"]),
         (["--config", "missing.json"], ["missing.json: no such file"]),
-        (["--max_stages", "3"], ["--max_stages is 3", "2 stages"]),
-        (["--max_stages", "0"], ["--max_stages is 0"]),
-        (["--wandb_project", "p"], ["--wandb_project p", "--wandb"]),
-        (["--set", "stages.1.volume_size=48"], ["stages.1.volume_size is 48"]),
-        (["--set", "stages.0.token_grid=3"], ["tiny.json: stages.0 (low): token_grid is 3"]),
-        (["--set", "stages.0.num_heads=5"], ["stages.0.num_heads is 5", "voxel_dim 32"]),
-        (["--set", "stages.0.volume_size=64", "--set", "stages.1.volume_size=128"], ["128", "cube of 64"]),
+        (["--max-stages", "3"], ["--max-stages is 3", "2 stages"]),
+        (["--max-stages", "0"], ["--max-stages is 0"]),
+        (["--wandb-project", "p"], ["--wandb-project p", "--wandb"]),
+        (["--set", "stage2.volume_size=48"], ["stage2.volume_size is 48"]),
+        (["--set", "stage1.token_grid=3"], ["tiny.json: stage 1 (low): token_grid is 3"]),
+        (["--set", "stage1.num_heads=5"], ["stage1.num_heads is 5", "voxel_dim 32"]),
+        (["--set", "stage1.volume_size=64", "--set", "stage2.volume_size=128"], ["128", "cube of 64"]),
         (["--set", "training.precision=float16", "--set", "training.mixed_precision=true"], ["float16", "GPU"]),
     ],
 )
@@ -569,33 +569,33 @@ def test_files_that_cannot_be_resumed_are_refused_before_anything_is_written(wor
     }
     for path, message in cases.items():
         with pytest.raises(InputError, match=message):
-            main(words(options=["--resume_from", str(path)]))
-    with pytest.raises(InputError, match=r"of stage 2, beyond --max_stages 1"):
-        main(words(options=["--resume_from", str(trained / "high" / "last.pt"), "--max_stages", "1"]))
+            main(words(options=["--resume-from", str(path)]))
+    with pytest.raises(InputError, match=r"of stage 2, beyond --max-stages 1"):
+        main(words(options=["--resume-from", str(trained / "high" / "last.pt"), "--max-stages", "1"]))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stages.0.name=base"], r"its stages are low, high; the configuration's are base, high"),
+        (["stage1.name=base"], r"its stages are low, high; the configuration's are base, high"),
         (["num_views=1"], r"trained with num_views 2; now 1"),
-        (["stages.0.vit_depth=2"], r"stage_settings.*vit_depth 1 against 2"),
+        (["stage1.vit_depth=2"], r"stage_settings.*vit_depth 1 against 2"),
         (["v_parameterization=false"], r"prediction.*v against noise"),
         (["num_timesteps=500"], r"num_timesteps.*1000 against 500"),
-        (["stages.0.noise_shift=1"], r"shift.*8\.0 against 1\.0"),
+        (["stage1.noise_shift=1"], r"shift.*8\.0 against 1\.0"),
     ],
 )
 def test_a_checkpoint_of_another_cascade_is_refused(words, trained, tmp_path, overrides, message):
     path = trained / "low" / "last.pt"
     with pytest.raises(InputError, match=rf"last\.pt: .*{message}"):
-        main(words(*overrides, options=["--resume_from", str(path)]))
+        main(words(*overrides, options=["--resume-from", str(path)]))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_another_cascade_is_refused(words, trained):
-    with pytest.raises(InputError, match=r"holds a cascade with the stages low, high; .*low, top.*--checkpoint_dir"):
-        main(words("stages.1.name=top", folder=trained))
+    with pytest.raises(InputError, match=r"holds a cascade with the stages low, high; .*low, top.*--checkpoint-dir"):
+        main(words("stage2.name=top", folder=trained))
 
 
 def test_stages_of_another_split_or_geometry_are_refused(words, root, trained, tmp_path):
@@ -610,7 +610,7 @@ def test_stages_of_another_split_or_geometry_are_refused(words, root, trained, t
     with pytest.raises(InputError, match=r"low.last\.pt: the checkpoint's geometry is not the data's.*1800"):
         main([*words(folder=trained), "--data", str(moved)])
     write_json(moved / "dataset.json", {**read_json(root / "dataset.json"), "couch_removed": True})
-    with pytest.raises(InputError, match=r"low.last\.pt: .*couch_removed False against True; .*--checkpoint_dir"):
+    with pytest.raises(InputError, match=r"low.last\.pt: .*couch_removed False against True; .*--checkpoint-dir"):
         main([*words(folder=trained), "--data", str(moved)])
 
 

@@ -16,6 +16,7 @@ from tests.helpers.chromium import Chromium, find_chromium
 from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_hu
 from xray2ct.evaluation import report
 from xray2ct.evaluation.report import STEP_HU, ReportCollector, choose_cases, level_count, pack, pack_volumes, quantise
+from xray2ct.evaluation.report_words import best, sentence
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import HU_WINDOW, Geometry, hu_to_unit, render_xrays, unit_to_hu
@@ -23,7 +24,13 @@ from xray2ct.geometry.projector import HU_WINDOW, Geometry, hu_to_unit, render_x
 EVIL = '<script>document.title = "pwned"</script>{{cases}}"\'&'
 SIZE = 24
 CASES = [EVIL, "p1"]
-PRESETS = {"Lung": (-600, 1500), "Soft tissue": (40, 400), "Bone": (400, 1800), "Full": (226, 2500)}
+PRESETS = {
+    "Chest": (-300, 1400),
+    "Lung": (-600, 1500),
+    "Soft tissue": (40, 400),
+    "Bone": (400, 1800),
+    "Full": (226, 2500),
+}
 
 
 def unpack(data: bytes, size: int) -> np.ndarray:
@@ -100,6 +107,52 @@ def test_intervals_are_called_what_they_are_and_few_patients_are_no_proof(writte
     summary = make_summary()
     summary["minus_mean_volume"]["model"]["psnr_strict"]["n"] = 10
     assert "does not show" not in report._differences(summary)
+
+
+def test_the_best_method_of_each_score_is_marked():
+    values = {"model": 24.0, "refined": 25.0, "mean_volume": 18.0, "perfect_64": 30.0}
+    assert best("psnr_strict", values) == {"refined"}  # a method that knows the truth is no competitor
+    assert best("mae_hu", values) == {"mean_volume"}
+    assert best("body_bias_hu", {"a": -3.0, "b": 2.0, "c": None}) == {"b"}
+    assert best("pa_ncc", {"a": 0.9, "b": 0.9, "c": 0.8}) == {"a", "b"}
+    assert best("pa_ncc", {"a": 0.9, "b": 0.9}) == set()
+    assert best("psnr_strict", {"a": 24.0, "perfect_64": 30.0, "b": float("nan")}) == set()
+    assert best("lung_litres", {"a": 4.0, "b": 5.0}) == set()  # neither is better
+
+
+def test_the_best_values_are_marked_in_both_tables(written):
+    page = written[0].read_text(encoding="utf-8")
+    rows = re.findall(r'<tr data-method="(\w+)"><td>(.*?)</td><td>\w+</td>(.*?)</tr>', page)
+    marked = [(method, 'class="best"' in cells.partition("</td>")[0]) for method, _, cells in rows]
+    wins = [True, False, True]  # 24 > 18, 9.5 < 18, 103.25 > 18 dB
+    assert marked == [("model", win) for win in wins] + [("mean_volume", not win) for win in wins]
+    summary = make_summary()
+    summary["methods"]["mean_volume"]["psnr_strict"] = {"mean": 18.0, "sd": 1.0, "n": 3, "ci95": None}
+    assert report._scores(summary).count('class="best"') == 1
+    assert '<td class="best" title="best">24.12' in report._scores(summary)
+
+
+def test_one_sentence_tells_the_result():
+    scores = {
+        "model": {"psnr_strict": {"mean": 24.125, "n": 6}},
+        "mean_volume": {"psnr_strict": {"mean": 18.5, "n": 6}},
+    }
+    assert sentence({"methods": scores}, "model") == (
+        "Over 6 patients, model reaches a PSNR (strict) of 24.12 dB, 5.62 dB better than the mean training volume"
+        " (18.50 dB), which ignores the X-rays."
+    )
+    alone = {"model": {"psnr_strict": {"mean": 24.125, "n": 1}}}
+    assert sentence({"methods": alone}, "model") == "Over 1 patient, model reaches a PSNR (strict) of 24.12 dB."
+    assert sentence({"methods": {"model": {"pa_ncc": {"mean": 0.9, "n": 1}}}}, "model") == ""
+
+
+def test_the_viewer_comes_first_and_details_are_folded(written):
+    page = written[0].read_text(encoding="utf-8")
+    places = [page.index(f'id="{name}"') for name in ("viewer", "scores", "every", "run")]
+    assert places == sorted(places)
+    assert "<details><summary>Differences, patient by patient</summary>" in page
+    assert '<details class="card" id="run">' in page
+    assert "mean_volume: the mean of the training volumes" in page
 
 
 # ------------------------------------------------------------------------------------------------
@@ -277,14 +330,14 @@ def test_sliders_move_the_slices_of_both_volumes(page, written):
     middle = SIZE // 2
     before = [picture(page, plane, 1)[..., 0] for plane in range(3)]
     for shown, expected in zip(before, slices(truth, [middle] * 3)):
-        assert np.array_equal(shown, grey_of(expected, "Lung"))
+        assert np.array_equal(shown, grey_of(expected, "Chest"))
     position = [5, 9, 16]
     for plane, value in enumerate(position):
         slide(page, plane, value)
     for plane in range(3):
         for tile, volume in enumerate((prediction, truth)):
             shown = picture(page, plane, tile)
-            assert np.array_equal(shown[..., 0], grey_of(slices(volume, position)[plane], "Lung"))
+            assert np.array_equal(shown[..., 0], grey_of(slices(volume, position)[plane], "Chest"))
             assert np.array_equal(shown[..., 0], shown[..., 2])  # grey
         assert not np.array_equal(picture(page, plane, 1)[..., 0], before[plane])
     assert page.run("byId('planes').children[0].querySelector('output').textContent").startswith("slice 6 of 24")
@@ -314,15 +367,15 @@ def test_clicks_and_keys_link_the_planes(page, written):
     truth = written[1][EVIL][0]
     page.click("#planes > div:nth-child(1) figure:nth-child(2) canvas", across=(6 + 0.5) / SIZE, down=(18 + 0.5) / SIZE)
     assert page.run("state.position") == [SIZE // 2, 18, 6]
-    assert np.array_equal(picture(page, 1, 1)[..., 0], grey_of(truth[:, 18], "Lung"))
-    assert np.array_equal(picture(page, 2, 1)[..., 0], grey_of(truth[:, :, 6], "Lung"))
+    assert np.array_equal(picture(page, 1, 1)[..., 0], grey_of(truth[:, 18], "Chest"))
+    assert np.array_equal(picture(page, 2, 1)[..., 0], grey_of(truth[:, :, 6], "Chest"))
     for key in ("ArrowDown", "ArrowRight", "PageUp", "ArrowUp"):  # the click gave the axial plane the focus
         page.press(key)
     assert page.run("state.position") == [SIZE // 2 + 2 - 10 - 1, 18, 6]
     for _ in range(2):
         page.press("PageUp")
     assert page.run("state.position[0]") == 0  # it ends at the first slice
-    assert np.array_equal(picture(page, 0, 1)[..., 0], grey_of(truth[0], "Lung"))
+    assert np.array_equal(picture(page, 0, 1)[..., 0], grey_of(truth[0], "Chest"))
     text = page.run("byId('readout').textContent")
     level = quantise(unit_to_hu(truth[0, 18, 6]), *HU_WINDOW, STEP_HU)
     assert f"truth {HU_WINDOW[0] + STEP_HU * level:.0f} HU".replace("-", "\u2212") in text
@@ -347,7 +400,7 @@ def test_another_patient_is_opened_from_the_table(page, written):
     page.click(".open[data-case='1']")
     page.wait("byId('viewer').dataset.shown === '1'")
     truth = written[1]["p1"][0]
-    assert np.array_equal(picture(page, 1, 1)[..., 0], grey_of(truth[:, SIZE // 2], "Lung"))
+    assert np.array_equal(picture(page, 1, 1)[..., 0], grey_of(truth[:, SIZE // 2], "Chest"))
     assert page.run("byId('case').selectedOptions[0].textContent") == "p1"
 
 
@@ -384,6 +437,12 @@ def test_scores_other_than_the_main_ones_are_shown_on_request(page):
     assert shown() == 1 + 1 + len(make_rows())  # a line of the scores; the patients' column
     page.click("#every-score")
     assert shown() == 0
+
+
+def test_a_link_opens_what_it_leads_to(page):
+    assert not page.run("byId('run').open")
+    page.click("nav a[href='#run']")
+    assert page.run("byId('run').open")
 
 
 def test_a_narrow_window_does_not_scroll_sideways(page, tmp_path):

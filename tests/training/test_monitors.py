@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
@@ -13,13 +12,14 @@ import torch
 import train_enhanced_4gpu
 from tests.helpers.runs import TINY
 from tests.helpers.tiny_data import make_dataset
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, read_json
 from xray2ct.training.distributed import Processes
 from xray2ct.training.monitors import Monitors, add_arguments, check_arguments, curves, monitors_from
 
 
 def parse(*words, tensorboard=False):
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_arguments(parser, tensorboard)
     return parser.parse_args(words)
 
@@ -158,7 +158,7 @@ def test_wandb_offline_keeps_curves_pictures_and_settings_and_a_resumed_run_its_
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    args = parse("--wandb", "--wandb_project", "my-xray2ct")
+    args = parse("--wandb", "--wandb-project", "my-xray2ct")
     for step in (4, 8):
         with monitors_from(args, {"num_views": 2}, tmp_path, Processes()) as monitors:
             stage = monitors.stage("stage1_low", tmp_path / "stage1_low")
@@ -207,8 +207,8 @@ def test_tensorboard_by_itself_is_written_where_it_is_installed(tmp_path, withou
 
 
 def test_a_project_without_wandb_is_a_mistake():
-    with pytest.raises(InputError, match="--wandb_project mine is given without --wandb"):
-        check_arguments(parse("--wandb_project", "mine"))
+    with pytest.raises(InputError, match="--wandb-project mine is given without --wandb"):
+        check_arguments(parse("--wandb-project", "mine"))
 
 
 def test_the_picture_is_the_panel_of_the_sample():

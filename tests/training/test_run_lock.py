@@ -135,7 +135,7 @@ def test_every_training_command_takes_the_folder_before_it_writes(script, tmp_pa
     else:
         config = tmp_path / "cascade.json"
         write_json(config, tiny_cascade.TINY)
-        words = ["--config", str(config), "--data", str(root), "--checkpoint_dir", str(folder)]
+        words = ["--config", str(config), "--data", str(root), "--checkpoint-dir", str(folder)]
         command = (train_progressive.main, words)
     with holder(folder), pytest.raises(InputError, match="another run is using this folder"):
         command[0](command[1])

@@ -12,7 +12,6 @@ without its protocol means nothing. Formulas are in metrics.py; here is what eac
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from losses import SSIM_TAPS, ProjectionLoss
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry, hu_to_unit, render_xrays, unit_to_hu
@@ -362,7 +362,7 @@ def print_example(size: int, blur_mm: float, offset_hu: float, seed: int) -> Non
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--example", action="store_true", help="score one blurred phantom under every protocol")
     parser.add_argument("--size", type=int, default=64, help="of the example: voxels per axis (default %(default)s)")
     parser.add_argument("--blur-mm", type=float, default=7.5, help="of the example: Gaussian (default %(default)s)")

@@ -1,4 +1,4 @@
-"""One self-contained ``report.html`` of an evaluation: tables and a viewer for chosen patients, no network.
+"""One self-contained ``report.html`` of an evaluation: a viewer for chosen patients and tables, no network.
 
     collector = ReportCollector(["patient1", "patient2"], "model", data.acquisition)
     collector.observe("model", item, volume, scores)        # for each method and patient; others are passed over
@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS, format_score
+from xray2ct.evaluation.report_words import best, explain_methods, label, sentence
 from xray2ct.evaluation.statistics import FEW
 from xray2ct.files import InputError, atomic_path
 from xray2ct.geometry.acquisition import Acquisition
@@ -179,7 +180,8 @@ class ReportCollector:
         return base64.b64encode(pack(quantise(images, 0.0, high, XRAY_STEP))).decode(), info
 
     def _about(self, full: int, size: int, scores: dict) -> str:
-        values = ", ".join(f"{c} {_number(c, value)}" for c, value in scores.items() if not _more(c))
+        main = [(column, value) for column, value in scores.items() if not _class(column)]
+        values = ", ".join(f"{label(column)} {_number(column, value)}" for column, value in main[:3])
         reduced = f", reduced from {full}\u00b3 to bound this file" if size < full else ""
         resolution = f"{size}\u00b3 voxels of {self.acquisition.geometry.fov_mm / size:.3g} mm{reduced}"
         return f"{self.method}. Shown: {resolution}; HU to \u00b1{STEP_HU / 2:g}. Scores: {values}."
@@ -199,8 +201,10 @@ class ReportCollector:
         page = fill_template(
             title=_text(f"Evaluation: {summary.get('data', 'data set')}"),
             subtitle=_text(_subtitle(summary, rows)),
+            sentence=_text(sentence(summary, self.method)),
             notes=_notes(notes),
             scores=_scores(summary),
+            about=_text(explain_methods(summary.get("methods", {}))),
             differences=_differences(summary),
             patients=_patients(rows, self.method, cases),
             run=_run(summary),
@@ -256,19 +260,22 @@ def _number(column: str, value, signed: bool = False) -> str:
     return text.replace("-", "\u2212")
 
 
-def _more(column: str) -> str:
-    """Attribute of what is shown only on request: a protocol's columns other than its main ones."""
-    return ' class="more"' if column in COLUMNS and column not in MAIN else ""
+def _class(column: str = "", is_best: bool = False) -> str:
+    """Attributes of a cell: a protocol's columns other than its main ones show on request; the best value is marked."""
+    more = ["more"] if column in COLUMNS and column not in MAIN else []
+    names = " ".join(more + ["best"] * is_best)
+    return (f' class="{names}"' if names else "") + (' title="best"' if is_best else "")
 
 
-def _statistics(column: str, entry: dict | None, signed: bool) -> str:
+def _statistics(column: str, entry: dict | None, signed: bool, is_best: bool) -> str:
     """A table cell: mean, spread, interval and count of one score."""
     if not entry:
         return "<td>\u2013</td>"
     spread = f" \u00b1 {_number(column, entry['sd'])}" if not signed and _finite(entry.get("sd")) else ""
     limits = "".join(f"{_number(column, v, signed)}{end}" for v, end in zip(entry.get("ci95") or (), (" to ", ", ")))
     count = _text(f"{limits}n = {entry.get('n', '?')}")
-    return f"<td>{_number(column, entry.get('mean'), signed)}{spread}<small>{count}</small></td>"
+    mean = _number(column, entry.get("mean"), signed)
+    return f"<td{_class(is_best=is_best)}>{mean}{spread}<small>{count}</small></td>"
 
 
 def _metric_table(methods: dict[str, dict], meanings: dict[str, str], caption: str, signed: bool = False) -> str:
@@ -277,23 +284,27 @@ def _metric_table(methods: dict[str, dict], meanings: dict[str, str], caption: s
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in methods)
     body = []
     for column in columns:
-        cells = "".join(_statistics(column, statistics.get(column), signed) for statistics in methods.values())
-        meaning = f"<small>{_text(meanings[column])}</small>" if column in meanings else ""
-        body.append(f'<tr{_more(column)}><th scope="row">{_text(column)}{meaning}</th>{cells}</tr>')
+        entries = {name: statistics.get(column) for name, statistics in methods.items()}
+        tops = set() if signed else best(column, {name: (entry or {}).get("mean") for name, entry in entries.items()})
+        cells = "".join(_statistics(column, entry, signed, name in tops) for name, entry in entries.items())
+        named = [column] if label(column) != column else []
+        meaning = ": ".join(named + ([meanings[column]] if column in meanings else []))
+        meaning = f"<small>{_text(meaning)}</small>" if meaning else ""
+        body.append(f'<tr{_class(column)}><th scope="row">{_text(label(column))}{meaning}</th>{cells}</tr>')
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(caption)}"><table>'
-        f"<caption>{_text(caption)}</caption>"
+        f"<caption><span>{_text(caption)}</span></caption>"
         f'<thead><tr><th scope="col">score</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )
 
 
 def _scores(summary: dict) -> str:
-    caption = "Mean \u00b1 standard deviation over patients; below it the 95 % t interval of the mean"
+    caption = "Mean \u00b1 standard deviation over patients; below it the 95 % t interval of the mean. Green: the best"
     return _metric_table(summary.get("methods", {}), summary.get("protocols", {}), caption)
 
 
 def _differences(summary: dict) -> str:
-    """A section with one table per reference: paired differences of every other method to it."""
+    """Folded, one table per reference: paired differences of every other method to it."""
     tables = [
         _metric_table(value, {}, f"Minus {key.removeprefix('minus_')}: mean, 95 % t interval{_caution(value)}", True)
         for key, value in summary.items()
@@ -301,7 +312,7 @@ def _differences(summary: dict) -> str:
     ]
     if not tables:
         return ""
-    return f'<section class="card"><h2>Paired differences</h2>{"<br>".join(tables)}</section>'
+    return f"<details><summary>Differences, patient by patient</summary>{'<br>'.join(tables)}</details>"
 
 
 def _caution(methods: dict[str, dict]) -> str:
@@ -313,7 +324,7 @@ def _notes(notes: Sequence[str]) -> str:
     if not notes:
         return ""
     items = "".join(f"<li>{_text(note)}</li>" for note in notes)
-    return f'<section class="card"><h2>Notes</h2><ul class="notes">{items}</ul></section>'
+    return f'<section class="card"><h2>Please note</h2><ul class="notes">{items}</ul></section>'
 
 
 def _subtitle(summary: dict, rows: list[dict]) -> str:
@@ -328,10 +339,15 @@ def _patients(rows: list[dict], method: str, cases: dict[str, int]) -> str:
     columns = dict.fromkeys(column for row in rows for column in row if column not in ("method", "id"))
     heads = [("id", "text"), ("method", "text"), *((column, "number") for column in columns)]
     head = "".join(
-        f'<th scope="col" aria-sort="none" data-kind="{kind}"{_more(name)}>'
-        f'<button type="button">{_text(name)}</button></th>'
+        f'<th scope="col" aria-sort="none" data-kind="{kind}"{_class(name)}>'
+        f'<button type="button">{_text(label(name))}</button></th>'
         for name, kind in heads
     )
+    values: dict[tuple[str, str], dict] = {}  # of each patient and score
+    for row in rows:
+        for column in columns:
+            values.setdefault((row["id"], column), {})[row["method"]] = row.get(column)
+    tops = {key: best(key[1], found) for key, found in values.items()}
     body = []
     for row in rows:
         name = _text(row["id"])
@@ -339,9 +355,10 @@ def _patients(rows: list[dict], method: str, cases: dict[str, int]) -> str:
             button = f'<button type="button" class="open" data-case="{cases[row["id"]]}"'
             name = f'{button} title="show in the viewer">{name}</button>'
         cells = "".join(
-            f'<td{_more(c)} data-value="{float(row[c])!r}">{_number(c, row[c])}</td>'
+            f'<td{_class(c, row["method"] in tops[row["id"], c])} data-value="{float(row[c])!r}">'
+            f"{_number(c, row[c])}</td>"
             if _finite(row.get(c))
-            else f'<td{_more(c)} data-value="">\u2013</td>'
+            else f'<td{_class(c)} data-value="">\u2013</td>'
             for c in columns
         )
         body.append(

@@ -14,7 +14,6 @@ def add_film_arguments(parser: argparse.ArgumentParser) -> None:
     """Options about the values, the scale and the position of two films."""
     parser.add_argument(
         "--xray-normalization",
-        "--xray_normalization",
         default="auto",
         choices=NORMALIZATIONS,
         help="auto: the project's own X-rays by their scale, logarithms (by a DICOM header) by percentiles, all else by"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xray2ct.checkpoints import LAST
+from xray2ct.command_line import Parser
 from xray2ct.files import InputError, write_json
 from xray2ct.training.config import config_dict, config_hash, load_config
 from xray2ct.training.determinism import deterministic
@@ -28,7 +29,7 @@ from xray2ct.training.trainer import fit
 
 def training_parser(description: str, config_name: str, output: str) -> argparse.ArgumentParser:
     """Options that both scripts have: --config, --data, --output, --init, --set, --dry-run, of run and monitors."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     parser.add_argument("--config", help=f"JSON settings (default: {config_name} next to this script)")
     parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
     parser.add_argument("--output", default=output, help="folder for checkpoints and log.jsonl (default %(default)s)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -204,7 +205,7 @@ def check_config(config, origin: str, prefix: str = "") -> None:
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if is_dataclass(item):
-                    check_config(item, origin, f"{name}.{index}.")
+                    check_config(item, origin, f"{entry_name(name, index)}.")
         elif value is not None and (expected := _expected(value, **entry.metadata)):
             raise InputError(f"{origin}: {name} is {value!r}; expected {expected}")
 
@@ -234,6 +235,9 @@ def _apply(config, data: dict, prefix: str, origin: str) -> None:
     known = {f.name for f in fields(config)}
     for key, value in data.items():
         name = f"{prefix}{shown_name(key)}"
+        if key not in known and (entry := _numbered(config, key, origin)):
+            _apply_object(entry, value, name, origin)
+            continue
         if key not in known:
             near = difflib.get_close_matches(key[:80], known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
@@ -253,20 +257,40 @@ def _dataclass_item(kind):
     return item if is_dataclass(item) else None
 
 
+def entry_name(name: str, index: int) -> str:
+    """What entry ``index`` (from 0) of a list of settings is called, counted from 1: ``("stages", 0)`` -> stage1."""
+    return f"{name.removesuffix('s')}{index + 1}"
+
+
+def _numbered(config, key: str, origin: str):
+    """The entry that a key such as ``stage1`` names in a list of settings; None where there is no such list."""
+    match = re.fullmatch(r"([a-z_]+?)(\d{1,9})", key)
+    entries = getattr(config, f"{match[1]}s", None) if match else None
+    if not isinstance(entries, list) or _dataclass_item(typing.get_type_hints(type(config))[f"{match[1]}s"]) is None:
+        return None
+    if key not in [entry_name(f"{match[1]}s", index) for index in range(len(entries))]:
+        there = f"expected {match[1]}1 to {match[1]}{len(entries)}" if entries else "the list is empty"
+        raise InputError(f"{origin}: {key} does not exist; {there}")
+    return entries[int(match[2]) - 1]
+
+
 def _items(current: list, value, item, name: str, origin: str) -> list:
-    """A list of dataclasses from a JSON list, or with an object ``{"0": {...}}`` changes of some of its entries."""
+    """A list of dataclasses from a JSON list, or with an object ``{"0": {...}}`` changes of some of its entries.
+
+    The latter, ``stages.0.num_epochs`` on a command line, is the former spelling of ``stage1.num_epochs``.
+    """
     if isinstance(value, dict):
         for index, settings in value.items():
             if index not in map(str, range(len(current))):
                 there = f"expected 0 to {len(current) - 1}" if current else "the list is empty"
                 raise InputError(f"{origin}: {name}.{shown_name(index)} does not exist; {there}")
-            _apply_object(current[int(index)], settings, f"{name}.{index}", origin)
+            _apply_object(current[int(index)], settings, entry_name(name, int(index)), origin)
         return current
     if not isinstance(value, list):
         raise InputError(f"{origin}: {name} is {shown(value)}; expected a list of objects with settings")
     items = [item() for _ in value]
     for index, (entry, settings) in enumerate(zip(items, value)):
-        _apply_object(entry, settings, f"{name}.{index}", origin)
+        _apply_object(entry, settings, entry_name(name, index), origin)
     return items
 
 

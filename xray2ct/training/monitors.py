@@ -1,6 +1,6 @@
 """Curves and pictures of a training run in TensorBoard and Weights & Biases, for every training script.
 
-    add_arguments(parser)                                          # --tensorboard, --wandb, --wandb_project
+    add_arguments(parser)                                          # --tensorboard, --wandb, --wandb-project
     check_arguments(args)                                          # packages that are asked for are there
     with monitors_from(args, config, output, processes) as monitors:
         fit(model, task, config, output, processes, monitors)
@@ -157,7 +157,7 @@ class WandbWriter:
 
 
 def add_arguments(parser: argparse.ArgumentParser, tensorboard: bool | None = False) -> None:
-    """Add ``--tensorboard``, ``--wandb`` and ``--wandb_project``.
+    """Add ``--tensorboard``, ``--wandb`` and ``--wandb-project``.
 
     tensorboard: the default; None writes event files where the package is installed and asks for nothing.
     """
@@ -171,7 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser, tensorboard: bool | None = Fa
     parser.add_argument(
         "--wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline for no network)"
     )
-    parser.add_argument("--wandb_project", metavar="NAME", help="its project (default: xray2ct)")
+    parser.add_argument("--wandb-project", metavar="NAME", help="its project (default: xray2ct)")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -180,7 +180,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises :class:`InputError` with the command that installs a missing package.
     """
     if args.wandb_project and not args.wandb:
-        raise InputError(f"--wandb_project {args.wandb_project} is given without --wandb")
+        raise InputError(f"--wandb-project {args.wandb_project} is given without --wandb")
     if args.wandb:
         _require("wandb", "--wandb", "wandb")
     if args.tensorboard:
