@@ -15,7 +15,7 @@ import torch
 from xray2ct.files import InputError, atomic_path, read_json, sha256, shown, write_json
 
 SUFFIX = ".safetensors"
-HUB_CONFIG = "config.json"  # the JSON's name where none is called like the weights
+HUB_NAME, HUB_CONFIG = "model", "config.json"  # of the weights without suffix, and of the JSON, on the Hub
 STATE_KEYS = ("model_state_dict", "refinement_state_dict")  # of stage 1 (and baselines), of stage 2
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -94,7 +94,7 @@ def write_weights(path: str | os.PathLike, checkpoint: dict, dtype: str, descrip
         "extra_state": extra,
         "checkpoint": {k: v for k, v in checkpoint.items() if k not in (key, "training_state", "source")},
     }
-    write_json(path.with_name(HUB_CONFIG) if path.stem == "model" else path.with_suffix(".json"), written)
+    write_json(path.with_name(HUB_CONFIG) if path.stem == HUB_NAME else path.with_suffix(".json"), written)
     return written
 
 
