@@ -26,8 +26,8 @@ from xray2ct.inference.batch import (
     reconstruct_folder,
     reconstruct_one,
 )
-from xray2ct.inference.reconstruction import load_pipeline
 from xray2ct.inference.example import use_example
+from xray2ct.inference.reconstruction import load_pipeline
 from xray2ct.inference.system import add_tile_argument
 from xray2ct.inference.weights_arguments import add_weights_argument, choose_weights, shows_films
 

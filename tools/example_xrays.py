@@ -2,8 +2,8 @@
 
     python -m tools.example_xrays --data ROOT --patient lidc_0001 --output examples
 
-Grey values are rounded to multiples of 16 of 65,535: by at most 0.00012 of the X-rays' range of 1, a twenty-fifth of the
-noise that training adds.
+Grey values are rounded to multiples of 16 of 65,535: by at most 0.00012 of the X-rays' range of 1, far below
+the noise that training adds.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@
     python -m tools.export_weights RUN/best_model.pt chest64 --licences weights/patients.csv --scores evaluation
     python -m tools.export_weights RUN/best_model.pt chest64 --licences weights/patients.csv --huggingface upload
 
-Weights are rounded to float16 (``--dtype float32`` keeps them). ``--licences`` is a CSV with the columns id, collection,
-patient, licence and doi of every patient of the training, as ``sources.csv`` of get_data.py has them; the weights are
-then under CC BY 4.0, which is refused where a licence does not allow it. Without it no licence is stated. ``--scores`` is
-the folder of an evaluation of these very weights. What training wrote beside the checkpoint (run.json, log.jsonl) gives
-commit, machine and time. ``--huggingface`` writes the Hub's layout (config.json, model.safetensors, README.md), ready
-for ``huggingface_hub``'s upload_folder.
+Weights are rounded to float16 (``--dtype float32`` keeps them). ``--licences`` is a CSV with the columns id,
+collection, patient, licence and doi of every patient of the training, as ``sources.csv`` of get_data.py has them; the
+weights are then under CC BY 4.0, which is refused where a licence does not allow it. Without it no licence is stated.
+``--scores`` is the folder of an evaluation of these very weights on test patients. What training wrote beside the
+checkpoint (run.json, log.jsonl) gives commit, machine and time. ``--huggingface`` writes the Hub's layout
+(config.json, model.safetensors, README.md), ready for ``huggingface_hub``'s upload_folder.
 """
 
 from __future__ import annotations
@@ -103,14 +103,17 @@ def read_scores(folder: str | os.PathLike, fingerprints: set[str]) -> dict:
     origin, summary = Path(folder) / "summary.json", read_json(Path(folder) / "summary.json")
     found = [one["weights"] for one in summary["checkpoints"]]
     if found[-1] not in fingerprints:
-        raise InputError(f"{origin}: is an evaluation of the weights {found[-1]}; expected {' or '.join(sorted(fingerprints))}")
-    if summary["seen_in_training"]:
-        raise InputError(f"{origin}: scored patients of the training ({', '.join(summary['seen_in_training'][:5])})")
+        raise InputError(
+            f"{origin}: is an evaluation of the weights {found[-1]}; expected {' or '.join(sorted(fingerprints))}"
+        )
+    if summary["split"] != "test" or summary["seen_in_training"]:
+        raise InputError(
+            f"{origin}: scored patients that the weights were trained on or chosen by; expected the test split"
+        )
     with open(Path(folder) / "per_patient.csv", encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     first = next(iter(summary["methods"]))
     return {
-        "split": summary["split"],
         "patients": summary["patients"],
         "device": summary["device"],
         "protocols": summary["protocols"],

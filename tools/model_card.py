@@ -46,18 +46,19 @@ def _interval(window) -> str:
 def _use(weights: dict) -> str:
     name, header = weights["name"], weights["checkpoint"]
     first = "chest64+" if header["kind"] == REFINEMENT_KIND else ""
+    geometry = f"{header['geometry']['kind']} geometry {_geometry(header['geometry'])}".rstrip()
     return f"""## Intended use
 
-Research and teaching: reconstruction from two views, starting point for fine-tuning (`--init {name}`), baseline. **Not a
-medical device: not for diagnosis, planning or any decision about a patient.** Most of a volume is what is likely, not
-what was measured; small lesions are not seen.
+Research and teaching: reconstruction from two views, starting point for fine-tuning (`--init {name}`), baseline.
+**Not a medical device: not for diagnosis, planning or any decision about a patient.** Most of a volume is what is
+likely, not what was measured; small lesions are not seen.
 
 ```bash
 python reconstruct.py --pa PA.png --lateral LATERAL.png --weights {first}{name} --output ct.nii.gz
 ```
 
-Expected are X-rays in the {header["geometry"]["kind"]} geometry {_geometry(header["geometry"])}, of {header["xray_size"]}^2 pixels or
-more. {_films(header)}"""
+Expected are X-rays in the {geometry}, of {header["xray_size"]}^2 pixels or more.
+{_films(header)}"""
 
 
 def _geometry(geometry: dict) -> str:
@@ -76,7 +77,9 @@ def _training(weights: dict) -> str:
     header, facts = weights["checkpoint"], weights.get("training", {})
     epochs = header.get("config", {}).get("training", {}).get("num_epochs", "?")
     scores = header.get("metrics", {})
-    lines = [f"- epoch {header['epoch']} of {epochs}, step {header['step']}, chosen by PSNR on validation patients"]
+    lines = [
+        f"- epoch {header.get('epoch', '?')} of {epochs}, step {header.get('step', '?')}, chosen by PSNR on validation patients"
+    ]
     if "psnr" in scores:
         lines[0] += f": {scores['psnr']:.2f} dB strict"
     if facts:
@@ -93,7 +96,10 @@ def _data(weights: dict) -> str:
     if not rows:
         ids = weights["checkpoint"].get("train_patients", [])
         return f"## Training data\n\n{len(ids)} patients; no source or licence of them is stated."
-    lines = [f"## Training data\n\n{len(rows)} patients of public collections; their CTs are not part of the weights.", ""]
+    lines = [
+        f"## Training data\n\n{len(rows)} patients of public collections; their CTs are not part of the weights.",
+        "",
+    ]
     lines += ["| collection | patients | licence | DOI |", "|---|---|---|---|"]
     collections = sorted({(row["collection"], row["licence"], row["doi"]) for row in rows})
     for collection, licence, doi in collections:
@@ -109,7 +115,7 @@ def _scores(weights: dict) -> str:
     if not scores:
         return "## Scores\n\nNot evaluated yet."
     names = [name for name in SHOWN if all(name in method for method in scores["methods"].values())]
-    lines = [f"## Scores\n\n{len(scores['patients'])} {scores['split']} patients, none of them trained on or chosen by"]
+    lines = [f"## Scores\n\n{len(scores['patients'])} test patients, none of them trained on or chosen by"]
     lines[0] += f" ({', '.join(scores['patients'])}); mean +- sd, computed on {scores['device']}."
     lines += ["", f"| method | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for method, values in scores["methods"].items():
@@ -127,11 +133,11 @@ def _limits(weights: dict) -> str:
     count = len(weights["checkpoint"].get("train_patients", []))
     return f"""## Limits
 
-- Trained on {count} patients: anatomy that is rare among them (large effusions, a missing lung, implants, children) is drawn
-  towards the usual one.
+- Trained on {count} patients: anatomy that is rare among them (large effusions, a missing lung, implants, children) is
+  drawn towards the usual one.
 - Two X-rays do not determine a volume: fine vessels, nodules and the depth of small structures are guessed or left out.
 - Other geometries, windows and scales than the stated ones are refused or wrong; arms beside the body, a couch in the
-  picture and cut-off lungs lower the scores."""
+  picture and cut-off lungs may lower the scores."""
 
 
 def _licence(weights: dict) -> str:
@@ -139,6 +145,6 @@ def _licence(weights: dict) -> str:
         return "## Licence\n\nNone is stated."
     return (
         "## Licence\n\n"
-        f"{weights['licence']} ({weights['licence_file']}): use and share them with attribution to this project and to the"
-        " collections above. The code is under the licence of its repository."
+        f"{weights['licence']} ({weights['licence_file']}): use and share them with attribution to this project and to"
+        " the collections above. The code is under the licence of its repository."
     )

@@ -1,8 +1,8 @@
 """Weights to share: a ``.safetensors`` file and the JSON beside it that says what they are.
 
-The tensors are those of a checkpoint's ``state_dict``, as float16 or float32 (format: github.com/huggingface/safetensors);
-everything else of the checkpoint is in ``NAME.json``, or in ``config.json`` where a folder has the layout of the
-Hugging Face Hub. Neither can hold code. ``tools/export_weights.py`` writes both.
+The tensors are those of a checkpoint's ``state_dict``, as float16 or float32 (format:
+github.com/huggingface/safetensors); everything else of the checkpoint is in ``NAME.json``, or in ``config.json`` where
+a folder has the layout of the Hugging Face Hub. Neither can hold code. ``tools/export_weights.py`` writes both.
 """
 
 from __future__ import annotations
@@ -34,16 +34,22 @@ def read_description(path: str | os.PathLike) -> dict:
     """
     origin = description_path(path)
     if not origin.exists():
-        raise InputError(f"{path}: {origin.name} is not beside it; expected the JSON that tools/export_weights.py writes")
+        raise InputError(
+            f"{path}: {origin.name} is not beside it; expected the JSON that tools/export_weights.py writes"
+        )
     found = read_json(origin)
     for key, kind in {"sha256": str, "state_key": str, "extra_state": dict, "checkpoint": dict}.items():
         if not isinstance(found, dict) or not isinstance(found.get(key), kind):
-            raise InputError(f"{origin}: {key} is missing or not what tools/export_weights.py writes; fetch the file anew")
+            raise InputError(
+                f"{origin}: {key} is missing or not what tools/export_weights.py writes; fetch the file anew"
+            )
     if found["state_key"] not in STATE_KEYS:
         raise InputError(f"{origin}: state_key is {shown(found['state_key'])}; expected {' or '.join(STATE_KEYS)}")
     licence = found.get("licence_file")
     if licence is not None and not origin.with_name(Path(str(licence)).name).is_file():
-        raise InputError(f"{path}: its licence, {licence}, is not beside it; expected the file that came with the weights")
+        raise InputError(
+            f"{path}: its licence, {licence}, is not beside it; expected the file that came with the weights"
+        )
     return found
 
 
@@ -60,9 +66,10 @@ def read_weights(path: str | os.PathLike) -> dict:
             f"{path}: damaged or altered, its SHA-256 is {digest[:12]}...; {description_path(path).name} states"
             f" {shown(description['sha256'][:12])[1:-1]}...: fetch both files anew"
         )
+    safetensors = _import_safetensors(path)
     try:
-        weights = _safetensors(path).load_file(path)
-    except Exception as error:  # the library's own error is none of Python's; the checksum was right all the same
+        weights = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
         raise InputError(f"{path}: not a readable {SUFFIX} file ({str(error).splitlines()[0]})") from None
     weights = {name: value.float() if value.dtype == torch.float16 else value for name, value in weights.items()}
     state = {**weights, **description["extra_state"]}
@@ -84,7 +91,7 @@ def write_weights(path: str | os.PathLike, checkpoint: dict, dtype: str, descrip
     extra = {name: value for name, value in state.items() if not torch.is_tensor(value)}
     tensors = {name: _stored(path, name, value, DTYPES[dtype]) for name, value in state.items() if name not in extra}
     with atomic_path(path) as temporary:
-        _safetensors(path).save_file(tensors, temporary, metadata={"format": "pt"})
+        _import_safetensors(path).torch.save_file(tensors, temporary, metadata={"format": "pt"})
     written = {
         **description,
         "sha256": sha256(path),
@@ -103,13 +110,15 @@ def _stored(path, name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.T
         return value.contiguous()
     stored = value.to(dtype).contiguous()
     if not stored.isfinite().all():
-        raise InputError(f"{path}: {name} holds values that {dtype} cannot; expected finite weights, or --dtype float32")
+        raise InputError(
+            f"{path}: {name} holds values that {dtype} cannot; expected finite weights, or --dtype float32"
+        )
     return stored
 
 
-def _safetensors(path):
+def _import_safetensors(path):
     try:
         import safetensors.torch
     except ImportError:
         raise InputError(f"{path}: needs safetensors; run: pip install safetensors") from None
-    return safetensors.torch
+    return safetensors

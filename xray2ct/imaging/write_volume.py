@@ -92,8 +92,8 @@ def write_volume(
 
     hu: ``(D, H, W)`` int16, axes as in ``projector.py``. affine: 4 x 4, voxel ``(w, h, d)`` -> RAS millimetres, as from
     :func:`cube.cube_affine`. Every format puts each voxel at the same place of the patient. kind: see :func:`kind_of`.
-    origin: what made it, for the mark: ``weights 084aa54d7d2a3e0e`` (:attr:`Pipeline.origin`). The mark is ``descrip`` in
-    NIfTI, the key ``description`` in NRRD and MetaImage, Image Type and Derivation Description in DICOM.
+    origin: what made it, for the mark: ``weights 084aa54d7d2a3e0e`` (:attr:`Pipeline.origin`). The mark is ``descrip``
+    in NIfTI, the key ``description`` in NRRD and MetaImage, Image Type and Derivation Description in DICOM.
     Raises :class:`InputError` as :func:`check_output`, and an ``OSError`` naming ``path`` when writing fails.
     """
     check_output(path, kind=kind)

@@ -32,9 +32,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder", help="instead: all pairs ID_pa.png, ID_lat.png (and the like) in and below this folder"
     )
-    parser.add_argument(
-        "--output", help="file to write (.nii.gz, .nii, .nrrd, .mha; a folder for DICOM)"
-    )
+    parser.add_argument("--output", help="file to write (.nii.gz, .nii, .nrrd, .mha; a folder for DICOM)")
     parser.add_argument(
         "--format", choices=FORMATS, help="of the volumes (default: nifti with --folder, else by the name of --output)"
     )

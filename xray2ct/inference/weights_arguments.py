@@ -38,12 +38,16 @@ def choose_weights(args: argparse.Namespace, film: bool = False) -> None:
         args.base, args.refinement = both_stages(args.weights)
         return
     if given == ["refinement"]:
-        raise InputError(f"--refinement {args.refinement}: needs the stage 1 that it was trained on; expected --base, too")
+        raise InputError(
+            f"--refinement {args.refinement}: needs the stage 1 that it was trained on; expected --base, too"
+        )
     if given:
         return
     names = available()
     if DEFAULT not in names:
-        raise InputError(f"--base is missing; expected a checkpoint, or --weights ({weights_folder()} has no {DEFAULT})")
+        raise InputError(
+            f"--base is missing; expected a checkpoint, or --weights ({weights_folder()} has no {DEFAULT})"
+        )
     args.base = DEFAULT_FILM if film and DEFAULT_FILM in names else DEFAULT
     trained = "films" if args.base == DEFAULT_FILM else "renderings and not on films" if film else "renderings"
     print(f"note: weights {args.base}, trained on {trained}; --weights or --base choose others", file=sys.stderr)
