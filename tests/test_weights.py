@@ -121,7 +121,7 @@ def test_a_file_with_the_right_checksum_that_is_no_safetensors_is_refused(made, 
     data = json.loads((folder / "chest64.json").read_text())
     data["sha256"] = sha256(folder / "chest64.safetensors")
     (folder / "chest64.json").write_text(json.dumps(data))
-    with pytest.raises(InputError, match="not a readable .safetensors file"):
+    with pytest.raises(InputError, match=r"not a readable \.safetensors file"):
         read_weights(folder / "chest64.safetensors")
 
 
@@ -186,7 +186,8 @@ def test_every_command_takes_names(made, named, tmp_path):
     args = parsed(export_onnx, words)
     assert (args.base, args.refinement) == ("chest64", "chest256")
     words = ["--data", str(root), "--output", str(tmp_path / "run"), "--dry-run", "--set", "world_size=1"]
-    assert train_refinement_4gpu.main([*words, "--base", "chest64", "--set", "patch.size=32"]) == 0
+    words += ["--set", "patch.size=0", "--set", "loss.perceptual_weight=0"]
+    assert train_refinement_4gpu.main([*words, "--base", "chest64"]) == 0
 
 
 def parsed(command, words):

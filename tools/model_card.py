@@ -77,9 +77,8 @@ def _training(weights: dict) -> str:
     header, facts = weights["checkpoint"], weights.get("training", {})
     epochs = header.get("config", {}).get("training", {}).get("num_epochs", "?")
     scores = header.get("metrics", {})
-    lines = [
-        f"- epoch {header.get('epoch', '?')} of {epochs}, step {header.get('step', '?')}, chosen by PSNR on validation patients"
-    ]
+    epoch, step = header.get("epoch", "?"), header.get("step", "?")
+    lines = [f"- epoch {epoch} of {epochs}, step {step}, chosen by PSNR on validation patients"]
     if "psnr" in scores:
         lines[0] += f": {scores['psnr']:.2f} dB strict"
     if facts:
