@@ -70,8 +70,8 @@ def check_args(args) -> None:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    check_args(args)
     choose_weights(args)
+    check_args(args)
     if args.cascade:
         predictor = load_cascade_system(args.cascade, device="cpu")
     else:
