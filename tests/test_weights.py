@@ -11,6 +11,7 @@ import evaluate
 import export_onnx
 import reconstruct
 import train_refinement_4gpu
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import build
 from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
 from tools import export_weights
@@ -21,7 +22,7 @@ from xray2ct.inference.reconstruction import load_pipeline
 from xray2ct.inference.weights_arguments import choose_weights
 from xray2ct.training.initial_weights import start_from
 from xray2ct.weights import available, both_stages, find, resolve
-from xray2ct.weights_file import read_weights
+from xray2ct.weights_file import read_description, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +217,23 @@ def test_weights_of_another_geometry_or_window_are_refused(made, named, tmp_path
         _, task, model = build(root)
         with pytest.raises(InputError, match=f"{key} is not the data's"):
             start_from(tmp_path / f"{key.replace('_', '-')}.safetensors", model, task)
+
+
+SHIPPED = available(ROOT / "weights")
+
+
+@pytest.mark.skipif(not SHIPPED, reason="no weights are committed")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_are_whole_small_and_never_saw_a_test_patient(name):
+    folder = ROOT / "weights"
+    found, checkpoint = read_description(folder / f"{name}.safetensors"), resolve(name, folder=folder)
+    assert found["name"] == name
+    assert found["bytes"] <= 12e6
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 40e6
+    assert found["licence"] == "CC-BY-4.0"
+    table = {row["id"] for row in export_weights.read_table(folder / "patients.csv", export_weights.COLUMNS)}
+    assert set(checkpoint["train_patients"]) == {row["id"] for row in found["patients"]} <= table
+    unseen = {"lidc_0001", *found["split"].get("test", []), *found["split"].get("val", [])}
+    assert not unseen & set(checkpoint["train_patients"])
+    assert found["fingerprint"] in (folder / f"{name}.md").read_text(encoding="utf-8")
+    assert not re.search(r"\"/[a-z]+/", (folder / f"{name}.json").read_text(encoding="utf-8"))  # a machine's folders
