@@ -1,5 +1,6 @@
 """Score a trained system on a split, with the mean training volume as the baseline.
 
+    python evaluate.py --data data --weights chest64 --output evaluation
     python evaluate.py --data data --split test --base checkpoints_enhanced/best_model.pt --output evaluation
     python evaluate.py --data data --base checkpoints_enhanced/best_model.pt \
         --refinement checkpoints_refinement/best_refinement.pt --output evaluation_256
@@ -26,6 +27,7 @@ from xray2ct.evaluation.tables import print_coverage, print_table
 from xray2ct.files import InputError, check_writable, run_cli
 from xray2ct.inference.predictor import Predictor
 from xray2ct.inference.system import DirectSystem, add_tile_argument
+from xray2ct.inference.weights_arguments import add_weights_argument, choose_weights
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -38,9 +40,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="rendered, scouts of the CT's session, or films, for which no voxels are scored (default %(default)s)",
     )
     parser.add_argument("--split", default="test", choices=(*SPLITS, "all"), help="patients to score")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--base", help="stage-1 checkpoint of the direct system")
     what.add_argument("--cascade", metavar="DIR", help="checkpoint folder of hybrid_vit_cascade")
+    add_weights_argument(parser)
     parser.add_argument("--refinement", help="stage-2 checkpoint: scores its 256^3 volumes and plain upsampling")
     add_tile_argument(parser)
     parser.add_argument("--compare", metavar="CSV", help="another run's per_patient.csv: paired differences to it")
@@ -96,6 +99,7 @@ def load_predictor(args) -> Predictor:
 def main(argv=None) -> int:
     args = parse_args(argv)
     check_arguments(args)
+    choose_weights(args, film=args.xrays == "film")
     summary = evaluate(
         load_predictor(args),
         args.data,

@@ -1,5 +1,6 @@
 """Trained checkpoints -> one ONNX file from X-rays to volume, checked against PyTorch.
 
+python export_onnx.py --output chest64.onnx                      # shipped weights
 python export_onnx.py --base best_model.pt --output model.onnx
 python export_onnx.py --base best_model.pt --refinement best_refinement.pt --output model_256.onnx --data data
 python export_onnx.py --cascade checkpoints/quick_2stage --output cascade.onnx              # all stages in one file
@@ -27,6 +28,7 @@ from xray2ct.command_line import Parser
 from xray2ct.files import InputError, check_writable, run_cli
 from xray2ct.inference.onnx import OPSET, check_xrays, export
 from xray2ct.inference.system import DirectSystem
+from xray2ct.inference.weights_arguments import add_weights_argument, choose_weights
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
@@ -34,6 +36,7 @@ TOLERANCE = 1e-4
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    add_weights_argument(parser)
     parser.add_argument("--base", help="stage-1 checkpoint (also a baseline's)")
     parser.add_argument("--refinement", help="stage-2 checkpoint: the volume is 256^3")
     parser.add_argument("--cascade", metavar="DIR", help="instead: checkpoint folder of a cascade")
@@ -50,13 +53,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def check_args(args) -> None:
     """Refuse, before anything is loaded, what cannot be exported or written."""
-    if (args.base is None) == (args.cascade is None):
+    if args.base and args.cascade:
         raise InputError("expected either --base (with --refinement for stage 2) or --cascade")
     if args.cascade and args.refinement:
         raise InputError("--refinement belongs to --base")
     if Path(args.output).suffix != ".onnx":
         raise InputError(f"--output {args.output}: expected a name ending in .onnx")
-    if (args.check_lateral and not args.check_pa) or (args.base and args.check_pa and not args.check_lateral):
+    if (args.check_lateral and not args.check_pa) or (not args.cascade and args.check_pa and not args.check_lateral):
         raise InputError("--check-pa and --check-lateral go together; expected both X-rays of a case")
     if not args.tolerance >= 0:
         raise InputError(f"--tolerance {args.tolerance}; expected 0 or more")
@@ -68,6 +71,7 @@ def check_args(args) -> None:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
+    choose_weights(args)
     check_args(args)
     if args.cascade:
         predictor = load_cascade_system(args.cascade, device="cpu")

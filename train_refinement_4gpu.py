@@ -14,6 +14,7 @@ from xray2ct.files import InputError, run_cli, write_json
 from xray2ct.training import cli
 from xray2ct.training.config import RefinementConfig, config_dict
 from xray2ct.training.refinement_task import RefinementTask
+from xray2ct.weights import find
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -33,7 +34,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     config = cli.read_config(RefinementConfig, args, args.config or default_config_path())
     config.base_checkpoint = args.base or config.base_checkpoint
-    if not Path(config.base_checkpoint).exists():
+    if not find(config.base_checkpoint).exists():
         raise InputError(
             f"{config.base_checkpoint}: no such stage-1 checkpoint; train_enhanced_4gpu.py makes one,"
             " then pass --base CHECKPOINT"

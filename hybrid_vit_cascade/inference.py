@@ -94,7 +94,7 @@ def main(argv=None) -> int:
     print(f"{describe_volume(pipeline, args.output, hu)}; {system}")
     if args.save_std:
         std = pipeline.std_hu()
-        write_volume(args.save_std, std, affine)
+        write_volume(args.save_std, std, affine, origin=pipeline.origin)
         print(f"{args.save_std}: standard deviation, {std.mean():.1f} HU on average")
     return 0
 

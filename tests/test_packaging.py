@@ -30,6 +30,15 @@ def test_every_module_at_the_root_is_installed():
     assert set(PROJECT["tool"]["setuptools"]["py-modules"]) == modules
 
 
+def test_weights_and_examples_are_installed_beside_the_package():
+    """Where :func:`xray2ct.weights.weights_folder` and ``xray2ct.inference.example`` look for them."""
+    setuptools, settings = pytest.importorskip("setuptools"), PROJECT["tool"]["setuptools"]
+    found = setuptools.find_namespace_packages(str(ROOT), include=settings["packages"]["find"]["include"])
+    for name in ("weights", "examples"):
+        assert name in found
+        assert settings["package-data"][name] == ["*"]
+
+
 def test_the_version_is_the_changelogs():
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert newest[1] == __version__

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from xray2ct.files import InputError, atomic_path
+from xray2ct.weights_file import SUFFIX, read_weights
 
 if os.name != "nt":
     import fcntl
@@ -126,7 +127,7 @@ def _on_cpu(value):
 
 
 def load_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict:
-    """Read a checkpoint onto the CPU.
+    """Read a checkpoint onto the CPU: a ``.pt`` file, or ``.safetensors`` with its JSON (:mod:`xray2ct.weights_file`).
 
     kind: the expected ``checkpoint["kind"]`` (``"enhanced_direct"``, ...), or None for any.
     Raises :class:`InputError` naming the file when it is missing, of another format or kind, or holds anything
@@ -138,11 +139,23 @@ def load_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict:
         raise InputError(f"{path}: is a folder; expected a checkpoint file such as {path / 'best_model.pt'}")
     if not path.exists():
         raise InputError(f"{path}: no such checkpoint; train first, or check the path")
+    checkpoint = read_weights(path) if path.suffix == SUFFIX else _read_pt(path)
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise InputError(f"{path}: not a checkpoint of this project (no format number)")
+    if checkpoint["format"] != FORMAT:
+        raise InputError(f"{path}: checkpoint format {checkpoint['format']}; this version reads format {FORMAT}")
+    if kind is not None and checkpoint.get("kind") != kind:
+        raise InputError(f"{path}: is a checkpoint of {checkpoint.get('kind')!r}; expected {kind!r}")
+    return checkpoint
+
+
+def _read_pt(path: Path):
+    """What ``torch.save`` wrote; see :func:`load_checkpoint`."""
     try:
         damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
         if damaged is not None:
             raise DamagedCheckpoint(f"{path}: damaged, {damaged} in it is not what was written (CRC-32)")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except DamagedCheckpoint:
         raise
     except pickle.UnpicklingError as error:
@@ -154,13 +167,6 @@ def load_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict:
     except UNREADABLE as error:
         detail = (str(error) or type(error).__name__).splitlines()[0]
         raise DamagedCheckpoint(f"{path}: truncated or not a checkpoint ({detail})") from None
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise InputError(f"{path}: not a checkpoint of this project (no format number)")
-    if checkpoint["format"] != FORMAT:
-        raise InputError(f"{path}: checkpoint format {checkpoint['format']}; this version reads format {FORMAT}")
-    if kind is not None and checkpoint.get("kind") != kind:
-        raise InputError(f"{path}: is a checkpoint of {checkpoint.get('kind')!r}; expected {kind!r}")
-    return checkpoint
 
 
 def find_state(folder: str | os.PathLike, kind: str | None = None) -> tuple[Path, dict, list[str]] | None:

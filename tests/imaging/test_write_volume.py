@@ -88,6 +88,21 @@ def test_a_series_says_that_it_is_synthetic_and_is_a_valid_one(volume, tmp_path)
     assert pydicom.pixels.apply_rescale(slices[0].pixel_array, slices[0]).min() >= -1024
 
 
+def test_every_format_says_that_it_is_synthetic_and_which_weights_made_it(volume, tmp_path):
+    mark, keys = "Synthetic CT from X-rays, weights 084aa54d7d2a", {"ct.nii.gz": "descrip"}
+    for name in ("ct.nii.gz", "ct.nrrd", "ct.mha"):
+        write_volume(tmp_path / name, *volume, origin="weights 084aa54d7d2a")
+        assert sitk.ReadImage(str(tmp_path / name)).GetMetaData(keys.get(name, "description")) == mark
+    write_volume(tmp_path / "series", *volume, origin="weights 084aa54d7d2a")
+    for path in (tmp_path / "series").iterdir():
+        data = pydicom.dcmread(path)
+        assert data.DerivationDescription.startswith("Synthetic: ")
+        assert data.DerivationDescription.endswith("; weights 084aa54d7d2a")
+        assert data.ImageType[3] == "SYNTHETIC"
+    write_volume(tmp_path / "plain.nii", *volume)
+    assert sitk.ReadImage(str(tmp_path / "plain.nii")).GetMetaData("descrip") == "Synthetic CT from X-rays"
+
+
 def test_bad_outputs_are_named(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("")

@@ -240,7 +240,7 @@ def test_a_phantoms_xrays_look_like_those_of_data(work):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "a.onnx"], "either --base .* or --cascade"),
+        (["--base", "a.pt", "--weights", "chest64", "--output", "a.onnx"], "--weights stands for --base"),
         (["--base", "a.pt", "--cascade", "b", "--output", "a.onnx"], "either --base"),
         (["--cascade", "b", "--refinement", "c.pt", "--output", "a.onnx"], "--refinement belongs to --base"),
         (["--base", "a.pt", "--output", "a.bin"], r"--output a.bin: expected a name ending in .onnx"),

@@ -26,9 +26,13 @@ def nifti_image(data: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     return image
 
 
-def write_cube(path, volume: np.ndarray, affine: np.ndarray) -> None:
-    """Write ``(D, H, W)`` as NIfTI with axes (W, H, D); ``affine`` from :func:`cube_affine`. Atomic."""
+def write_cube(path, volume: np.ndarray, affine: np.ndarray, description: str = "") -> None:
+    """Write ``(D, H, W)`` as NIfTI with axes (W, H, D); ``affine`` from :func:`cube_affine`. Atomic.
+
+    description: for the header's field of that name (``descrip``), which takes 79 bytes.
+    """
     image = nifti_image(volume.transpose(2, 1, 0), affine)  # a view, in the order of the bytes on disk
+    image.header["descrip"] = description.encode("ascii", "replace")[:79]
     with atomic_path(path) as temporary:
         nib.save(image, temporary)
 

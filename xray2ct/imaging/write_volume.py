@@ -1,4 +1,4 @@
-"""Writing reconstructed volumes: NIfTI, NRRD, MetaImage, or a DICOM series marked as synthetic.
+"""Writing reconstructed volumes: NIfTI, NRRD, MetaImage or a DICOM series, each marked as synthetic.
 
 from xray2ct.imaging.write_volume import write_volume
 write_volume("ct.nii.gz", hu, affine)     # nibabel
@@ -27,6 +27,7 @@ NIFTI = (".nii.gz", ".nii")
 SITK = (".nrrd", ".mha")
 FORMATS = {"nifti": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom": ""}  # and what names of that format end in
 EXPECTED = "expected a name ending in .nii.gz, .nii, .nrrd or .mha, or a folder's (no suffix) for a DICOM series"
+SYNTHETIC = "Synthetic CT from X-rays"  # first words of every volume's description
 CT_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 
 
@@ -84,21 +85,25 @@ def _check_output(path: Path, kind: str, series: bool) -> None:
         raise InputError(f"{path}: is a folder; expected a file name")
 
 
-def write_volume(path: str | os.PathLike, hu: np.ndarray, affine: np.ndarray, kind: str | None = None) -> None:
-    """Write a volume in the format of its name, atomically.
+def write_volume(
+    path: str | os.PathLike, hu: np.ndarray, affine: np.ndarray, kind: str | None = None, origin: str = ""
+) -> None:
+    """Write a volume in the format of its name, atomically, with a mark that it is synthetic.
 
     hu: ``(D, H, W)`` int16, axes as in ``projector.py``. affine: 4 x 4, voxel ``(w, h, d)`` -> RAS millimetres, as from
     :func:`cube.cube_affine`. Every format puts each voxel at the same place of the patient. kind: see :func:`kind_of`.
+    origin: what made it, for the mark: ``weights 084aa54d7d2a3e0e`` (:attr:`Pipeline.origin`). The mark is ``descrip``
+    in NIfTI, the key ``description`` in NRRD and MetaImage, Image Type and Derivation Description in DICOM.
     Raises :class:`InputError` as :func:`check_output`, and an ``OSError`` naming ``path`` when writing fails.
     """
     check_output(path, kind=kind)
-    kind = kind_of(path, kind)
+    kind, mark = kind_of(path, kind), ", ".join(filter(None, (SYNTHETIC, origin)))
     if kind == "nifti":
-        write_cube(path, hu, affine)
+        write_cube(path, hu, affine, mark)
     elif kind == "dicom":
-        _write_series(Path(path), hu, affine)
+        _write_series(Path(path), hu, affine, origin)
     else:
-        _write_sitk(path, hu, affine)
+        _write_sitk(path, hu, affine, mark)
 
 
 def _feet_to_head(hu, affine) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +117,7 @@ def _feet_to_head(hu, affine) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(hu[::-1]), lps
 
 
-def _write_sitk(path, hu, affine) -> None:
+def _write_sitk(path, hu, affine, mark: str) -> None:
     sitk = import_sitk(path, "writing NRRD and MetaImage")
     volume, lps = _feet_to_head(hu, affine)
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
@@ -120,6 +125,7 @@ def _write_sitk(path, hu, affine) -> None:
     image.SetSpacing(spacing.tolist())
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
     image.SetOrigin(lps[:3, 3].tolist())
+    image.SetMetaData("description", mark)
     with atomic_path(path) as temporary:
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
@@ -132,13 +138,13 @@ def _write_sitk(path, hu, affine) -> None:
 # DICOM
 
 
-def _write_series(folder: Path, hu, affine) -> None:
+def _write_series(folder: Path, hu, affine, origin: str) -> None:
     """One file per slice into a temporary folder that is renamed when all are written."""
     with naming(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
-            _write_slices(folder, temporary, hu, affine)
+            _write_slices(folder, temporary, hu, affine, origin)
             os.chmod(temporary, 0o755)
             if folder.exists():
                 folder.rmdir()  # empty: checked before
@@ -147,9 +153,11 @@ def _write_series(folder: Path, hu, affine) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_slices(folder, temporary, hu, affine) -> None:
+def _write_slices(folder, temporary, hu, affine, origin: str) -> None:
     volume, lps = _feet_to_head(hu, affine)
     common = _series_header(folder, volume, lps)
+    if origin:
+        common.DerivationDescription += f"; {origin}"
     for index in range(len(volume)):
         data = _slice(common, volume, lps, index)
         data.save_as(temporary / f"slice_{index + 1:04d}.dcm", enforce_file_format=True)

@@ -32,9 +32,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder", help="instead: all pairs ID_pa.png, ID_lat.png (and the like) in and below this folder"
     )
-    parser.add_argument(
-        "--output", required=True, help="file to write (.nii.gz, .nii, .nrrd, .mha; a folder for DICOM)"
-    )
+    parser.add_argument("--output", help="file to write (.nii.gz, .nii, .nrrd, .mha; a folder for DICOM)")
     parser.add_argument(
         "--format", choices=FORMATS, help="of the volumes (default: nifti with --folder, else by the name of --output)"
     )
@@ -54,6 +52,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_common_arguments(args) -> None:
     """Raise :class:`InputError`, before anything is loaded, for what cannot be read or written."""
+    if not args.output:
+        raise InputError("--output is missing; expected the file to write, or a folder with --folder")
     exposures(args)
     film_options(args)
     if args.folder:
@@ -108,7 +108,7 @@ def _report(notes: list[str]) -> None:
 
 def _write(pipeline: Pipeline, xrays, volume, output, picture, args) -> tuple[np.ndarray, np.ndarray]:
     hu, affine = pipeline.to_hu(volume)
-    write_volume(output, hu, affine, args.format)
+    write_volume(output, hu, affine, args.format, pipeline.origin)
     if picture:
         shown = pixels_of(xrays[None])[0]
         shown = shown if len(shown) == 2 else torch.cat([shown, torch.zeros_like(shown)])

@@ -7,6 +7,7 @@ volume_hu, affine = load_pipeline("best_model.pt", "best_refinement.pt")("PA.png
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 from os import PathLike
 
 import numpy as np
@@ -22,6 +23,7 @@ from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.imaging.xray_scale import OWN_LEVELS, REFERENCE_PERCENTILES
 from xray2ct.inference.predictor import Predictor, check_view_count
 from xray2ct.inference.system import DirectSystem
+from xray2ct.weights import DEFAULT, both_stages
 
 XraySource = str | PathLike | np.ndarray | torch.Tensor  # a file, or an array (H, H) in [0, 1]
 VIEW_ARGUMENTS = ("pa", "lateral")
@@ -34,6 +36,13 @@ class Pipeline:
         self.system = system
         self.hu_window = tuple(system.hu_window)
         self.notes: list[str] = []
+
+    @cached_property
+    def origin(self) -> str:
+        """The fingerprints of the weights, for :func:`xray2ct.imaging.write_volume.write_volume`."""
+        prints = (one.weights for one in self.system.checkpoints())
+        stages = [text for one in prints for text in (one.values() if isinstance(one, dict) else (one,))]
+        return f"weights {'+'.join(text[:12] for text in stages)}"
 
     def read(
         self,
@@ -112,7 +121,7 @@ class Pipeline:
 
 
 def load_pipeline(
-    base: str | PathLike,
+    base: str | PathLike = DEFAULT,
     refinement: str | PathLike | None = None,
     device: str = "auto",
     precision: str = "float32",
@@ -121,10 +130,13 @@ def load_pipeline(
 ) -> Pipeline:
     """Load a stage-1 checkpoint, and a stage-2 one for 256^3: ``hu, affine = pipeline(pa, lateral)``.
 
-    base: also a baseline's. device: auto, cpu, cuda, ... precision, tile, compiled: see
+    base, refinement: paths, or names of shipped weights (``"chest64"``; ``"chest64+chest256"`` for both); base also a
+    baseline's. device: auto, cpu, cuda, ... precision, tile, compiled: see
     :class:`DirectSystem`. Raises :class:`InputError` naming the file when a checkpoint is missing, damaged, of another
     kind or unfit for the other.
     """
+    if refinement is None:
+        base, refinement = both_stages([base])
     return Pipeline(DirectSystem(base, refinement, device, precision, tile, compiled))
 
 

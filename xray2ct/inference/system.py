@@ -135,7 +135,11 @@ class DirectSystem(Predictor):
         found, wanted = list(self.model.volume_size), list(self.refinement_checkpoint["coarse_size"])
         if found != wanted:
             raise InputError(f"{self.refined_by} refines volumes of {wanted} voxels; those of {self.base} have {found}")
-        if weights_fingerprint(self.model.state_dict()) != self.refinement_checkpoint["base_fingerprint"]:
+        fingerprints = {
+            weights_fingerprint(self.model.state_dict()),
+            self.checkpoint.get("source", {}).get("fingerprint"),
+        }
+        if self.refinement_checkpoint["base_fingerprint"] not in fingerprints:  # rounded ones are as good
             self.notes.append(
                 f"{self.refined_by} was trained on another stage 1 than {self.base}: expect a little less of it"
             )

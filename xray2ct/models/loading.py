@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError
 from xray2ct.models import baselines  # registers its networks
 from xray2ct.models.registry import KIND, NETWORKS, REFINEMENT_KIND
+from xray2ct.weights import resolve
 
 BASE_KINDS = (KIND, *baselines.KINDS)
 
@@ -18,10 +18,11 @@ BASE_KINDS = (KIND, *baselines.KINDS)
 def load_base_model(path, device="cpu") -> tuple[nn.Module, dict]:
     """Build the stage-1 model that a checkpoint describes (also a baseline's), in eval mode, with its weights.
 
+    path: also the name of shipped weights (:mod:`xray2ct.weights`).
     Returns ``(model, checkpoint dict)``. Raises :class:`InputError` naming the file when it is
     missing, damaged, or not a stage-1 checkpoint.
     """
-    data = load_checkpoint(path)
+    data = resolve(path)
     kind = data.get("kind")
     if kind not in BASE_KINDS:
         others = " or ".join(map(repr, baselines.KINDS))
@@ -30,12 +31,12 @@ def load_base_model(path, device="cpu") -> tuple[nn.Module, dict]:
 
 
 def load_refinement(path, device="cpu") -> tuple[nn.Module, dict]:
-    """Build the stage-2 network that a checkpoint describes, in eval mode, with its weights.
+    """Build the stage-2 network that a checkpoint describes, in eval mode, with its weights; ``path`` as above.
 
     Returns ``(network, checkpoint dict)``. Raises :class:`InputError` naming the file when it is
     missing, damaged, or not a stage-2 checkpoint.
     """
-    data = load_checkpoint(path, kind=REFINEMENT_KIND)
+    data = resolve(path, REFINEMENT_KIND)
     return _built(path, data, "refinement_config", "refinement_state_dict", device), data
 
 

@@ -6,9 +6,10 @@ import os
 
 from torch import nn
 
-from xray2ct.checkpoints import check_compatible, load_checkpoint, weights_fingerprint
+from xray2ct.checkpoints import check_compatible, weights_fingerprint
 from xray2ct.files import InputError
 from xray2ct.training.task import PatientTask
+from xray2ct.weights import resolve
 
 SETTINGS = ("model_config", "refinement_config")  # header keys of a network's arguments
 NO_WEIGHTS = ("activation_checkpointing",)  # arguments that change no weight
@@ -16,7 +17,8 @@ SAME_MEANING = ("geometry", "hu_window", "xray_scale")
 
 
 def start_from(path: str | os.PathLike, model: nn.Module, task: PatientTask) -> str:
-    """Load the weights of a checkpoint (``--init``) into ``model``; returns a line that describes them.
+    """Load the weights of a checkpoint (``--init``: path, or name of shipped weights) into ``model``; returns a line
+    that describes them.
 
     Weights only: optimiser, schedule and epoch begin anew. The checkpoints of this run then hold where it began
     (``init``: fingerprint and epoch) and count the patients of that training among ``train_patients``.
@@ -24,7 +26,7 @@ def start_from(path: str | os.PathLike, model: nn.Module, task: PatientTask) -> 
     where a patient of that training is a validation patient here.
     """
     header = task.header()
-    checkpoint = load_checkpoint(path, kind=header["kind"])
+    checkpoint = resolve(path, header["kind"])
     key = next(name for name in SETTINGS if name in header)
     for name, wanted in header[key].items():
         found = checkpoint[key].get(name, wanted)

@@ -1,0 +1,27 @@
+"""``--example``: the X-rays that come with the project, so that a first reconstruction needs no files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from xray2ct.files import InputError
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples"  # beside the package, in a clone as in an installation
+VIEWS = ("lidc_0001_pa.png", "lidc_0001_lat.png")  # examples/README.md says whose they are
+VOLUME, PICTURE = "example_ct.nii.gz", "example_ct.png"  # written into the current folder unless options say otherwise
+
+
+def use_example(args: argparse.Namespace, folder: Path = FOLDER) -> None:
+    """Set ``args.pa``, ``args.lateral`` and, where they are not given, ``args.output`` and ``args.picture``.
+
+    Raises :class:`InputError` when X-rays are given, too, or the example's are not there.
+    """
+    given = next((name for name in ("pa", "lateral", "folder") if getattr(args, name)), None)
+    if given:
+        raise InputError(f"--example brings its own X-rays; expected it without --{given}")
+    args.pa, args.lateral = (folder / name for name in VIEWS)
+    missing = next((path for path in (args.pa, args.lateral) if not path.is_file()), None)
+    if missing:
+        raise InputError(f"{missing}: the example X-ray is not there; expected the folder that comes with the project")
+    args.output, args.picture = args.output or VOLUME, args.picture or PICTURE
