@@ -23,6 +23,9 @@ noted in the manifest (``source``).
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 import argparse
 import os
 from pathlib import Path
@@ -64,7 +67,9 @@ def parse_args(argv=None):
     parser.add_argument("--val-fraction", type=float, default=0.1, help="without --split (default %(default)s)")
     parser.add_argument("--test-fraction", type=float, default=0.1, help="without --split (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split by hash (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="default %(default)s")
+    parser.add_argument(
+        "--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes (default %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="do everything again, whatever is there")
     parser.add_argument("--rescan", action="store_true", help="search for CTs again, whatever an earlier run found")
     parser.add_argument("--shard", metavar="I/N", help="prepare every N-th CT only, as job I of N; then --merge")

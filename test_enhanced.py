@@ -9,6 +9,9 @@ Exit status 0 when everything is ok, 1 when a line says FAIL. The unit tests are
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 import argparse
 import platform
 import sys
@@ -27,7 +30,7 @@ from losses import EnhancedLoss
 from model_enhanced import EnhancedDirectModel, RefinementNetwork
 from xray2ct.data.augment import PairMaker
 from xray2ct.data.splits import SPLITS
-from xray2ct.files import InputError, run_cli
+from xray2ct.files import InputError, counted, run_cli
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import MU_WATER, Geometry, hu_to_unit, line_integrals, render_xrays
 from xray2ct.models.blocks import upsample
@@ -43,6 +46,7 @@ GRADIENT_TOLERANCE = 1e-4  # relative; recomputing may sum in another order
 SPHERE_TOLERANCE = 0.02  # relative; a voxelised sphere of 40 voxels across
 XRAY_TOLERANCE = 0.05  # relative; 8-bit files and a coarser volume stay below
 PATIENTS = 3  # per split
+VGG16_MIB = 528  # torchvision's file of weights: 553,433,881 bytes
 
 # What a check may raise: each is a line that says FAIL, and the next check runs.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError)
@@ -128,7 +132,7 @@ def check_processes(bench: Bench) -> str:
     finally:
         dist.destroy_process_group()
     require(value.sum().item() == 3, f"all_reduce over one process changed the values to {value.tolist()}")
-    return f"{backend}, {max(1, torch.cuda.device_count())} process(es) on this machine"
+    return f"{backend}, {counted(max(1, torch.cuda.device_count()), 'process', 'processes')} on this machine"
 
 
 def check_parameters(bench: Bench) -> str:
@@ -190,7 +194,11 @@ def check_losses(bench: Bench) -> str:
         require(torch.isfinite(value) and value > 0, f"{name} of a wrong prediction is {value.item()}")
         require(torch.isfinite(gradient).all() and gradient.any(), f"{name} has no finite, non-zero gradient")
         require(abs(exact[name].item()) < 1e-4, f"{name} of a perfect prediction is {exact[name].item()}")
-    return ", ".join(f"{k} {v.item():.3f}" for k, v in parts.items()) + f" (VGG16: {weights})"
+    note = f"VGG16: {weights}"
+    loss = bench.config.loss
+    if weights == "random" and loss.perceptual_weight and loss.perceptual_weights == "imagenet":
+        note += f"; training downloads its weights, {VGG16_MIB} MB, to {imagenet_weights()}"
+    return ", ".join(f"{k} {v.item():.3f}" for k, v in parts.items()) + f" ({note})"
 
 
 def check_precision(bench: Bench) -> str:
@@ -367,7 +375,7 @@ def check_split(bench: Bench, split: str) -> str:
     text = f"X-rays differ from rendered ones by {worst:.1%} at most"
     if data.has_manifest:
         require(worst < XRAY_TOLERANCE, f"{text}; expected below {XRAY_TOLERANCE:.0%}")
-    return f"{len(data)} patient(s) checked, {text}"
+    return f"{counted(len(data), 'patient')} checked, {text}"
 
 
 def _check_item(item, size, xray_size):

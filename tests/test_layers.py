@@ -10,7 +10,8 @@ import pytest
 from tests.helpers.paths import ROOT
 
 LAYERS = (  # lowest first; docs/architecture.md shows them
-    ("xray2ct.conventions", "xray2ct.files", "xray2ct.settings", "xray2ct.checkpoints", "xray2ct.file_lock"),
+    ("xray2ct.conventions", "xray2ct.files", "xray2ct.settings", "xray2ct.checkpoints", "xray2ct.file_lock")
+    + ("xray2ct.progress", "xray2ct.installed"),
     ("xray2ct.geometry",),
     ("xray2ct.imaging",),
     ("xray2ct.data",),
