@@ -14,7 +14,6 @@ import xray2ct.installed  # noqa: F401  (first: says what is missing)
 # isort: split
 import argparse
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from xray2ct.files import InputError, counted, run_cli
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import MU_WATER, Geometry, hu_to_unit, line_integrals, render_xrays
 from xray2ct.models.blocks import upsample
-from xray2ct.models.memory import choose_tile
+from xray2ct.models.memory import choose_tile, process_peak_bytes
 from xray2ct.training.config import EnhancedConfig, ModelConfig, config_dict, load_config, resolve_config_path
 from xray2ct.training.precision import Precision, set_memory_format
 from xray2ct.training.state import parameter_groups
@@ -46,7 +45,6 @@ GRADIENT_TOLERANCE = 1e-4  # relative; recomputing may sum in another order
 SPHERE_TOLERANCE = 0.02  # relative; a voxelised sphere of 40 voxels across
 XRAY_TOLERANCE = 0.05  # relative; 8-bit files and a coarser volume stay below
 PATIENTS = 3  # per split
-VGG16_MIB = 528  # torchvision's file of weights: 553,433,881 bytes
 
 # What a check may raise: each is a line that says FAIL, and the next check runs.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError)
@@ -194,10 +192,9 @@ def check_losses(bench: Bench) -> str:
         require(torch.isfinite(value) and value > 0, f"{name} of a wrong prediction is {value.item()}")
         require(torch.isfinite(gradient).all() and gradient.any(), f"{name} has no finite, non-zero gradient")
         require(abs(exact[name].item()) < 1e-4, f"{name} of a perfect prediction is {exact[name].item()}")
-    note = f"VGG16: {weights}"
-    loss = bench.config.loss
+    loss, note = bench.config.loss, f"VGG16: {weights}"
     if weights == "random" and loss.perceptual_weight and loss.perceptual_weights == "imagenet":
-        note += f"; training downloads its weights, {VGG16_MIB} MB, to {imagenet_weights()}"
+        note += "; training downloads its weights, 528 MB"  # torchvision's file has 553,433,881 bytes
     return ", ".join(f"{k} {v.item():.3f}" for k, v in parts.items()) + f" ({note})"
 
 
@@ -341,16 +338,6 @@ def check_refinement_learning(bench: Bench) -> str:
     text = f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses) - 1} steps on a patch of 32^3"
     require(losses[-1] < losses[0], f"{text}; expected it to fall")
     return text
-
-
-def process_peak_bytes() -> int | None:
-    """Largest resident size of this process so far; None on Windows."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def check_split(bench: Bench, split: str) -> str:

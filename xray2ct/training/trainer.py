@@ -328,6 +328,16 @@ class Trainer(RunEpochs):
             tqdm.write(warning)
 
 
+def out_of_memory(trainer: Trainer, error: torch.OutOfMemoryError) -> TrainingError:
+    """What to say when the GPU's memory ran out."""
+    place = f"epoch {trainer.epoch}, step {trainer.step_in_epoch + 1}"
+    reason, advice = str(error).splitlines()[0], trainer.task.memory_advice()
+    if trainer.plan.micro_batch > 1:
+        smaller = divisors(trainer.plan.micro_batch)[-2]
+        advice = f"Try --set training.micro_batch={smaller}: the run goes on as it was. Else: {advice}"
+    return TrainingError(f"{place}: out of GPU memory ({reason}). {advice} (and another --output: they change the run)")
+
+
 def fit(
     model: nn.Module,
     task: Task,
@@ -376,14 +386,7 @@ def fit(
             if processes.is_main:
                 print(conclusion(trainer, done), flush=True)
         except torch.OutOfMemoryError as error:
-            place = f"epoch {trainer.epoch}, step {trainer.step_in_epoch + 1}"
-            reason, advice = str(error).splitlines()[0], task.memory_advice()
-            if trainer.plan.micro_batch > 1:
-                smaller = divisors(trainer.plan.micro_batch)[-2]
-                advice = f"Try --set training.micro_batch={smaller}: the run goes on as it was. Else: {advice}"
-            raise TrainingError(
-                f"{place}: out of GPU memory ({reason}). {advice} (and another --output: they change the run)"
-            ) from error
+            raise out_of_memory(trainer, error) from error
         except RuntimeError as error:
             if not lost_peer(error, processes):
                 raise
