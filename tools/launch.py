@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAINING = {"stage1": "train_enhanced_4gpu.py", "stage2": "train_refinement_4gpu.py"}
 JOBS = {"demo": "tools/demo.py", "smoke": "test_enhanced.py", **TRAINING}
 BOTH = "train"
-# --preset laptop: small networks that two CPU cores train in hours; folders of their own: their runs mix with no others.
+# --preset laptop: small networks that two CPU cores train in hours, in folders that no other training uses.
 PRESETS = {
     "laptop": {
         "stage1": ["--config", str(ROOT / "configs/cpu.json"), "--output", "runs/laptop/stage1"],

@@ -55,7 +55,12 @@ def recorded_config(folder) -> dict | None:
     return data
 
 
-MINUTES_OF_A_STAGE = 0.1  # where the stages before have used up the limit: a step, validated
+LEAST_MINUTES = 0.1  # of a stage, where those before it have used up the limit: some steps, validated
+
+
+def stage_minutes(limit: float, used: float, stages: int) -> float:
+    """What each of so many ``stages`` gets of a cascade's ``limit`` when those before have ``used`` so many minutes."""
+    return max((limit - used) / stages, LEAST_MINUTES)
 
 
 class Chain:
@@ -115,7 +120,7 @@ class Chain:
             found = find_state(self.stage_folder(i), kind=KIND)
             clock = found[1]["training_state"].get("clock") if found else None
             used += clock["seconds"] / 60 if clock else 0.0
-        return max(limit - used, MINUTES_OF_A_STAGE) / (count - index)
+        return stage_minutes(limit, used, count - index)
 
     def earlier(self, index: int) -> Cascade | None:
         """The frozen stages before ``index``; None for the first stage."""
