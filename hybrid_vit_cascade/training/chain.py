@@ -55,7 +55,7 @@ def recorded_config(folder) -> dict | None:
     return data
 
 
-LEAST_MINUTES = 0.1  # of a stage, where those before it have used up the limit: some steps, validated
+LEAST_MINUTES = 0.01  # of a stage, where those before it have used up the limit: some steps, validated
 
 
 def stage_minutes(limit: float, used: float, stages: int) -> float:

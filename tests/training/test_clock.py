@@ -172,9 +172,9 @@ def train(trainer) -> None:
 
 def test_a_run_ends_in_time_with_its_cosine_finished_and_its_last_epoch_validated(tmp_path):
     now = Time()
-    trainer = timed_trainer(tmp_path, 3.0, now)  # 180 seconds; validations after epochs 2, 4, ...
+    trainer = timed_trainer(tmp_path, 2.0, now)  # 120 seconds; validations after epochs 2, 4, ...
     train(trainer)
-    assert 180 - SECONDS_OF_A_STEP - SECONDS_OF_A_VALIDATION <= now.now - 1000 <= 180 + SECONDS_OF_A_STEP
+    assert 120 - SECONDS_OF_A_STEP - SECONDS_OF_A_VALIDATION <= now.now - 1000 <= 120 + SECONDS_OF_A_STEP
     rates = trainer.task.rates
     assert len(rates) == trainer.updates < 100 * STEPS_OF_AN_EPOCH
     peak = rates.index(max(rates))
