@@ -10,6 +10,9 @@ use, as memory-mapped arrays under ``ROOT/.cache`` (or ``cache_dir``), so that n
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 import hashlib
 import json
 import warnings

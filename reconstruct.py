@@ -16,6 +16,9 @@ volume_hu, affine = load_pipeline("best_model.pt", "best_refinement.pt")("PA.png
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 import argparse
 
 from xray2ct.command_line import Parser

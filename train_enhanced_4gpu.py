@@ -8,6 +8,9 @@ python train_enhanced_4gpu.py --data ROOT --set training.batch_size=2 --dry-run
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 from xray2ct.files import run_cli
 from xray2ct.training.cli import read_config, start, training_parser
 from xray2ct.training.config import EnhancedConfig, resolve_config_path

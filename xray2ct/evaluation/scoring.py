@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dataset import PatientDataset, mean_volume
 from xray2ct.evaluation.protocols import Case, scanned_body
@@ -16,13 +15,14 @@ from xray2ct.evaluation.report import ReportCollector
 from xray2ct.evaluation.statistics import coverage, paired_interval, summarise
 from xray2ct.imaging.figures import save_panel
 from xray2ct.inference.predictor import TRILINEAR, Method
+from xray2ct.progress import progress_bar
 
 BASELINE = "mean_volume"
 
 
 def mean_method(data: PatientDataset) -> Method:
     """The mean of the training split's volumes, whatever the X-rays show."""
-    data.build_cache(progress=partial(tqdm, desc="Training volumes", unit="patient", leave=False))
+    data.build_cache(progress=partial(progress_bar, desc="Training volumes", unit="patients", leave=False))
     volume = mean_volume(data)[0]
     return lambda item: volume
 
@@ -37,7 +37,7 @@ def score_patients(data: PatientDataset, methods: dict[str, Method], observe=Non
     """
     rows = []
     common = {"geometry": data.geometry, "hu_window": data.hu_window, "xray_scale": data.xray_scale}
-    for index in tqdm(range(len(data)), desc="Evaluating", unit="patient"):
+    for index in progress_bar(range(len(data)), desc="Evaluating", unit="patients"):
         item = data[index]
         target, mask = item["ct_volume"][0], item["mask"][0]
         item["body"] = scanned_body(target, mask, data.hu_window, data.geometry.fov_mm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -19,6 +21,7 @@ from xray2ct.models.window import patch_window
 from xray2ct.training.config import RefinementConfig, config_dict
 from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision, set_memory_format
+from xray2ct.training.reporting import command_of
 from xray2ct.training.task import RegressionTask, refuse_losses
 
 
@@ -28,6 +31,7 @@ class RefinementTask(RegressionTask):
     kind = REFINEMENT_KIND
     weights_key = "refinement_state_dict"
     best_name = "best_refinement.pt"
+    cpu_config = "--config configs/refinement_cpu.json (launch_4gpu.sh --preset laptop)"
     kept_samples = 1  # at 256^3 more would only fill memory
 
     def __init__(self, config: RefinementConfig, processes: Processes):
@@ -153,6 +157,11 @@ class RefinementTask(RegressionTask):
         guide = (batch["xrays"], batch["gate"]) if self.config.model.guided else (None, None)
         volume = model(batch["coarse"], guide[0], gate=guide[1], **region)
         return self.compare(volume, batch, whole=not patch.size)
+
+    def next_commands(self, output: Path) -> list[str]:
+        checkpoints = {"base": self.config.base_checkpoint, "refinement": output / self.best_name}
+        data = self.config.data.dataset_path
+        return [command_of("evaluate.py", data=data, **checkpoints, output=output / "evaluation")]
 
     def precisions(self) -> list[Precision]:
         return [self.precision]

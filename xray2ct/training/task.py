@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dataset import PatientDataset
 from losses import EnhancedLoss
 from xray2ct.data.augment import AugmentConfig, PairMaker
 from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
+from xray2ct.progress import progress_bar
 from xray2ct.training.config import LossConfig, config_dict
 from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision
@@ -32,6 +34,7 @@ class Task:
 
     weights_key = "model_state_dict"  # checkpoint key of the weights
     best_name = "best_model.pt"
+    cpu_config = "a smaller configuration"  # which one a CPU trains in hours
     config: Any  # settings' dataclass with ``training``, ``data``, ``logging`` and ``world_size``
     train_data: Any  # a Dataset with a length
     samples: Sequence[dict] = ()
@@ -67,6 +70,14 @@ class Task:
     def precisions(self) -> list[Precision]:
         """Those of frozen networks, which fall back to float32 together with the trained one."""
         return []
+
+    def next_commands(self, output: Path) -> list[str]:
+        """Command lines that make use of a finished run in ``output``."""
+        return []
+
+    def cpu_advice(self) -> str:
+        """What ends a training in time that would take days on a CPU."""
+        return f"{self.cpu_config} is made for CPUs, --max-minutes N ends any run in time"
 
     def memory_advice(self) -> str:
         """What to try when the GPU's memory ran out, the least harmful first."""
@@ -126,7 +137,7 @@ class PatientTask(Task):
     def build_cache(self, processes: Processes) -> None:
         """Read every patient once, shared among the ranks; rank 0 shows a bar."""
         for dataset in (self.train_data, self.val_data):
-            bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
+            bar = partial(progress_bar, desc="Reading patients", leave=False) if processes.is_main else None
             dataset.build_cache(processes.rank, processes.world_size, bar)
         processes.barrier()
 
@@ -169,7 +180,8 @@ class PatientTask(Task):
         ids, rows, self.samples = [], [], []
         self.criterion.eval()
         names = ["xrays", "ct_volume", *["mask"] * self.uses_mask, *["seen"] * self.seen_channel]
-        for index in range(processes.rank, len(self.val_data), processes.world_size):
+        own = range(processes.rank, len(self.val_data), processes.world_size)
+        for index in progress_bar(own, desc="Validating", unit="patients", disable=not processes.is_main, leave=False):
             item = self.val_data[index]
             batch = {name: sent(item[name].unsqueeze(0), processes.device) for name in names}
             row, volume = self.score(model, batch, precision, index)
