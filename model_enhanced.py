@@ -273,10 +273,12 @@ class RefinementNetwork(ActivationCheckpointing):
     def set_extra_state(self, state: dict) -> None:
         self.acquisition = Acquisition(Geometry.from_dict(state["geometry"]), state["hu_window"], state["xray_scale"])
         self.xray_size = state["xray_size"]
-        if state["settings"] != self.settings:
+        settings = _checked_refinement(state["settings"])
+        before, self.settings = self.settings, settings
+        if {**before, "start": settings["start"]} != settings:  # start has no weights, which an optimiser may hold
             # Called before the children's weights are read: they find the network they belong to.
             parameter = self.inlet.weight
-            self._build(state["settings"])
+            self._build(settings)
             self.to(parameter.device, parameter.dtype)
 
     # -- parts -----------------------------------------------------------------------------------

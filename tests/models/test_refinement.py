@@ -320,7 +320,9 @@ class TestWeights:
         state = copy.deepcopy(network.state_dict())
         del state["_extra_state"]["settings"]["start"]
         fresh = make(start="cubic")
+        before = list(fresh.parameters())
         fresh.load_state_dict(state)
+        assert all(one is other for one, other in zip(before, fresh.parameters(), strict=True))  # an optimiser's
         assert torch.equal(fresh(coarse), network(coarse))
 
     def test_weights_of_another_network_are_refused(self):
