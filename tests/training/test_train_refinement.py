@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dataset
 import train_refinement_4gpu
 from dataset import PatientDataset
 from model_enhanced import RefinementNetwork
@@ -136,6 +137,12 @@ class TestTask:
         assert len(corners) == 60 * 4
         for axis in corners.T:
             assert sorted(set(axis.tolist())) == [0, 2, 4, 6, 8]  # the trunk's cells, up to the last corner, 16 - 8
+
+    def test_the_data_set_s_folders_are_looked_at_once(self, root, base, monkeypatch):
+        looks, real = [], dataset.find_patients
+        monkeypatch.setattr(dataset, "find_patients", lambda folder: looks.append(folder) or real(folder))
+        make_task(root, base)
+        assert len(looks) == 1
 
     def test_full_volumes(self, root, base):
         task = make_task(root, base, "patch.size=0")

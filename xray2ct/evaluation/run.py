@@ -96,7 +96,8 @@ def open_data(
         notes += volume_notes(data, loaded)
     for note in notes:
         print(f"note: {note}")
-    return data, PatientDataset(root, "train", size, None, **common), sorted(seen), notes
+    training = PatientDataset(root, "train", size, None, scanned=data, **common)
+    return data, training, sorted(seen), notes
 
 
 def check_patients(data: PatientDataset, loaded: LoadedCheckpoint, split: str, allow_seen: bool) -> list[str]:

@@ -60,7 +60,7 @@ class RefinementTask(RegressionTask):
                 f"patch.size is {self.config.patch.size}; the coarse volume has {self.coarse_size} voxels per axis"
                 " (0 trains on full volumes)"
             )
-        data = PatientDataset(self.config.data.dataset_path, "all", self.coarse_size, None)
+        data = self.scanned = PatientDataset(self.config.data.dataset_path, "all", self.coarse_size, None)
         if data.cube_size % self.size:
             raise InputError(
                 f"{data.root}: its volumes have {data.cube_size} voxels per axis; refining {self.coarse_size}^3 needs"
