@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from losses import EnhancedLoss
-from xray2ct.files import whole_number, whole_numbers
+from xray2ct.files import InputError, whole_number, whole_numbers
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry
 from xray2ct.models.blocks import (
@@ -43,7 +43,7 @@ from xray2ct.models.guidance import Guidance
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.normalisation import norm_silu
 from xray2ct.models.registry import KIND, REFINEMENT_KIND, register
-from xray2ct.models.upsampling import upsample_trilinear
+from xray2ct.models.upsampling import upsample_spline, upsample_trilinear
 from xray2ct.models.window import Window, patch_window
 from xray2ct.models.working_weights import full_precision, with_cast_weights
 
@@ -172,19 +172,23 @@ class EnhancedDirectModel(CoarseModel):
 # ------------------------------------------------------------------------------------------------
 # Stage 2
 
+STARTS = ("trilinear", "cubic")  # of RefinementNetwork; the first is that of weights which name none
+
 
 @register(REFINEMENT_KIND)
 class RefinementNetwork(ActivationCheckpointing):
     """Four times finer: a coarse volume ``(B, 1, 64, 64, 64)`` -> ``(B, 1, 256, 256, 256)``, in [0, 1].
 
     The coarse volume is folded to half its resolution (space-to-depth), where RRDBs work on wide
-    features; 3D PixelShuffle brings them to 1x, 2x and 4x. The result is added to the trilinear
-    upsampling; the last layer starts at zero, so an untrained network is exactly trilinear.
+    features; 3D PixelShuffle brings them to 1x, 2x and 4x. The result is added to the upsampled coarse
+    volume; the last layer starts at zero, so an untrained network is exactly that upsampling.
 
     guided: also read the X-rays, which show detail that the coarse volume has lost: their features are
         lifted at 1x, 2x and 4x through the geometry.
     channels, growth, rrdb_blocks: the trunk. head_channels: features at 1x, 2x and (per sub-voxel) 4x.
     guide_widths: channels of the X-ray encoder from fine to coarse; guide_channels: lifted ones at 1x, 2x, 4x.
+    start: upsampling that details are added to: trilinear, or cubic (:func:`upsampling.upsample_spline`: area averages
+        are the coarse volume).
     geometry, xray_size, stem_stride: as in :class:`EnhancedDirectModel`; hu_window, xray_scale: of the data.
     activation_checkpointing: recompute activations in the backward pass (less memory).
 
@@ -196,7 +200,7 @@ class RefinementNetwork(ActivationCheckpointing):
     scale = 4  # output voxels per coarse voxel and axis
     stride = 2  # of the trunk: coarse sizes are multiples of it
     # Coarse voxels beyond a tile's border that its head sees: one convolution at 1x, four at 2x. The last two of them,
-    # the widest ones, and the trilinear upsampling see the inner one alone.
+    # the widest ones, and the trilinear upsampling see the inner one alone; the cubic one sees the whole volume.
     halo, inner_halo = 3, 1
     # Factor on the added detail: features are of unit size, details a few hundredths; first steps do not overshoot.
     gain = 0.1
@@ -216,6 +220,7 @@ class RefinementNetwork(ActivationCheckpointing):
         activation_checkpointing: bool = False,
         hu_window=HU_WINDOW,
         xray_scale: float = XRAY_SCALE,
+        start: str = "trilinear",
     ):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
@@ -231,6 +236,7 @@ class RefinementNetwork(ActivationCheckpointing):
                 "guide_widths": guide_widths,
                 "guide_channels": guide_channels,
                 "stem_stride": stem_stride,
+                "start": start,
             }
         )
 
@@ -267,10 +273,12 @@ class RefinementNetwork(ActivationCheckpointing):
     def set_extra_state(self, state: dict) -> None:
         self.acquisition = Acquisition(Geometry.from_dict(state["geometry"]), state["hu_window"], state["xray_scale"])
         self.xray_size = state["xray_size"]
-        if state["settings"] != self.settings:
+        settings = _checked_refinement(state["settings"])
+        before, self.settings = self.settings, settings
+        if {**before, "start": settings["start"]} != settings:  # start has no weights, which an optimiser may hold
             # Called before the children's weights are read: they find the network they belong to.
             parameter = self.inlet.weight
-            self._build(state["settings"])
+            self._build(settings)
             self.to(parameter.device, parameter.dtype)
 
     # -- parts -----------------------------------------------------------------------------------
@@ -312,7 +320,13 @@ class RefinementNetwork(ActivationCheckpointing):
         x = around.crop(deep, start=deep_window.origins)
         # The residual is added in float32, whatever precision the convolutions run in.
         detail = self._run(self._details, x, features, around, inner, modules=self._head_modules())
-        return window.crop(upsample(inner.crop(coarse)) + self.gain * detail.float(), self.scale, inner.origins)
+        return window.crop(self._start(coarse, inner) + self.gain * detail.float(), self.scale, inner.origins)
+
+    def _start(self, coarse, window: Window):
+        """The upsampled coarse volume of a window, float32: what the network adds its details to."""
+        if self.settings["start"] == "cubic":
+            return upsample_spline(coarse, self.scale, window)
+        return upsample(window.crop(coarse))
 
     def _head_modules(self) -> list[nn.Module]:
         """Those that :meth:`_details` calls."""
@@ -401,9 +415,12 @@ class RefinementNetwork(ActivationCheckpointing):
 
 def _checked_refinement(settings: dict) -> dict:
     """Stage 2's settings with lists for tuples; :class:`InputError` naming the one that it cannot have."""
+    settings = {"start": STARTS[0], **settings}  # weights of earlier versions do not name it
     for name in ("channels", "growth", "rrdb_blocks"):
         whole_number(f"model.{name}", settings[name], 1)
     check_stem_stride(settings["stem_stride"])
+    if settings["start"] not in STARTS:
+        raise InputError(f"model.start is {settings['start']!r}; expected {' or '.join(STARTS)}")
     lists = {name: whole_numbers(f"model.{name}", settings[name], 3, 1) for name in ("head_channels", "guide_channels")}
     widths = whole_numbers("model.guide_widths", settings["guide_widths"], 4, 1)
     for index, width in enumerate(widths):

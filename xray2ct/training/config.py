@@ -133,6 +133,7 @@ class RefinementModelConfig:
     xray_size: int = 512
     stem_stride: int = 2  # 1 for X-rays of 256
     activation_checkpointing: bool = False
+    start: str = setting("cubic", choices=("cubic", "trilinear"))  # upsampling that details are added to
 
 
 @dataclass

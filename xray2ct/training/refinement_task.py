@@ -17,6 +17,7 @@ from xray2ct.models.blocks import upsample
 from xray2ct.models.loading import load_base_model
 from xray2ct.models.memory import choose_tile
 from xray2ct.models.registry import REFINEMENT_KIND
+from xray2ct.models.upsampling import upsample_spline
 from xray2ct.models.window import patch_window
 from xray2ct.training.config import RefinementConfig, config_dict
 from xray2ct.training.distributed import Processes
@@ -63,7 +64,7 @@ class RefinementTask(RegressionTask):
                 f"patch.size is {self.config.patch.size}; the coarse volume has {self.coarse_size} voxels per axis"
                 " (0 trains on full volumes)"
             )
-        data = PatientDataset(self.config.data.dataset_path, "all", self.coarse_size, None)
+        data = self.scanned = PatientDataset(self.config.data.dataset_path, "all", self.coarse_size, None)
         if data.cube_size % self.size:
             raise InputError(
                 f"{data.root}: its volumes have {data.cube_size} voxels per axis; refining {self.coarse_size}^3 needs"
@@ -108,7 +109,8 @@ class RefinementTask(RegressionTask):
         guide = f"guided by X-rays of {config.model.xray_size}^2" if config.model.guided else "without X-rays"
         what = f"{patch.per_volume} patches of {4 * patch.size}^3 per volume" if patch.size else "full volumes"
         return [
-            f"Model: {parameters / 1e6:.2f} M parameters, {self.coarse_size}^3 -> {self.size}^3, {guide}",
+            f"Model: {parameters / 1e6:.2f} M parameters, {self.coarse_size}^3 -> {self.size}^3, {guide},"
+            f" from {config.model.start} upsampling",
             f"Stage 1: {config.base_checkpoint} (epoch {self.base_checkpoint['epoch']}, frozen)",
             f"Data: {config.data.dataset_path}, {self.patients()}; training on {what}",
             f"Geometry: {self.train_data.geometry}; HU window {list(self.train_data.hu_window)}",
@@ -188,25 +190,28 @@ class RefinementTask(RegressionTask):
         with precision.autocast():
             volume = model.refine(coarse, batch["xrays"] if self.config.model.guided else None, tile)
         total, parts = self.compare(volume, batch)
-        volume, perfect = volume[0, 0].float(), upsample(F.avg_pool3d(target, RefinementNetwork.scale))
+        volume, perfect = volume[0, 0].float(), F.avg_pool3d(target, RefinementNetwork.scale)
         row = {
             "loss": total,
             "psnr": psnr_tensor(volume, target[0, 0]),
             "psnr_trilinear": psnr_tensor(upsample(coarse)[0, 0], target[0, 0]),
-            "psnr_perfect_coarse": psnr_tensor(perfect[0, 0], target[0, 0]),
+            "psnr_cubic_consistent": psnr_tensor(upsample_spline(coarse)[0, 0].clamp(0, 1), target[0, 0]),
+            "psnr_perfect_coarse": psnr_tensor(upsample(perfect)[0, 0], target[0, 0]),
             "ssim_3d": ssim_3d_tensor(volume, target[0, 0]),
         }
         return row | parts, volume
 
     def comment(self, metrics: dict[str, float]) -> str:
         """Which of the two stages holds the result back, from a validation's means."""
-        refined, plain, perfect = (metrics[k] for k in ("psnr", "psnr_trilinear", "psnr_perfect_coarse"))
+        names = ("psnr", "psnr_trilinear", "psnr_cubic_consistent", "psnr_perfect_coarse")
+        refined, plain, cubic, perfect = (metrics[name] for name in names)
         n = self.coarse_size
         if refined < perfect:
             verdict = f"stage 1: a perfect {n}^3 volume, only interpolated, would be {perfect - refined:.2f} dB better"
         else:
             verdict = f"stage 2: the result is {refined - perfect:.2f} dB above an interpolated perfect {n}^3 volume"
         return (
-            f"trilinear of the predicted {n}^3: {plain:.2f} dB | refined: {refined:.2f} dB ({refined - plain:+.2f})"
+            f"trilinear of the predicted {n}^3: {plain:.2f} dB | cubic: {cubic:.2f} dB | refined: {refined:.2f} dB"
+            f" ({refined - plain:+.2f} and {refined - cubic:+.2f})"
             f" | trilinear of the true {n}^3: {perfect:.2f} dB\n  Bottleneck is {verdict}"
         )

@@ -98,6 +98,7 @@ class PatientTask(Task):
     kept_samples = 2  # validation patients whose pictures go to the monitors
     uses_mask = False  # whether the scan mask is wanted in a batch
     makes_films = False  # whether some of the pairs become simulated films
+    scanned: PatientDataset | None = None  # one that has looked at the data set's folders, before open_data
     seen_channel = False  # whether the network that reads the X-rays wants to know what they show
     initial: dict = {}  # noqa: RUF012 (replaced, never changed): see initial_weights.start_from
     criterion: nn.Module
@@ -113,7 +114,7 @@ class PatientTask(Task):
         common = {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
         common["seen"] = self.seen_channel
         self.xray_size = xray_size
-        self.val_data = PatientDataset(data.dataset_path, "val", size, xray_size, **common)
+        self.val_data = PatientDataset(data.dataset_path, "val", size, xray_size, scanned=self.scanned, **common)
         self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
         source_size = min(source_size, self.val_data.cube_size)  # the data set has nothing finer
         read_as = (source_size, None) if self.renders else (size, xray_size)
@@ -124,7 +125,7 @@ class PatientTask(Task):
                 f"augment.film.probability is {augment.film.probability:g}, but X-rays are read from files: expected 0,"
                 " or data.xray_source=render"
             )
-        options = {"max_patients": data.max_patients, "raw": self.renders}
+        options = {"max_patients": data.max_patients, "raw": self.renders, "scanned": self.val_data}
         options |= {"with_mask": self.uses_mask, "body": self.makes_films}
         self.train_data = PatientDataset(data.dataset_path, "train", *read_as, **options, **common)
         self.data_header = data_header(self.train_data)
