@@ -51,7 +51,7 @@ class SecondPass(ActivationCheckpointing):
         self.reduce = nn.ModuleList(nn.Conv3d(coarse, fine, 1) for fine, coarse in zip(widths[:-1], widths[1:]))
         self.up = nn.ModuleList(ResidualBlock(width, 3) for width in widths[:-1])
         self.norm = group_norm(widths[0])
-        self.head = full_precision(zero_init(nn.Conv3d(widths[0], 1, 3, padding=1)))
+        self.head = full_precision(zero_init(nn.Conv3d(widths[0], 1, 1)))
 
     def forward(self, volume: torch.Tensor, xrays: torch.Tensor, acquisition: Acquisition) -> torch.Tensor:
         """volume ``(B, 1, D, H, W)`` about [0, 1], xrays ``(B, 2, h, w)`` -> corrected volume, float32, not clamped.
