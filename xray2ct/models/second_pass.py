@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -48,7 +50,7 @@ class SecondPass(ActivationCheckpointing):
             nn.Sequential(nn.Conv3d(fine, coarse, 2, stride=2), *(ResidualBlock(coarse, 3) for _ in range(blocks)))
             for fine, coarse, blocks in zip(widths[:-1], widths[1:], (1, 2, 2))
         )
-        self.reduce = nn.ModuleList(nn.Conv3d(coarse, fine, 1) for fine, coarse in zip(widths[:-1], widths[1:]))
+        self.reduce = nn.ModuleList(nn.Conv3d(coarse, fine, 1) for fine, coarse in itertools.pairwise(widths))
         self.up = nn.ModuleList(ResidualBlock(width, 3) for width in widths[:-1])
         self.norm = group_norm(widths[0])
         self.head = full_precision(zero_init(nn.Conv3d(widths[0], 1, 1)))
