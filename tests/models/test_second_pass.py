@@ -1,4 +1,4 @@
-"""A second pass: its conjugate-gradient step against a dense solve, what an untrained one gives, gradients, freezing."""
+"""A second pass: its conjugate gradients against a dense solve, what an untrained one gives, gradients, freezing."""
 
 import pytest
 import torch

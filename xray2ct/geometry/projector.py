@@ -315,7 +315,7 @@ def _back_project_view(image, geometry, view, volume_shape, backend):
     image_size = tuple(image.shape[1:])
     rows, cols = _bands(geometry, view, volume_shape, image_size)
     image = image * _slab_length(geometry, view, volume_shape, image_size, image.device)
-    volume = image.new_empty(len(image), 1, *volume_shape)
+    volume = image.new_empty(image.shape[0], 1, *volume_shape)
     slabs = _to_slabs(volume, view)
     if geometry.kind == "parallel":
         slab = torch.empty_like(slabs[:, :1])
