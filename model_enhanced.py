@@ -43,6 +43,7 @@ from xray2ct.models.guidance import Guidance
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.normalisation import norm_silu
 from xray2ct.models.registry import KIND, REFINEMENT_KIND, register
+from xray2ct.models.second_pass import SecondPass, check_passes
 from xray2ct.models.upsampling import upsample_spline, upsample_trilinear
 from xray2ct.models.window import Window, patch_window
 from xray2ct.models.working_weights import full_precision, with_cast_weights
@@ -91,6 +92,9 @@ class EnhancedDirectModel(CoarseModel):
     activation_checkpointing: recompute activations of the blocks in the backward pass (less memory).
     seen_channel: also read what of each view the film shows: 1, or 0 behind a collimator and beyond the film's edge,
         where a pixel is air for want of anything better.
+    passes: 2 adds a :class:`SecondPass`, which compares the volume with its X-rays and corrects it; 3 applies the same
+        weights twice. It renders by ``acquisition``, which holds the data's HU window and X-ray scale as well.
+    freeze_first_pass: train the second pass alone; the first one runs without gradients.
 
     The output is the sum of the upsampled predictions of the three decoder scales, each of which is
     supervised (multi-scale loss); in eval mode it is clamped to [0, 1].
@@ -108,9 +112,13 @@ class EnhancedDirectModel(CoarseModel):
         transformer_blocks: int = 6,
         activation_checkpointing: bool = False,
         seen_channel: bool = False,
+        passes: int = 1,
+        freeze_first_pass: bool = False,
     ):
         super().__init__(volume_size, geometry, xray_size)
         check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks)
+        check_passes(passes, freeze_first_pass)
+        self.passes, self.freeze_first_pass = passes, freeze_first_pass
         self.activation_checkpointing, self.seen_channel = activation_checkpointing, seen_channel
         c = base_channels
         widths = (c // 2, c, 2 * c, 4 * c)
@@ -135,6 +143,8 @@ class EnhancedDirectModel(CoarseModel):
         )
         # A volume of lungs and soft tissue averages about 0.2; air starts at 0.
         nn.init.constant_(self.decoder[0].head.bias, 0.2)
+        self.requires_grad_(not freeze_first_pass)
+        self.second_pass = SecondPass(c, activation_checkpointing) if passes > 1 else None
 
     def forward(self, xrays):
         """xrays ``(B, 2, H, W)`` in [0, 1] -> ``(volume (B, 1, D, H, W), aux)``.
@@ -142,9 +152,23 @@ class EnhancedDirectModel(CoarseModel):
         With ``seen_channel`` also ``(B, 2, 2, H, W)``: of each view pixels, then what is seen in [0, 1]; without this
         channel everything is seen.
         aux: ``{"volume_16": ..., "volume_32": ...}``, named by their depth: the lower-resolution
-        predictions for the multi-scale loss. Raises ``ValueError`` on another shape.
+        predictions for the multi-scale loss; with several passes also ``volume_pass_1``, what the first one predicted
+        (``volume_pass_2`` of three). Raises ``ValueError`` on another shape.
         """
         xrays = prepare_xrays(xrays, self.xray_size, seen_channel=self.seen_channel)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_first_pass):
+            *coarser, volume = self._first_pass(xrays)
+        aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)}
+        if self.second_pass is not None:
+            for number in range(1, self.passes):
+                aux[f"volume_pass_{number}"] = volume
+                volume = self.second_pass(volume, xrays, self.acquisition)
+        if not self.training:
+            volume = volume.clamp(0.0, 1.0)
+        return volume, aux
+
+    def _first_pass(self, xrays) -> list[torch.Tensor]:
+        """Volumes at a quarter, half and full resolution, each the sum of the predictions so far."""
         features = self._run(self.encoder, xrays)  # strides 2, 4, 8, 16
 
         x = self._run(self.bottleneck_lift, features[3], self.geometry, self.bottleneck_size)
@@ -162,11 +186,7 @@ class EnhancedDirectModel(CoarseModel):
             if volumes:
                 detail = detail + upsample_trilinear(volumes[-1], size)
             volumes.append(detail)
-        *coarser, volume = volumes
-        aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)}
-        if not self.training:
-            volume = volume.clamp(0.0, 1.0)
-        return volume, aux
+        return volumes
 
 
 # ------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ class ModelConfig:
     transformer_blocks: int = setting(6, minimum=0)
     activation_checkpointing: bool = False  # less memory, about a third more time
     seen_channel: bool = False  # read what each film shows, too: not behind a collimator, not beyond its edge
+    passes: int = setting(1, minimum=1, maximum=3)  # 2: a second network corrects the volume; 3: the same one twice
+    freeze_first_pass: bool = False  # train the second pass alone, on the weights of --init
 
 
 @dataclass

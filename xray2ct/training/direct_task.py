@@ -44,7 +44,9 @@ class EnhancedTask(RegressionTask):
 
     def build_model(self) -> CoarseModel:
         torch.manual_seed(self.config.training.seed)
-        return self.network(**self.model_config(), geometry=self.train_data.geometry)
+        model = self.network(**self.model_config(), geometry=self.train_data.geometry)
+        model.acquisition = self.train_data.acquisition
+        return model
 
     def header(self) -> dict:
         return {**super().header(), "model_config": self.model_config()}
