@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from losses import EnhancedLoss
-from xray2ct.files import whole_number, whole_numbers
+from xray2ct.files import InputError, whole_number, whole_numbers
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry
 from xray2ct.models.blocks import (
@@ -40,6 +40,7 @@ from xray2ct.models.blocks import (
 )
 from xray2ct.models.coarse import CoarseModel, check_shape
 from xray2ct.models.guidance import Guidance
+from xray2ct.models.layout import SCALES, LayoutHead
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.normalisation import norm_silu
 from xray2ct.models.registry import KIND, REFINEMENT_KIND, register
@@ -91,6 +92,8 @@ class EnhancedDirectModel(CoarseModel):
     activation_checkpointing: recompute activations of the blocks in the backward pass (less memory).
     seen_channel: also read what of each view the film shows: 1, or 0 behind a collimator and beyond the film's edge,
         where a pixel is air for want of anything better.
+    layout_head: "half" or "full": in training also predict which region fills each voxel at that resolution (logits
+        ``aux["layout"]``, see :mod:`xray2ct.models.layout`); inference does without.
 
     The output is the sum of the upsampled predictions of the three decoder scales, each of which is
     supervised (multi-scale loss); in eval mode it is clamped to [0, 1].
@@ -108,6 +111,7 @@ class EnhancedDirectModel(CoarseModel):
         transformer_blocks: int = 6,
         activation_checkpointing: bool = False,
         seen_channel: bool = False,
+        layout_head: str = "off",
     ):
         super().__init__(volume_size, geometry, xray_size)
         check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks)
@@ -136,13 +140,20 @@ class EnhancedDirectModel(CoarseModel):
         # A volume of lungs and soft tissue averages about 0.2; air starts at 0.
         nn.init.constant_(self.decoder[0].head.bias, 0.2)
 
+        if layout_head not in SCALES:
+            raise InputError(f"model.layout_head is {layout_head!r}; expected one of {', '.join(SCALES)}")
+        self.layout_stage = SCALES[layout_head]
+        if self.layout_stage is not None:  # last: the other initial weights are those of a network without it
+            self.layout = LayoutHead(c // self.layout_stage)
+
     def forward(self, xrays):
         """xrays ``(B, 2, H, W)`` in [0, 1] -> ``(volume (B, 1, D, H, W), aux)``.
 
         With ``seen_channel`` also ``(B, 2, 2, H, W)``: of each view pixels, then what is seen in [0, 1]; without this
         channel everything is seen.
         aux: ``{"volume_16": ..., "volume_32": ...}``, named by their depth: the lower-resolution
-        predictions for the multi-scale loss. Raises ``ValueError`` on another shape.
+        predictions for the multi-scale loss; in training with ``layout_head`` also ``"layout"``. Raises ``ValueError``
+        on another shape.
         """
         xrays = prepare_xrays(xrays, self.xray_size, seen_channel=self.seen_channel)
         features = self._run(self.encoder, xrays)  # strides 2, 4, 8, 16
@@ -155,15 +166,17 @@ class EnhancedDirectModel(CoarseModel):
         x = tokens.transpose(1, 2).unflatten(2, self.bottleneck_size)  # (B, C, 8, 8, 8)
         x = self._run(self.bottleneck_block, x)
 
-        volumes = []
+        volumes, layout = [], {}
         for stage, divisor, image in zip(self.decoder, (4, 2, 1), (features[3], features[2], features[1])):
             size = tuple(n // divisor for n in self.volume_size)
             x, detail = self._run(stage, x, image, self.geometry, size)  # (B, 128 | 64 | 32, *size)
             if volumes:
                 detail = detail + upsample_trilinear(volumes[-1], size)
             volumes.append(detail)
+            if self.training and len(volumes) - 1 == self.layout_stage:
+                layout["layout"] = self._run(self.layout, x)
         *coarser, volume = volumes
-        aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)}
+        aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)} | layout
         if not self.training:
             volume = volume.clamp(0.0, 1.0)
         return volume, aux

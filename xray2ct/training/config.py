@@ -32,6 +32,8 @@ class ModelConfig:
     transformer_blocks: int = setting(6, minimum=0)
     activation_checkpointing: bool = False  # less memory, about a third more time
     seen_channel: bool = False  # read what each film shows, too: not behind a collimator, not beyond its edge
+    # Training alone: tell air, lung, fat, soft tissue and bone apart, at half or full resolution (loss.layout_weight)
+    layout_head: str = setting("off", choices=("off", "half", "full"))
 
 
 @dataclass
@@ -71,6 +73,7 @@ class LossConfig:
     multiscale_weight: float = weight(0.3)
     mse_weight: float = weight(0.0)
     projection_weight: float = weight(0.0)
+    layout_weight: float = weight(0.0)  # needs model.layout_head
     perceptual_weights: str = "imagenet"  # imagenet, random, or a path to VGG16 weights
     perceptual_slices: int = setting(4, minimum=1)  # per orientation and volume that VGG16 sees at each step
     use_scan_mask: bool = False  # leave out what the scan did not see (then strict scores there are up to chance)
