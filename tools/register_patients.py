@@ -34,7 +34,7 @@ COVERED = 0.95  # share of the cube that a reference's scan covers, at least
 LEVELS = ((4, 30), (2, 30), (1, 20))  # shrink factor and iterations, coarse to fine
 ROUNDS = 3  # of each level, between which a scan's end is filled anew
 SIGMA = 1.5  # voxels: Gaussian that smooths the displacement after each iteration
-LATTICE_SIGMA = 2.0  # voxels: before it is stored at fewer points
+LATTICE_SIGMA = 1.0  # voxels: before it is stored at fewer points
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -224,7 +224,7 @@ def main(argv=None) -> int:
     print(f"Reference: {data.ids[index]}, of {len(data)} training patients", flush=True)
     low, high = hu_to_unit(np.array(SEEN_HU), data.hu_window)
     seen = ((volumes.clip(low, high) - low) / (high - low)).astype(np.float32)
-    fields, scores, started = [], [], time.monotonic()
+    fields, scores, started = [], [], time.process_time()
     for number, patient in enumerate(tqdm(data.ids, desc="Registering", leave=False)):
         field = np.zeros((*seen.shape[1:], 3))
         if number != index:
@@ -235,7 +235,7 @@ def main(argv=None) -> int:
             warped = [warp(volumes[index], moved) for moved in candidates]
             scores.append([agreement(volumes[number], masks[number], moved, data.hu_window) for moved in warped])
             tqdm.write(f"{patient}: {described(scores[-1])}")
-    seconds = (time.monotonic() - started) / len(scores)
+    seconds = (time.process_time() - started) / len(scores)
     fields, scores = np.stack(fields), np.array(scores)
     mean, components, shares = principal_components(fields)
     save_deformations(
@@ -243,7 +243,7 @@ def main(argv=None) -> int:
         patients=np.array(data.ids), reference=np.array(data.ids[index]), fov_mm=data.geometry.fov_mm,
         data_fingerprint=np.array(data_header(data)["data_fingerprint"]), scores=scores,
     )  # fmt: skip
-    print(f"Mean: {described(scores.mean(0))}; {seconds:.1f} s each")
+    print(f"Mean: {described(scores.mean(0))}; {seconds:.1f} CPU s each")
     cumulated = ", ".join(f"{k}: {100 * shares[:k].sum():.0f} %" for k in (1, 3, 5, 10, 20) if k < len(shares))
     print(f"Variance in the first components {cumulated}")
     print(f"Of a patient left out, the others' components span {100 * explained_when_left_out(fields):.0f} %")

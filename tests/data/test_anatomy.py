@@ -21,6 +21,7 @@ from xray2ct.data.sample_random import SampleRandom
 from xray2ct.data.warp import SmoothWarp
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
+from xray2ct.training.config import config_dict
 from xray2ct.training.run_identity import check_same_run
 
 
@@ -70,12 +71,12 @@ def test_the_anatomy_is_deformed_first_and_sampled_once():
 
 
 def test_masks_move_with_the_anatomy():
-    theta = torch.eye(3, 4)[None]
-    volumes = F.interpolate(torch.rand(1, 1, 4, 4, 4), size=(16, 16, 16), mode="trilinear")
-    warp = SmoothWarp(theta, None, volumes.shape[2:], smooth_components(1, size=0.1))
-    cells = warp.sample_cells(volumes, (8, 8, 8))
-    assert (cells - F.avg_pool3d(warp.sample(volumes, SAME), 2)).abs().max() < 0.05
-    assert (cells - F.avg_pool3d(volumes, 2)).abs().max() > 0.1
+    theta, matrix = torch.eye(3, 4)[None], [[-0.2, 0.1, 0.0], [0.0, -0.3, 0.1], [-0.1, 0.0, -0.2]]
+    masks = SampleRandom([2]).uniform("mask", (1, 16, 16, 16))
+    found = SmoothWarp(theta, None, masks.shape[2:], linear(matrix, 9)).sample_cells(masks, (8, 8, 8))
+    centres = F.affine_grid(theta, (1, 1, 8, 8, 8), align_corners=False)
+    expected = F.grid_sample(masks, centres + centres @ torch.tensor(matrix).T, align_corners=False)
+    assert torch.allclose(found, expected, atol=3e-5)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def test_training_names_its_anatomies_and_refuses_those_of_patients_it_is_scored
     config, task, _ = build(root, setting)
     header = task.header()
     assert header["train_patients"] == ["p0", "p1", "p2", "elsewhere"]
-    earlier = {**header, "config": {}}
+    earlier = {**header, "config": config_dict(config)}
     check_same_run("last.pt", earlier, header, config)
     save_deformations(path, **entries(patients=np.array(["p0", "elsewhere"]), fov_mm=360.0, mean=np.zeros(3)))
     with pytest.raises(InputError, match="mixed anatomies of another augment"):

@@ -61,7 +61,8 @@ class DeformationModel:
         chosen = random.uniform("anatomy chosen", (1,)) < config.probability
         if self.components.device != random.device:  # once: they stay there
             self.components = self.components.to(random.device)
-        moved = torch.einsum("bk,kcdhw->bcdhw", coefficients * chosen, self.components)
+        # No matrix product: its rounding would depend on the size of the batch.
+        moved = ((coefficients * chosen).view(-1, len(self.components), 1, 1, 1, 1) * self.components).sum(dim=1)
         return moved * unfolded_share(moved).view(-1, 1, 1, 1, 1)
 
     def check(self, path, acquisition_fov_mm: float, unseen: set[str]) -> None:

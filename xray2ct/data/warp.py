@@ -103,8 +103,9 @@ class SmoothWarp:
 
     def _in_place(self, anatomy: torch.Tensor) -> torch.Tensor:
         """The displacement of the anatomy where each of its control points is read."""
-        weights = [control_weights(self.nodes.shape[1], anatomy.shape[-1], anatomy.device)] * 3
-        places = torch.einsum("bzyxc,zd,yh,xw->bdhwc", self.nodes, *weights)
+        shares = control_weights(self.nodes.shape[1], anatomy.shape[-1], anatomy.device)
+        rows, columns = _spread(self.nodes, [shares] * 3)
+        places = (rows @ _three(columns)).unflatten(-1, (-1, 3))
         moved = F.grid_sample(anatomy, places, align_corners=True, padding_mode="border")
         return moved.permute(0, 2, 3, 4, 1)
 
@@ -133,25 +134,28 @@ class SmoothWarp:
         For voxels, or for the centres of so many equal ``cells`` along D, H and W. n counts the points of both
         displacements: the expansion of one set of nodes and that of the other add up.
         """
-        rows, columns = zip(
-            *(self._expanded(nodes, cells) for nodes in (self.nodes, self.anatomy) if nodes is not None)
-        )
+        parts = []
+        for nodes in (self.nodes, self.anatomy):
+            if nodes is not None:
+                weights = [control_weights(nodes.shape[1], n, nodes.device) for n in self.shape]
+                if cells is not None:
+                    weights = [averaged_to(w[None, :, None], (1, n))[0, :, 0] for w, n in zip(weights, cells)]
+                parts.append(_spread(nodes, weights))
+        rows, columns = zip(*parts)
         return torch.cat(rows, dim=-1), torch.cat(columns)
-
-    def _expanded(self, nodes: torch.Tensor, cells) -> tuple[torch.Tensor, torch.Tensor]:
-        points = nodes.shape[1]
-        weights = [control_weights(points, n, nodes.device) for n in self.shape]
-        if cells is not None:
-            weights = [averaged_to(w[None, :, None], (1, n))[0, :, 0] for w, n in zip(weights, cells)]
-        along_z, along_y, along_x = weights
-        rows = (along_z.T @ nodes.flatten(2)).unflatten(-1, (points, -1))  # (B, D, n, 3 n)
-        return along_y.T @ rows, along_x
 
     def _slab(self, device: torch.device) -> int:
         """Planes of the grid that are made at a time."""
         _, height, width = self.shape
         plane = self.nodes.shape[0] * height * width * 3 * 4
         return max(1, SLAB_BYTES.get(device.type, LARGE_SLAB_BYTES) // plane)
+
+
+def _spread(nodes: torch.Tensor, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nodes ``(B, n, n, n, 3)`` expanded along D and H, ``(B, D, H, 3 n)``, and the weights along W."""
+    along_z, along_y, along_x = weights
+    rows = (along_z.T @ nodes.flatten(2)).unflatten(-1, (nodes.shape[1], -1))  # (B, D, n, 3 n)
+    return along_y.T @ rows, along_x
 
 
 def _three(columns: torch.Tensor) -> torch.Tensor:
