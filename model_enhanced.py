@@ -40,6 +40,7 @@ from xray2ct.models.blocks import (
 )
 from xray2ct.models.coarse import CoarseModel, check_shape
 from xray2ct.models.guidance import Guidance
+from xray2ct.models.layout import SCALES, LayoutHead
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.normalisation import norm_silu
 from xray2ct.models.registry import KIND, REFINEMENT_KIND, register
@@ -95,6 +96,8 @@ class EnhancedDirectModel(CoarseModel):
     passes: 2 adds a :class:`SecondPass`, which compares the volume with its X-rays and corrects it; 3 applies the same
         weights twice. It renders by ``acquisition``, which holds the data's HU window and X-ray scale as well.
     freeze_first_pass: train the second pass alone; the first one runs without gradients.
+    layout_head: "half" or "full": in training also predict which region fills each voxel at that resolution (logits
+        ``aux["layout"]``, see :mod:`xray2ct.models.layout`); inference does without.
 
     The output is the sum of the upsampled predictions of the three decoder scales, each of which is
     supervised (multi-scale loss); in eval mode it is clamped to [0, 1].
@@ -114,6 +117,7 @@ class EnhancedDirectModel(CoarseModel):
         seen_channel: bool = False,
         passes: int = 1,
         freeze_first_pass: bool = False,
+        layout_head: str = "off",
     ):
         super().__init__(volume_size, geometry, xray_size)
         check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks)
@@ -146,6 +150,14 @@ class EnhancedDirectModel(CoarseModel):
         self.requires_grad_(not freeze_first_pass)
         self.second_pass = SecondPass(c, activation_checkpointing) if passes > 1 else None
 
+        if layout_head not in SCALES:
+            raise InputError(f"model.layout_head is {layout_head!r}; expected one of {', '.join(SCALES)}")
+        if layout_head != "off" and freeze_first_pass:
+            raise InputError(f"model.layout_head is {layout_head!r}, but the first pass is frozen: expected 'off'")
+        self.layout_stage = SCALES[layout_head]
+        if self.layout_stage is not None:  # last: the other initial weights are those of a network without it
+            self.layout = LayoutHead(c // self.layout_stage)
+
     def forward(self, xrays):
         """xrays ``(B, 2, H, W)`` in [0, 1] -> ``(volume (B, 1, D, H, W), aux)``.
 
@@ -153,12 +165,13 @@ class EnhancedDirectModel(CoarseModel):
         channel everything is seen.
         aux: ``{"volume_16": ..., "volume_32": ...}``, named by their depth: the lower-resolution
         predictions for the multi-scale loss; with several passes also ``volume_pass_1``, what the first one predicted
-        (``volume_pass_2`` of three). Raises ``ValueError`` on another shape.
+        (``volume_pass_2`` of three); in training with ``layout_head`` also ``"layout"``. Raises ``ValueError`` on another
+        shape.
         """
         xrays = prepare_xrays(xrays, self.xray_size, seen_channel=self.seen_channel)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_first_pass):
-            *coarser, volume = self._first_pass(xrays)
-        aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)}
+            (*coarser, volume), layout = self._first_pass(xrays)
+        aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)} | layout
         if self.second_pass is not None:
             for number in range(1, self.passes):
                 aux[f"volume_pass_{number}"] = volume
@@ -167,8 +180,8 @@ class EnhancedDirectModel(CoarseModel):
             volume = volume.clamp(0.0, 1.0)
         return volume, aux
 
-    def _first_pass(self, xrays) -> list[torch.Tensor]:
-        """Volumes at a quarter, half and full resolution, each the sum of the predictions so far."""
+    def _first_pass(self, xrays) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Volumes at a quarter, half and full resolution, each the sum of the predictions so far; ``layout``."""
         features = self._run(self.encoder, xrays)  # strides 2, 4, 8, 16
 
         x = self._run(self.bottleneck_lift, features[3], self.geometry, self.bottleneck_size)
@@ -179,14 +192,16 @@ class EnhancedDirectModel(CoarseModel):
         x = tokens.transpose(1, 2).unflatten(2, self.bottleneck_size)  # (B, C, 8, 8, 8)
         x = self._run(self.bottleneck_block, x)
 
-        volumes = []
+        volumes, layout = [], {}
         for stage, divisor, image in zip(self.decoder, (4, 2, 1), (features[3], features[2], features[1])):
             size = tuple(n // divisor for n in self.volume_size)
             x, detail = self._run(stage, x, image, self.geometry, size)  # (B, 128 | 64 | 32, *size)
             if volumes:
                 detail = detail + upsample_trilinear(volumes[-1], size)
             volumes.append(detail)
-        return volumes
+            if self.training and len(volumes) - 1 == self.layout_stage:
+                layout["layout"] = self._run(self.layout, x)
+        return volumes, layout
 
 
 # ------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ DEFAULT_OUTPUT = "checkpoints_BASELINE"
 # baseline is not held back by its loss. ``--set loss...`` overrides it; the loss of the configuration is not its own.
 LOSS = (
     "loss.mse_weight=1",
-    *(f"loss.{name}_weight=0" for name in ("l1", "ssim", "perceptual", "edge", "multiscale", "projection")),
+    *(f"loss.{name}_weight=0" for name in ("l1", "ssim", "perceptual", "edge", "multiscale", "projection", "layout")),
 )
 # Of X2CT-GAN without its discriminator, by its published settings; X-rays of 128 pixels and all its channels.
 X2CT = (
@@ -59,7 +59,10 @@ class BaselineTask(EnhancedTask):
     settings: tuple[str, ...]  # of the configuration's ``model`` that the network has
 
     def impossible_losses(self) -> dict[str, str]:
-        return {"multiscale": "a baseline predicts no volumes of lower resolution"}
+        return {
+            "multiscale": "a baseline predicts no volumes of lower resolution",
+            "layout": "a baseline predicts no layout",
+        }
 
     def model_config(self) -> dict:
         return {name: getattr(self.config.model, name) for name in self.settings}
@@ -133,6 +136,8 @@ def read_config(args) -> EnhancedConfig:
         raise InputError("model.seen_channel is true; a baseline reads pixels alone: expected false")
     if config.model.passes > 1:
         raise InputError(f"model.passes is {config.model.passes}; a baseline has a single pass: expected 1")
+    if config.model.layout_head != "off":
+        raise InputError(f"model.layout_head is {config.model.layout_head}; a baseline has no such head: expected off")
     if args.baseline == "mean":
         config.data.xray_source = "files"  # volumes as they are, at the model's resolution
     return config

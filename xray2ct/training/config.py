@@ -35,6 +35,8 @@ class ModelConfig:
     seen_channel: bool = False  # read what each film shows, too: not behind a collimator, not beyond its edge
     passes: int = setting(1, minimum=1, maximum=3)  # 2: a second network corrects the volume; 3: the same one twice
     freeze_first_pass: bool = False  # train the second pass alone, on the weights of --init
+    # Training alone: tell air, lung, fat, soft tissue and bone apart, at half or full resolution (loss.layout_weight)
+    layout_head: str = setting("off", choices=("off", "half", "full"))
 
 
 @dataclass
@@ -74,6 +76,7 @@ class LossConfig:
     multiscale_weight: float = weight(0.3)
     mse_weight: float = weight(0.0)
     projection_weight: float = weight(0.0)
+    layout_weight: float = weight(0.0)  # needs model.layout_head
     perceptual_weights: str = "imagenet"  # imagenet, random, or a path to VGG16 weights
     perceptual_slices: int = setting(4, minimum=1)  # per orientation and volume that VGG16 sees at each step
     use_scan_mask: bool = False  # leave out what the scan did not see (then strict scores there are up to chance)

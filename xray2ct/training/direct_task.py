@@ -38,6 +38,14 @@ class EnhancedTask(RegressionTask):
         self.set_criterion(processes.device)
         self.build_cache(processes)
 
+    def impossible_losses(self) -> dict[str, str]:
+        head, weight = self.config.model.layout_head, self.config.loss.layout_weight
+        if head != "off" and not weight:
+            raise InputError(
+                f"model.layout_head is {head}, but loss.layout_weight is 0: expected more, or the head off"
+            )
+        return {"layout": "model.layout_head is off"} if head == "off" else {}
+
     def model_config(self) -> dict:
         """The network's settings, as its checkpoints hold them."""
         return config_dict(self.config.model)

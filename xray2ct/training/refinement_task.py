@@ -53,6 +53,7 @@ class RefinementTask(RegressionTask):
 
     def impossible_losses(self) -> dict[str, str]:
         impossible = {"multiscale": "stage 2 predicts no volumes of lower resolution"}
+        impossible["layout"] = "stage 2 predicts no layout"
         if self.config.patch.size:
             impossible["projection"] = f"patches (patch.size is {self.config.patch.size}) have no X-ray of their own"
         return impossible

@@ -25,6 +25,7 @@ FREE_ON_RESUME = (
     "data.device_cache",
     "data.cache_dir",
     "data.dataset_path",
+    "augment.anatomy.file",  # its content is compared
     "training.channels_last",  # where a tensor's numbers lie; "auto" since it became the default
 )
 VOLUMES = ("cube_size", "couch_removed", "assume_ras")  # how prepare_data.py made the volumes, in the manifest
@@ -91,6 +92,10 @@ def check_same_run(path, checkpoint: dict, header: dict, config) -> None:
         )
     if checkpoint.get("init") != header.get("init"):
         raise InputError(f"{path} began with other weights (--init); choose another --output, or give the same --init")
+    if checkpoint.get("anatomies") != header.get("anatomies"):
+        raise InputError(
+            f"{path} mixed anatomies of another augment.anatomy.file; choose another --output, or that file"
+        )
     root = Path(config.data.dataset_path)
     check_same_data(path, checkpoint, header, f"the data is {root}: choose another --output, or the data it began with")
     old, new = (entry.get("train_patients") for entry in (checkpoint, header))

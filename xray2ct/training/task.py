@@ -130,6 +130,18 @@ class PatientTask(Task):
         self.train_data = PatientDataset(data.dataset_path, "train", *read_as, **options, **common)
         self.data_header = data_header(self.train_data)
         self.pairs = PairMaker(self.train_data.acquisition, (size,) * 3, xray_size, augment, self.seen_channel)
+        if self.pairs.deformations is not None:
+            self._check_anatomies(augment.anatomy.file)
+
+    def _check_anatomies(self, path) -> None:
+        """Refuse deformations that this training cannot use: of another cube, of patients that validate or test."""
+        if not self.renders:
+            raise InputError(
+                f"augment.anatomy.file is {path}, but X-rays are read from files: expected null, or"
+                " data.xray_source=render"
+            )
+        unseen = {*self.val_data.splits["val"], *self.val_data.splits["test"]}
+        self.pairs.deformations.check(path, self.val_data.geometry.fov_mm, unseen)
 
     def augment_config(self, source_size: int) -> AugmentConfig:
         """The settings of augmentation, for source volumes of ``source_size``."""
@@ -155,8 +167,11 @@ class PatientTask(Task):
             "xray_size": self.xray_size,
             "train_patients": list(self.train_data.ids),
         }
+        if self.pairs.deformations is not None:
+            header["anatomies"] = self.pairs.deformations.fingerprint
+            header["train_patients"] += [p for p in self.pairs.deformations.patients if p not in self.train_data.ids]
         if self.initial:
-            header["train_patients"] += [p for p in self.initial["patients"] if p not in self.train_data.ids]
+            header["train_patients"] += [p for p in self.initial["patients"] if p not in header["train_patients"]]
             header["init"] = self.initial["init"]
         return header
 
