@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from losses import EnhancedLoss
-from xray2ct.files import InputError, whole_number, whole_numbers
+from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry
 from xray2ct.models.blocks import (
@@ -25,9 +25,7 @@ from xray2ct.models.blocks import (
     ResidualBlock,
     TransformerBlock,
     XrayEncoder,
-    check_stem_stride,
     check_xray_size,
-    checked_width,
     group_norm,
     in_full_precision,
     pixel_shuffle_3d,
@@ -43,6 +41,7 @@ from xray2ct.models.guidance import Guidance
 from xray2ct.models.layout import SCALES, LayoutHead
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.normalisation import norm_silu
+from xray2ct.models.refinement_settings import checked_refinement
 from xray2ct.models.registry import KIND, REFINEMENT_KIND, register
 from xray2ct.models.second_pass import SecondPass, check_passes
 from xray2ct.models.upsampling import upsample_spline, upsample_trilinear
@@ -165,8 +164,8 @@ class EnhancedDirectModel(CoarseModel):
         channel everything is seen.
         aux: ``{"volume_16": ..., "volume_32": ...}``, named by their depth: the lower-resolution
         predictions for the multi-scale loss; with several passes also ``volume_pass_1``, what the first one predicted
-        (``volume_pass_2`` of three); in training with ``layout_head`` also ``"layout"``. Raises ``ValueError`` on another
-        shape.
+        (``volume_pass_2`` of three); in training with ``layout_head`` also ``"layout"``. Raises ``ValueError`` on
+        another shape.
         """
         xrays = prepare_xrays(xrays, self.xray_size, seen_channel=self.seen_channel)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_first_pass):
@@ -206,8 +205,6 @@ class EnhancedDirectModel(CoarseModel):
 
 # ------------------------------------------------------------------------------------------------
 # Stage 2
-
-STARTS = ("trilinear", "cubic")  # of RefinementNetwork; the first is that of weights which name none
 
 
 @register(REFINEMENT_KIND)
@@ -276,7 +273,7 @@ class RefinementNetwork(ActivationCheckpointing):
         )
 
     def _build(self, settings: dict) -> None:
-        self.settings = settings = _checked_refinement(settings)
+        self.settings = settings = checked_refinement(settings)
         channels, (c1, c2, c4) = settings["channels"], settings["head_channels"]
         g1, g2, g4 = settings["guide_channels"] if settings["guided"] else (0, 0, 0)
         self.guidance = None
@@ -308,7 +305,7 @@ class RefinementNetwork(ActivationCheckpointing):
     def set_extra_state(self, state: dict) -> None:
         self.acquisition = Acquisition(Geometry.from_dict(state["geometry"]), state["hu_window"], state["xray_scale"])
         self.xray_size = state["xray_size"]
-        settings = _checked_refinement(state["settings"])
+        settings = checked_refinement(state["settings"])
         before, self.settings = self.settings, settings
         if {**before, "start": settings["start"]} != settings:  # start has no weights, which an optimiser may hold
             # Called before the children's weights are read: they find the network they belong to.
@@ -446,18 +443,3 @@ class RefinementNetwork(ActivationCheckpointing):
             box = [slice(self.scale * o, self.scale * (o + s)) for o, s in zip(origin, size)]
             volume[:, :, box[0], box[1], box[2]] = part.to(device)
         return volume
-
-
-def _checked_refinement(settings: dict) -> dict:
-    """Stage 2's settings with lists for tuples; :class:`InputError` naming the one that it cannot have."""
-    settings = {"start": STARTS[0], **settings}  # weights of earlier versions do not name it
-    for name in ("channels", "growth", "rrdb_blocks"):
-        whole_number(f"model.{name}", settings[name], 1)
-    check_stem_stride(settings["stem_stride"])
-    if settings["start"] not in STARTS:
-        raise InputError(f"model.start is {settings['start']!r}; expected {' or '.join(STARTS)}")
-    lists = {name: whole_numbers(f"model.{name}", settings[name], 3, 1) for name in ("head_channels", "guide_channels")}
-    widths = whole_numbers("model.guide_widths", settings["guide_widths"], 4, 1)
-    for index, width in enumerate(widths):
-        checked_width(f"model.guide_widths[{index}]", width)
-    return {**settings, **lists, "guide_widths": widths}
