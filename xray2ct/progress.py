@@ -55,7 +55,7 @@ class ProgressLines:
         **_options,
     ):
         self.iterable, self.desc, self.unit, self.n, self.initial = iterable, desc, unit, initial, initial
-        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total  # type: ignore
+        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
         self.clock, self.stream, self.started = clock, stream, clock()
         self.number = tqdm.format_sizeof if unit_scale else "{:.0f}".format
         self.printed = self.started
