@@ -79,6 +79,17 @@ def test_time_for_the_last_validation_is_kept_back():
     assert clock.own_share == 1.0
 
 
+def test_a_validation_that_would_take_the_last_steps_time_is_left_to_the_end():
+    now = Time()
+    clock = RunClock(10, now)
+    clock.validation = 100.0  # 500 seconds are for steps: one that began after 400 would end with them
+    for seconds, comes in ((399, False), (401, True), (499, True), (501, False)):  # after 500 it is the last one
+        now.now = 1000.0 + seconds
+        clock.agree(clock.own_share)
+        assert clock.last_validation_comes == comes
+    assert not RunClock(None, now).last_validation_comes
+
+
 def test_earlier_starts_count_and_another_limit_is_noted():
     now = Time()
     first = RunClock(10, now)

@@ -25,9 +25,9 @@ class RunClock:
     minutes: ``--max-minutes``: 0 for no limit, None for that of the state the run goes on from (else no limit). now:
     seconds that only grow.
 
-    :attr:`share` of the limit that has passed is what the processes of a run have agreed on (:meth:`agree`), so that
-    the learning rate and the last step are the same on all of them. Time for the last validation, as long as the one
-    before, is kept back.
+    :attr:`share` of the limit that has passed is what the processes of a run have agreed on (:meth:`agree`), and so is
+    :attr:`validation`: the learning rate, validations and the last step are the same on all of them. Time for the last
+    validation, as long as the one before, is kept back.
     """
 
     def __init__(self, minutes: float | None = None, now: Callable[[], float] = time.monotonic):
@@ -50,8 +50,12 @@ class RunClock:
         """Of the limit that has passed by this process's own clock; 0 without a limit."""
         if not self.minutes:
             return 0.0
-        limit = 60 * self.minutes
-        return self.seconds / (limit - min(self.validation, limit / 2))
+        return self.seconds / (60 * self.minutes - self._kept_back)
+
+    @property
+    def _kept_back(self) -> float:
+        """Seconds for the last validation: as many as the one before took, at most half of the limit."""
+        return min(self.validation, 30 * (self.minutes or 0))
 
     def agree(self, share: float) -> None:
         """Take the share that all processes have agreed on."""
@@ -61,6 +65,14 @@ class RunClock:
     def over(self) -> bool:
         """Whether the limit's time has passed."""
         return self.share >= 1
+
+    @property
+    def last_validation_comes(self) -> bool:
+        """Whether a validation now would leave no time for steps before the last one, and the cosine unfinished."""
+        if not self.minutes or self.over:
+            return False
+        trained = 60 * self.minutes - self._kept_back
+        return self.share * trained + self._kept_back >= trained
 
     def state(self) -> dict | None:
         """What a checkpoint keeps: None without a limit, so that equal runs leave equal files."""

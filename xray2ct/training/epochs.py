@@ -82,7 +82,8 @@ class RunEpochs(RunState):
         config, epochs, metrics = self.config, self.config.training.num_epochs, None
         self._say(epoch_summary(self.epoch, summary))
         self.log("epoch", **summary, **peak_gpu_memory(self.processes.device))
-        if self.epoch % config.logging.val_interval == 0 or self.epoch == epochs or self.clock.over:
+        due = self.epoch % config.logging.val_interval == 0 and not self.clock.last_validation_comes
+        if due or self.epoch == epochs or self.clock.over:
             metrics = self._validate_and_keep_best()
         interval = config.logging.save_checkpoint_interval
         finished = self.epoch
@@ -106,7 +107,7 @@ class RunEpochs(RunState):
             self.save_best(metrics)
             self._say(f"New best model saved! PSNR: {metrics['psnr']:.2f} dB")
         if self.clock.minutes:
-            self.clock.validation = self.clock.seconds - began
+            self.clock.validation = self.processes.largest(self.clock.seconds - began)
             self.clock.agree(self.processes.largest(self.clock.own_share))
         return metrics
 
