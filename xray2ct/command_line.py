@@ -14,7 +14,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if default is None or isinstance(default, bool) or default in ([], "", argparse.SUPPRESS) or "default" in text:
+        if default in (None, [], (), "", argparse.SUPPRESS) or isinstance(default, bool) or "default" in text:
             return text
         values = default if isinstance(default, list | tuple) else [default]
         shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

@@ -40,6 +40,8 @@ def test_demo_ends_with_scores_a_volume_and_a_picture(options, capsys):
     assert methods["refined"]["psnr_strict"]["n"] == 1
     for method in ("refined", "trilinear", "mean_volume"):
         assert f"{methods[method]['psnr_strict']['mean']:.2f} dB" in text
+    assert f"{output / 'results' / 'report.html'}: open it in a browser" in text
+    assert "phantom_0003" in (output / "results" / "report.html").read_text(encoding="utf-8")
     image = nib.load(output / "reconstruction.nii.gz")
     assert image.shape == (128, 128, 128)
     assert np.allclose(image.affine, np.diag([-2.8125, -2.8125, -2.8125, 1]) + _corner(128))
