@@ -1,11 +1,11 @@
-"""How much a trained system loses when X-rays are not taken as it expects: a table of perturbations, and the worst case.
+"""How much a trained system loses when X-rays are not taken as it expects: a table, and a picture of the worst case.
 
     python -m tools.robustness --base checkpoints_enhanced/best_model.pt --data data --output robustness
     python -m tools.robustness --base best_model.pt --data data --patients lidc_0001 lung1_003 --output robustness \
         --only "view angle" "source distance"
 
-Writes ``robustness.json``, ``robustness.md`` and ``worst.png``. X-rays are rendered anew from the patients' volumes, also
-the unperturbed ones that every difference is paired with; scores are the strict protocol's (docs/protocols.md).
+Writes ``robustness.json``, ``robustness.md`` and ``worst.png``. X-rays are rendered anew from the patients' volumes,
+also the unperturbed ones that every difference is paired with; scores are the strict protocol's (docs/protocols.md).
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ def main(argv=None) -> int:
         "rows": rows,
         "worst": {"perturbation": worst.name, "id": worst.patient, "loss_db": worst.loss},
     }
-    assert worst.shown is not None and worst.volume is not None
+    assert worst.shown is not None
+    assert worst.volume is not None
     truth = averaged_to(worst.shown.truth, predictor.volume_size)[0, 0]
     title = f"{worst.patient}, {worst.name}: {-worst.loss:+.2f} dB"
     save_panel(args.output / "worst.png", worst.shown.xrays[0], worst.volume, truth, predictor.hu_window, title)

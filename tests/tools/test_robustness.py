@@ -26,7 +26,8 @@ def test_differences_are_paired_and_the_worst_case_is_drawn(trained, tmp_path, c
     losses = [rows[name, patient] - rows["as trained", patient] for patient in result["patients"]]
     assert result["summary"]["differences"][name]["psnr_strict"]["mean"] == pytest.approx(sum(losses) / len(losses))
     assert len(result["rows"]) == 2 * (1 + 4 + 3)
-    assert result["measured"]["weights"] and result["measured"]["command"].startswith("python -m tools.robustness")
+    assert result["measured"]["weights"]
+    assert result["measured"]["command"].startswith("python -m tools.robustness")
     text = (tmp_path / "robustness.md").read_text()
     assert f"| {name} | {result['summary']['differences'][name]['psnr_strict']['mean']:+.2f} (" in text
     assert (tmp_path / "worst.png").stat().st_size > 1000

@@ -125,7 +125,8 @@ def view_angle(exam: Exam, degrees: float) -> Shown:
 def source_distance(exam: Exam, factor: float) -> Shown:
     """The source is ``factor`` times as far from the detector; detector and patient stay, and nobody noted it."""
     geometry = exam.geometry
-    assert geometry.sdd_mm is not None and geometry.sid_mm is not None
+    assert geometry.sdd_mm is not None
+    assert geometry.sid_mm is not None
     distances = {"sdd_mm": factor * geometry.sdd_mm, "sid_mm": geometry.sid_mm + (factor - 1) * geometry.sdd_mm}
     return exam.show(exam.render(exam.volume, replace(geometry, **distances)))
 

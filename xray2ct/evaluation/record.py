@@ -52,6 +52,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def mean_sd(column: str, statistics: dict) -> str:
     """``24.89 +- 0.98``, with the digits of :func:`format_score`; "-" where no patient has the score."""
+    if column == "seconds":
+        return f"{statistics['mean']:.1f}"
     spread = f" +- {format_score(column, statistics['sd'])}" if statistics["sd"] is not None else ""
     return format_score(column, statistics["mean"]) + spread
 
