@@ -77,5 +77,10 @@ def test_a_curve_is_trained_evaluated_and_drawn(tmp_path):
     gain = large["summary"]["psnr_strict"]["mean"] - small["summary"]["psnr_strict"]["mean"]
     assert result["slope_per_doubling"]["psnr_strict"]["mean"] == pytest.approx(gain / math.log2(3))
     assert (output / "learning_curve.png").stat().st_size > 10_000
+    runs = ["--evaluate-only", str(output / "p3_s0"), str(output / "p1_s0")]
+    assert learning_curve.main(["--data", str(root), "--output", str(tmp_path / "again"), *runs]) == 0
+    again = json.loads((tmp_path / "again/learning_curve.json").read_text())
+    assert [run["run"] for run in again["runs"]] == ["p1_s0", "p3_s0"]
+    assert again["slope_per_doubling"] == result["slope_per_doubling"]
     with pytest.raises(InputError, match=r"--patients 9: .* has 3 patients to train on"):
         learning_curve.main([*common, "--patients", "9", *options])
