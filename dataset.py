@@ -56,7 +56,8 @@ class PatientDataset(Dataset):
     affine ``(4, 4)`` of ``ct_volume`` as stored in NIfTI (W, H, D); seen: of the X-rays' shape, float32, how much of
     each pixel its file shows, 1 where the X-ray is rendered (:class:`read_xray.XrayImage`).
 
-    split: "train", "val", "test" or "all". max_patients: the first so many (by id).
+    split: "train", "val", "test" or "all". max_patients: the first so many (by id), or with ``subset_seed`` in an order
+    drawn from it: subsets of one seed are nested.
     hu_window: another window than the data set's own. xray_normalization: for X-rays of a data set
     without manifest (see :func:`read_films.read_films`). raw: leave ct_volume as uint16 (65535 = 1) and
     mask as uint8, to be converted on the device. with_mask: False leaves the mask out. body: whether ``"body"`` is
@@ -84,6 +85,7 @@ class PatientDataset(Dataset):
         xrays: str = "drr",
         seen: bool = False,
         scanned: PatientDataset | None = None,
+        subset_seed: int | None = None,
     ):
         self.root = Path(root)
         patients, manifest = self._folders = scanned._folders if scanned else _scan(self.root)
@@ -112,7 +114,7 @@ class PatientDataset(Dataset):
         self.xrays = xrays
         self.without_xrays = self._without_xrays(ids, patients)
         ids = [patient for patient in ids if patient not in self.without_xrays]
-        self.ids = ids[:max_patients] if max_patients else list(ids)
+        self.ids = chosen_patients(ids, max_patients, subset_seed)
         if not self.ids:
             raise InputError(f"{self.root}: the {split} split is empty ({len(patients)} patients in all)")
         made_here = (manifest.present and xrays == "drr") or xrays == "scout"
@@ -335,6 +337,16 @@ def _scan(root: Path) -> tuple[dict[str, PatientFolder], Manifest]:
     manifest = Manifest(root, patients)
     check_patients(patients, root)
     return patients, manifest
+
+
+def chosen_patients(ids, count: int | None, seed: int | None) -> list[str]:
+    """The first ``count`` ids (None: all), with a seed by the hash of seed and id, whatever other ids there are."""
+
+    def place(patient: str) -> bytes:
+        return hashlib.sha256(f"{seed}:{patient}".encode()).digest()
+
+    chosen = set((ids if seed is None else sorted(ids, key=place))[:count])
+    return [patient for patient in ids if patient in chosen]
 
 
 def _files_of(sources) -> list[Path]:

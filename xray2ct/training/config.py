@@ -88,6 +88,9 @@ class CommonData:
 
     dataset_path: str = "data"
     max_patients: int | None = setting(None, minimum=1)
+    subset_seed: int | None = setting(
+        None, minimum=0
+    )  # which max_patients: null, the first; else nested random subsets
     repeats: int = setting(1, minimum=1)  # times each patient is drawn (and augmented anew) per epoch
     prefetch_factor: int = setting(2, minimum=1)
     # Training volumes stay on the GPU: auto (if they take at most half of its free memory), on, off; ignored on a CPU

@@ -125,7 +125,8 @@ class PatientTask(Task):
                 f"augment.film.probability is {augment.film.probability:g}, but X-rays are read from files: expected 0,"
                 " or data.xray_source=render"
             )
-        options = {"max_patients": data.max_patients, "raw": self.renders, "scanned": self.val_data}
+        options = {"max_patients": data.max_patients, "subset_seed": data.subset_seed, "raw": self.renders}
+        options |= {"scanned": self.val_data}
         options |= {"with_mask": self.uses_mask, "body": self.makes_films}
         self.train_data = PatientDataset(data.dataset_path, "train", *read_as, **options, **common)
         self.data_header = data_header(self.train_data)
