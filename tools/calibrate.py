@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dataset import PatientDataset
 from xray2ct.checkpoints import check_compatible
+from xray2ct.command_line import Parser
 from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.protocols import scanned_body
 from xray2ct.evaluation.record import measured
@@ -95,7 +96,7 @@ def check(system: DirectSystem, calibration: Calibration, args: argparse.Namespa
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--base", required=True, help="stage-1 checkpoint")
     parser.add_argument("--refinement", help="stage-2 checkpoint: its volumes are calibrated, and the file is its own")
     parser.add_argument("--data", required=True, help="data set, as from prepare_data.py")

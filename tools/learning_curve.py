@@ -21,6 +21,7 @@ import numpy as np
 import train_enhanced_4gpu
 from dataset import PatientDataset
 from xray2ct.checkpoints import load_checkpoint
+from xray2ct.command_line import Parser
 from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.protocols import format_score
 from xray2ct.evaluation.record import described, markdown_table, measured, with_interval
@@ -164,7 +165,7 @@ def draw(result: dict):
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="data set, as from prepare_data.py")
     parser.add_argument("--patients", nargs="+", type=int, default=[8, 17, 32], help="sizes of the subsets (8 17 32)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of subsets and trainings (default 0)")

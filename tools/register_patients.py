@@ -21,6 +21,7 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from dataset import PatientDataset
+from xray2ct.command_line import Parser
 from xray2ct.data.anatomy import save_deformations
 from xray2ct.files import InputError, check_writable, run_cli
 from xray2ct.geometry.projector import hu_to_unit
@@ -38,7 +39,7 @@ LATTICE_SIGMA = 1.0  # voxels: before it is stored at fewer points
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="prepared data set; its training patients are read")
     parser.add_argument("--output", type=Path, default=Path("anatomy.npz"), help="file (default %(default)s)")
     parser.add_argument("--reference", metavar="ID", help="training patient (default: the one most like their mean)")

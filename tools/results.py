@@ -22,6 +22,7 @@ from pathlib import Path
 from hybrid_vit_cascade.system import load_cascade_system
 from tools import learning_curve, robustness
 from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
+from xray2ct.command_line import Parser
 from xray2ct.evaluation.record import described, markdown_table, mean_sd, measured, with_interval
 from xray2ct.evaluation.run import evaluate
 from xray2ct.files import InputError, atomic_path, read_json, run_cli, shown, write_json
@@ -220,7 +221,7 @@ def check(systems: dict, text_path: Path) -> int:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", help="data set to evaluate on; without it only the tables are written")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="systems to evaluate (default: all with a checkpoint)"

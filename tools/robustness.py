@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dataset import PatientDataset
 from xray2ct.checkpoints import check_compatible
+from xray2ct.command_line import Parser
 from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.perturbations import PERTURBATIONS, Exam, Shown
 from xray2ct.evaluation.protocols import Case, strict
@@ -139,7 +140,7 @@ def choose(only: list[str] | None, predictor: Predictor) -> list[str]:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--base", required=True, help="stage-1 checkpoint")
     parser.add_argument("--refinement", help="stage-2 checkpoint")
     parser.add_argument("--data", required=True, help="data set, as from prepare_data.py")
