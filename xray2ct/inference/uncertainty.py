@@ -2,8 +2,9 @@
 
 A network that predicts one volume has no spread. But its errors on patients that it was not trained on are known, and
 they are largest where the prediction itself is uneven: at organs' surfaces, which lie a little off. So the half-width
-that held 68.27 % of these errors is tabulated by predicted HU and by local contrast (both in bins of equal counts), and
-looked up for a new volume. It costs no further pass of the network. ``tools/calibrate.py`` fits and checks the table.
+of these errors is tabulated by predicted HU and by local contrast (both in bins of equal counts), scaled so that
+68.27 % of all lie within it, and looked up for a new volume, without a further pass of the network
+(``tools/calibrate.py``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FORMAT = 1
 
 @dataclass
 class Calibration:
-    """Half-width in HU that covers 68.27 % of the errors, by predicted HU (rows) and local contrast (columns).
+    """Half-widths in HU that cover 68.27 % of all errors, by predicted HU (rows) and local contrast (columns).
 
     value_edges, contrast_edges: inner edges of the bins, in HU. factor95: multiple of the half-width that covers
     95.45 %: 2 for Gaussian errors, more for errors with heavier tails. weights: fingerprints of the checkpoints.
@@ -67,13 +68,20 @@ def fit(hu: np.ndarray, contrast: np.ndarray, error_hu: np.ndarray, weights: lis
     table = np.zeros((BINS, BINS))
     for row in range(BINS):
         inside = rows == row
-        whole = np.quantile(error[inside] if inside.any() else error, ONE_SD)
+        whole = _width(error[inside] if inside.any() else error)
         for column in range(BINS):
             cell = error[inside & (columns == column)]
-            table[row, column] = np.quantile(cell, ONE_SD) if len(cell) >= FEWEST else whole
+            table[row, column] = _width(cell) if len(cell) >= FEWEST else whole
     table = table.clip(1.0)  # HU: volumes are written as whole numbers
+    table *= np.quantile(error / table[rows, columns], ONE_SD)
     factor = float(np.quantile(error / table[rows, columns], TWO_SD))
     return Calibration(*edges, table.round(2).tolist(), round(factor, 3), weights)
+
+
+def _width(error: np.ndarray) -> float:
+    """Half-width of absolute errors, as of a Gaussian: the mean of what 68.27 and 95.45 % of them say."""
+    one, two = np.quantile(error, (ONE_SD, TWO_SD))
+    return float(one + two / 2) / 2
 
 
 def calibration_path(checkpoint) -> Path:
