@@ -10,6 +10,9 @@ use, as memory-mapped arrays under ``ROOT/.cache`` (or ``cache_dir``), so that n
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 import hashlib
 import json
 import warnings
@@ -53,14 +56,16 @@ class PatientDataset(Dataset):
     affine ``(4, 4)`` of ``ct_volume`` as stored in NIfTI (W, H, D); seen: of the X-rays' shape, float32, how much of
     each pixel its file shows, 1 where the X-ray is rendered (:class:`read_xray.XrayImage`).
 
-    split: "train", "val", "test" or "all". max_patients: the first so many (by id).
+    split: "train", "val", "test" or "all". max_patients: the first so many (by id), or with ``subset_seed`` in an order
+    drawn from it: subsets of one seed are nested.
     hu_window: another window than the data set's own. xray_normalization: for X-rays of a data set
     without manifest (see :func:`read_films.read_films`). raw: leave ct_volume as uint16 (65535 = 1) and
     mask as uint8, to be converted on the device. with_mask: False leaves the mask out. body: whether ``"body"`` is
     wanted; seen: whether ``"seen"`` is, next to the X-rays. xrays: ``"drr"`` for the X-rays that belong to the volume,
     ``"scout"`` or ``"film"`` for real ones of the same patient (``ID_pa_scout.png``): patients without both views are
     left out, and named by ``without_xrays``; scouts have the data set's scale, films are read by
-    :func:`read_films.read_films`.
+    :func:`read_films.read_films`. scanned: a data set of the same root whose look at all its folders serves this one,
+    too.
     Raises :class:`InputError` naming file or folder for anything unusable.
     """
 
@@ -79,12 +84,12 @@ class PatientDataset(Dataset):
         body: bool = False,
         xrays: str = "drr",
         seen: bool = False,
+        scanned: PatientDataset | None = None,
+        subset_seed: int | None = None,
     ):
         self.root = Path(root)
-        patients = find_patients(self.root)
-        manifest = Manifest(self.root, patients)
-        check_patients(patients, self.root)
-        if not manifest.present:
+        patients, manifest = self._folders = scanned._folders if scanned else _scan(self.root)
+        if not manifest.present and scanned is None:
             rendered = [p.id for p in patients.values() if None in p.xrays]
             missing = f"missing ones rendered ({some(rendered)})" if rendered else "none missing"
             warnings.warn(
@@ -109,10 +114,9 @@ class PatientDataset(Dataset):
         self.xrays = xrays
         self.without_xrays = self._without_xrays(ids, patients)
         ids = [patient for patient in ids if patient not in self.without_xrays]
-        self.ids = ids[:max_patients] if max_patients else list(ids)
+        self.ids = chosen_patients(ids, max_patients, subset_seed)
         if not self.ids:
             raise InputError(f"{self.root}: the {split} split is empty ({len(patients)} patients in all)")
-        self._patients = patients
         made_here = (manifest.present and xrays == "drr") or xrays == "scout"
         # Prepared films have the data set's scale, and a mark that says so, which "auto" knows.
         self._normalization = "manifest" if made_here else "auto" if xrays == "film" else xray_normalization
@@ -132,6 +136,10 @@ class PatientDataset(Dataset):
             names = " and ".join(f"ID{name}.png" for name in REAL_XRAYS[self.xrays])
             raise InputError(f"{self.root}: none of {len(ids)} patients has {names}; see docs/real_xrays.md")
         return missing
+
+    @property
+    def _patients(self) -> dict[str, PatientFolder]:
+        return self._folders[0]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -321,6 +329,24 @@ class PatientDataset(Dataset):
             "xrays": np.round(np.stack(images) * 65535.0).astype(np.uint16),
             "seen": np.round(np.stack(seen) * 255.0).astype(np.uint8),
         }
+
+
+def _scan(root: Path) -> tuple[dict[str, PatientFolder], Manifest]:
+    """All patients' folders, checked, and the manifest; of 25,000 patients this takes seconds."""
+    patients = find_patients(root)
+    manifest = Manifest(root, patients)
+    check_patients(patients, root)
+    return patients, manifest
+
+
+def chosen_patients(ids, count: int | None, seed: int | None) -> list[str]:
+    """The first ``count`` ids (None: all), with a seed by the hash of seed and id, whatever other ids there are."""
+
+    def place(patient: str) -> bytes:
+        return hashlib.sha256(f"{seed}:{patient}".encode()).digest()
+
+    chosen = set((ids if seed is None else sorted(ids, key=place))[:count])
+    return [patient for patient in ids if patient in chosen]
 
 
 def _files_of(sources) -> list[Path]:

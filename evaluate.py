@@ -14,8 +14,12 @@ evaluation wrote there is removed, its report and pictures too, once the new one
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from hybrid_vit_cascade.system import load_cascade_system
@@ -24,10 +28,11 @@ from xray2ct.conventions import REAL_XRAYS
 from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.run import FILES, evaluate
 from xray2ct.evaluation.tables import print_coverage, print_table
-from xray2ct.files import InputError, check_writable, run_cli
+from xray2ct.files import InputError, check_writable, counted, run_cli
 from xray2ct.inference.predictor import Predictor
 from xray2ct.inference.system import DirectSystem, add_tile_argument
 from xray2ct.inference.weights_arguments import add_weights_argument, choose_weights
+from xray2ct.progress import be_quiet, progress_bar
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -52,7 +57,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=6, help="cases to draw (default %(default)s)")
     parser.add_argument("--report", action="store_true", help="also write report.html: tables and a viewer of patients")
     parser.add_argument(
-        "--report-cases", nargs="+", metavar="ID", help="patients in the report's viewer: ids, or how many (default 5)"
+        "--report-cases",
+        nargs="+",
+        metavar="ID",
+        help="patients in the report's viewer: ids, or a number of them (default 5)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument(
@@ -60,8 +68,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--cache-dir", help="default: DATA/.cache")
     parser.add_argument("--allow-seen", action="store_true", help="also score patients the checkpoint was trained on")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--full-table", action="store_true", help="print every score; files always hold all of them")
-    parser.add_argument("--steps", type=int, default=25, help="cascade: steps per stage and sample")
+    parser.add_argument("--steps", type=int, default=25, help="cascade: of each stage and sample")
     parser.add_argument("--samples", type=int, default=0, help="cascade: also one sample, and the mean of this many")
     parser.add_argument("--seed", type=int, default=0, help="cascade: of the samples' noise (default %(default)s)")
     parser.add_argument("--max-stages", type=int, help="cascade: stop after this many stages")
@@ -91,13 +100,17 @@ def load_predictor(args) -> Predictor:
     """The direct system of ``--base`` and ``--refinement``, or the cascade of ``--cascade``."""
     if args.base:
         return DirectSystem(args.base, args.refinement, args.device, args.precision, args.tile)
-    return load_cascade_system(
+    system = load_cascade_system(
         args.cascade, args.samples or None, args.steps, args.seed, args.max_stages, args.device, args.precision
     )
+    system.progress = partial(progress_bar, desc="Sampling", unit="steps", leave=False)
+    return system
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
+    if args.quiet:
+        be_quiet()
     check_arguments(args)
     choose_weights(args, film=args.xrays == "film")
     summary = evaluate(
@@ -117,7 +130,7 @@ def main(argv=None) -> int:
     if "coverage" in summary:
         print_coverage(summary["coverage"])
     files = f"{'report.html, ' if args.report else ''}per_patient.csv, summary.json and pictures"
-    print(f"{len(summary['patients'])} patients of the {args.split} split; {files} in {Path(args.output)}")
+    print(f"{counted(len(summary['patients']), 'patient')} of the {args.split} split; {files} in {Path(args.output)}")
     return 0
 
 

@@ -19,6 +19,9 @@ The written file is run at batch 1 and 2 on real X-rays - ``--check-pa``, ``--ch
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 import argparse
 import importlib.util
 from pathlib import Path

@@ -13,6 +13,9 @@ status is 1.
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 import io
 import sys
 from pathlib import Path

@@ -2,12 +2,15 @@
 # Set up what is missing, then train on up to 4 GPUs (or run the demo, the tests, the smoke test).
 #
 #   bash launch_4gpu.sh --data data/prepared      train both stages in sequence; options go to both scripts
+#   bash launch_4gpu.sh --preset laptop --data ROOT      both stages, small enough for a CPU, into runs/laptop
 #   bash launch_4gpu.sh demo                      phantoms -> training -> scores and pictures, in minutes
 #   bash launch_4gpu.sh test                      the tests
 #   bash launch_4gpu.sh smoke --data ROOT         checks before a long training
 #   bash launch_4gpu.sh stage1 --data ROOT        the first stage only: options of train_enhanced_4gpu.py
 #   bash launch_4gpu.sh stage2 --data ROOT        the second stage only: options of train_refinement_4gpu.py
 #
+# Where packages are missing they are installed into .venv, once: about 2.8 GB with torch's CUDA libraries on Linux,
+# 4 minutes at 100 Mbit/s; 0.3 GB without them.
 # What happens is in tools/launch.py, which launch_4gpu.bat starts on Windows.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,4 +1,4 @@
-"""Training losses: L1, MSE, 3D SSIM, VGG16 perceptual, 3D Sobel edge, multi-scale L1, projection.
+"""Training losses: L1, MSE, 3D SSIM, VGG16 perceptual, 3D Sobel edge, multi-scale L1, layout, projection.
 
     from losses import EnhancedLoss
     criterion = EnhancedLoss(perceptual_weights="random")
@@ -24,6 +24,7 @@ from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.geometry.projector import line_integrals, unit_to_mu
+from xray2ct.models.layout import layout_of
 from xray2ct.models.perceptual import PerceptualLoss
 
 SSIM_SIGMA = 1.5
@@ -191,6 +192,19 @@ def multiscale_loss(aux: Mapping[str, torch.Tensor], target: torch.Tensor, mask:
     return torch.stack(terms).mean()
 
 
+def layout_loss(logits: torch.Tensor, target: torch.Tensor, hu_window, mask: torch.Tensor | None = None):
+    """Cross-entropy of the regions' logits with the target's regions, in nats: mean over cells of -sum_k q_k log p_k.
+
+    p: softmax of ``logits`` ``(B, 5, d, h, w)``; q: the regions' shares in each cell of the target ``(B, 1, D, H, W)``
+    (:func:`layout.layout_of`). At least the entropy of q, which is 0 away from edges; log 5 for equal logits.
+    mask: cells count by the fraction of them inside it.
+    """
+    size = tuple(logits.shape[-3:])
+    shares = layout_of(target, hu_window, size)
+    values = -(shares * F.log_softmax(_full_precision(logits), dim=1)).sum(dim=1, keepdim=True)
+    return masked_mean(values, None if mask is None else averaged_to(mask, size))
+
+
 class ProjectionLoss(nn.Module):
     """DRR loss: mean |rendered X-rays of a volume - X-rays|, in X-ray units ([0, 1]); 0 at agreement.
 
@@ -252,12 +266,13 @@ class EnhancedLoss(nn.Module):
 
     Terms: ``l1`` mean |p - t|; ``mse`` mean (p - t)^2; ``ssim`` :func:`ssim_loss`; ``perceptual``
     :class:`PerceptualLoss`; ``edge`` :func:`edge_loss`; ``multiscale`` :func:`multiscale_loss` (needs ``aux``);
-    ``projection`` :class:`ProjectionLoss` (needs ``acquisition`` and ``xrays``).
+    ``projection`` :class:`ProjectionLoss` (needs ``acquisition`` and ``xrays``); ``layout`` :func:`layout_loss` (needs
+    ``acquisition`` and ``aux["layout"]``; left out in eval mode, where networks predict no layout).
 
     perceptual_weights, perceptual_slices: see :class:`PerceptualLoss`.
     acquisition: of the data, for the projection term.
     Raises :class:`InputError` naming the option for a negative or non-finite weight, all weights 0,
-    perceptual weights that cannot be loaded, or a projection weight without acquisition.
+    perceptual weights that cannot be loaded, or a projection or layout weight without acquisition.
     """
 
     def __init__(
@@ -272,6 +287,7 @@ class EnhancedLoss(nn.Module):
         perceptual_weights: str | os.PathLike = "imagenet",
         acquisition: Acquisition | None = None,
         perceptual_slices: int = 4,
+        layout_weight: float = 0.0,
     ):
         super().__init__()
         self.weights = {
@@ -282,16 +298,20 @@ class EnhancedLoss(nn.Module):
             "edge": edge_weight,
             "multiscale": multiscale_weight,
             "projection": projection_weight,
+            "layout": layout_weight,
         }
         for name, weight in self.weights.items():
             if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight >= 0):
                 raise InputError(f"loss.{name}_weight is {weight!r}; expected a number of at least 0")
         if not any(self.weights.values()):
             raise InputError("loss: every weight is 0, nothing would be trained; set at least one above 0")
-        self.projection = self.perceptual = None
-        if projection_weight:
-            if acquisition is None:
-                raise InputError(f"loss.projection_weight is {projection_weight}, which needs the data's geometry")
+        self.projection = self.perceptual = self.hu_window = None
+        for name, needed in (("projection", "geometry"), ("layout", "HU window")):
+            if self.weights[name] and acquisition is None:
+                raise InputError(f"loss.{name}_weight is {self.weights[name]}, which needs the data's {needed}")
+        if acquisition is not None:
+            self.hu_window = acquisition.hu_window
+        if acquisition is not None and projection_weight:
             self.projection = ProjectionLoss(acquisition)
         if perceptual_weight:
             self.perceptual = PerceptualLoss(perceptual_weights, perceptual_slices)
@@ -307,7 +327,8 @@ class EnhancedLoss(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compare volumes ``(B, 1, D, H, W)`` in [0, 1], any float dtype.
 
-        aux: lower-resolution predictions ``{name: (B, 1, d, h, w)}``; the multi-scale term needs them.
+        aux: lower-resolution predictions ``{name: (B, 1, d, h, w)}``, which the multi-scale term needs, and
+            ``{"layout": (B, 5, d, h, w)}``, logits for the layout term.
         mask: ``(B, 1, D, H, W)`` in {0, 1}; what the prediction holds where it is 0 has no influence
             on any term but the projection. Terms are means over each sample's mask, then over the samples.
         xrays: ``(B, 2, H, W)`` in [0, 1]; the projection term needs them.
@@ -315,7 +336,10 @@ class EnhancedLoss(nn.Module):
         Returns ``(total, {term: unweighted 0-d float32 tensor})``. Shapes that differ raise ``ValueError``, and so
         does a term with a weight but without its input.
         """
-        for term, name, given in (("multiscale", "aux", aux), ("projection", "xrays", xrays)):
+        aux = dict(aux or {})
+        layout = aux.pop("layout", None)
+        needs = [("multiscale", "aux", aux), ("projection", "xrays", xrays)]
+        for term, name, given in [*needs, ("layout", 'aux["layout"]', layout)] if self.training else needs:
             if self.weights[term] and (given is None or not len(given)):
                 raise ValueError(f"loss.{term}_weight is {self.weights[term]:g}, which needs {name}: none given")
         for name, volume in (("target", target), ("mask", mask)):
@@ -334,6 +358,8 @@ class EnhancedLoss(nn.Module):
                 # Windows and kernels of counted voxels reach outside the mask: nothing to see there.
                 prediction = torch.where(mask > 0, prediction, target)
             parts |= self._volume_terms(prediction, target, aux, mask)
+            if self.weights["layout"] and layout is not None:
+                parts["layout"] = layout_loss(layout, target, self.hu_window, mask)
         if self.perceptual is not None:
             parts["perceptual"] = self.perceptual(prediction, target, draws)
         parts = {name: parts[name] for name in self.weights if name in parts}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from losses import EnhancedLoss
-from xray2ct.files import whole_number, whole_numbers
+from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry
 from xray2ct.models.blocks import (
@@ -25,9 +25,7 @@ from xray2ct.models.blocks import (
     ResidualBlock,
     TransformerBlock,
     XrayEncoder,
-    check_stem_stride,
     check_xray_size,
-    checked_width,
     group_norm,
     in_full_precision,
     pixel_shuffle_3d,
@@ -40,10 +38,13 @@ from xray2ct.models.blocks import (
 )
 from xray2ct.models.coarse import CoarseModel, check_shape
 from xray2ct.models.guidance import Guidance
+from xray2ct.models.layout import SCALES, LayoutHead
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.normalisation import norm_silu
+from xray2ct.models.refinement_settings import checked_refinement
 from xray2ct.models.registry import KIND, REFINEMENT_KIND, register
-from xray2ct.models.upsampling import upsample_trilinear
+from xray2ct.models.second_pass import SecondPass, check_passes
+from xray2ct.models.upsampling import upsample_spline, upsample_trilinear
 from xray2ct.models.window import Window, patch_window
 from xray2ct.models.working_weights import full_precision, with_cast_weights
 
@@ -91,6 +92,11 @@ class EnhancedDirectModel(CoarseModel):
     activation_checkpointing: recompute activations of the blocks in the backward pass (less memory).
     seen_channel: also read what of each view the film shows: 1, or 0 behind a collimator and beyond the film's edge,
         where a pixel is air for want of anything better.
+    passes: 2 adds a :class:`SecondPass`, which compares the volume with its X-rays and corrects it; 3 applies the same
+        weights twice. It renders by ``acquisition``, which holds the data's HU window and X-ray scale as well.
+    freeze_first_pass: train the second pass alone; the first one runs without gradients.
+    layout_head: "half" or "full": in training also predict which region fills each voxel at that resolution (logits
+        ``aux["layout"]``, see :mod:`xray2ct.models.layout`); inference does without.
 
     The output is the sum of the upsampled predictions of the three decoder scales, each of which is
     supervised (multi-scale loss); in eval mode it is clamped to [0, 1].
@@ -108,9 +114,14 @@ class EnhancedDirectModel(CoarseModel):
         transformer_blocks: int = 6,
         activation_checkpointing: bool = False,
         seen_channel: bool = False,
+        passes: int = 1,
+        freeze_first_pass: bool = False,
+        layout_head: str = "off",
     ):
         super().__init__(volume_size, geometry, xray_size)
         check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks)
+        check_passes(passes, freeze_first_pass)
+        self.passes, self.freeze_first_pass = passes, freeze_first_pass
         self.activation_checkpointing, self.seen_channel = activation_checkpointing, seen_channel
         c = base_channels
         widths = (c // 2, c, 2 * c, 4 * c)
@@ -135,6 +146,16 @@ class EnhancedDirectModel(CoarseModel):
         )
         # A volume of lungs and soft tissue averages about 0.2; air starts at 0.
         nn.init.constant_(self.decoder[0].head.bias, 0.2)
+        self.requires_grad_(not freeze_first_pass)
+        self.second_pass = SecondPass(c, activation_checkpointing) if passes > 1 else None
+
+        if layout_head not in SCALES:
+            raise InputError(f"model.layout_head is {layout_head!r}; expected one of {', '.join(SCALES)}")
+        if layout_head != "off" and freeze_first_pass:
+            raise InputError(f"model.layout_head is {layout_head!r}, but the first pass is frozen: expected 'off'")
+        self.layout_stage = SCALES[layout_head]
+        if self.layout_stage is not None:  # last: the other initial weights are those of a network without it
+            self.layout = LayoutHead(c // self.layout_stage)
 
     def forward(self, xrays):
         """xrays ``(B, 2, H, W)`` in [0, 1] -> ``(volume (B, 1, D, H, W), aux)``.
@@ -142,9 +163,24 @@ class EnhancedDirectModel(CoarseModel):
         With ``seen_channel`` also ``(B, 2, 2, H, W)``: of each view pixels, then what is seen in [0, 1]; without this
         channel everything is seen.
         aux: ``{"volume_16": ..., "volume_32": ...}``, named by their depth: the lower-resolution
-        predictions for the multi-scale loss. Raises ``ValueError`` on another shape.
+        predictions for the multi-scale loss; with several passes also ``volume_pass_1``, what the first one predicted
+        (``volume_pass_2`` of three); in training with ``layout_head`` also ``"layout"``. Raises ``ValueError`` on
+        another shape.
         """
         xrays = prepare_xrays(xrays, self.xray_size, seen_channel=self.seen_channel)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_first_pass):
+            (*coarser, volume), layout = self._first_pass(xrays)
+        aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)} | layout
+        if self.second_pass is not None:
+            for number in range(1, self.passes):
+                aux[f"volume_pass_{number}"] = volume
+                volume = self.second_pass(volume, xrays, self.acquisition)
+        if not self.training:
+            volume = volume.clamp(0.0, 1.0)
+        return volume, aux
+
+    def _first_pass(self, xrays) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Volumes at a quarter, half and full resolution, each the sum of the predictions so far; ``layout``."""
         features = self._run(self.encoder, xrays)  # strides 2, 4, 8, 16
 
         x = self._run(self.bottleneck_lift, features[3], self.geometry, self.bottleneck_size)
@@ -155,18 +191,16 @@ class EnhancedDirectModel(CoarseModel):
         x = tokens.transpose(1, 2).unflatten(2, self.bottleneck_size)  # (B, C, 8, 8, 8)
         x = self._run(self.bottleneck_block, x)
 
-        volumes = []
+        volumes, layout = [], {}
         for stage, divisor, image in zip(self.decoder, (4, 2, 1), (features[3], features[2], features[1])):
             size = tuple(n // divisor for n in self.volume_size)
             x, detail = self._run(stage, x, image, self.geometry, size)  # (B, 128 | 64 | 32, *size)
             if volumes:
                 detail = detail + upsample_trilinear(volumes[-1], size)
             volumes.append(detail)
-        *coarser, volume = volumes
-        aux = {f"volume_{self.volume_size[0] // divisor}": coarse for divisor, coarse in zip((4, 2), coarser)}
-        if not self.training:
-            volume = volume.clamp(0.0, 1.0)
-        return volume, aux
+            if self.training and len(volumes) - 1 == self.layout_stage:
+                layout["layout"] = self._run(self.layout, x)
+        return volumes, layout
 
 
 # ------------------------------------------------------------------------------------------------
@@ -178,13 +212,15 @@ class RefinementNetwork(ActivationCheckpointing):
     """Four times finer: a coarse volume ``(B, 1, 64, 64, 64)`` -> ``(B, 1, 256, 256, 256)``, in [0, 1].
 
     The coarse volume is folded to half its resolution (space-to-depth), where RRDBs work on wide
-    features; 3D PixelShuffle brings them to 1x, 2x and 4x. The result is added to the trilinear
-    upsampling; the last layer starts at zero, so an untrained network is exactly trilinear.
+    features; 3D PixelShuffle brings them to 1x, 2x and 4x. The result is added to the upsampled coarse
+    volume; the last layer starts at zero, so an untrained network is exactly that upsampling.
 
     guided: also read the X-rays, which show detail that the coarse volume has lost: their features are
         lifted at 1x, 2x and 4x through the geometry.
     channels, growth, rrdb_blocks: the trunk. head_channels: features at 1x, 2x and (per sub-voxel) 4x.
     guide_widths: channels of the X-ray encoder from fine to coarse; guide_channels: lifted ones at 1x, 2x, 4x.
+    start: upsampling that details are added to: trilinear, or cubic (:func:`upsampling.upsample_spline`: area averages
+        are the coarse volume).
     geometry, xray_size, stem_stride: as in :class:`EnhancedDirectModel`; hu_window, xray_scale: of the data.
     activation_checkpointing: recompute activations in the backward pass (less memory).
 
@@ -196,7 +232,7 @@ class RefinementNetwork(ActivationCheckpointing):
     scale = 4  # output voxels per coarse voxel and axis
     stride = 2  # of the trunk: coarse sizes are multiples of it
     # Coarse voxels beyond a tile's border that its head sees: one convolution at 1x, four at 2x. The last two of them,
-    # the widest ones, and the trilinear upsampling see the inner one alone.
+    # the widest ones, and the trilinear upsampling see the inner one alone; the cubic one sees the whole volume.
     halo, inner_halo = 3, 1
     # Factor on the added detail: features are of unit size, details a few hundredths; first steps do not overshoot.
     gain = 0.1
@@ -216,6 +252,7 @@ class RefinementNetwork(ActivationCheckpointing):
         activation_checkpointing: bool = False,
         hu_window=HU_WINDOW,
         xray_scale: float = XRAY_SCALE,
+        start: str = "trilinear",
     ):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
@@ -231,11 +268,12 @@ class RefinementNetwork(ActivationCheckpointing):
                 "guide_widths": guide_widths,
                 "guide_channels": guide_channels,
                 "stem_stride": stem_stride,
+                "start": start,
             }
         )
 
     def _build(self, settings: dict) -> None:
-        self.settings = settings = _checked_refinement(settings)
+        self.settings = settings = checked_refinement(settings)
         channels, (c1, c2, c4) = settings["channels"], settings["head_channels"]
         g1, g2, g4 = settings["guide_channels"] if settings["guided"] else (0, 0, 0)
         self.guidance = None
@@ -267,10 +305,12 @@ class RefinementNetwork(ActivationCheckpointing):
     def set_extra_state(self, state: dict) -> None:
         self.acquisition = Acquisition(Geometry.from_dict(state["geometry"]), state["hu_window"], state["xray_scale"])
         self.xray_size = state["xray_size"]
-        if state["settings"] != self.settings:
+        settings = checked_refinement(state["settings"])
+        before, self.settings = self.settings, settings
+        if {**before, "start": settings["start"]} != settings:  # start has no weights, which an optimiser may hold
             # Called before the children's weights are read: they find the network they belong to.
             parameter = self.inlet.weight
-            self._build(state["settings"])
+            self._build(settings)
             self.to(parameter.device, parameter.dtype)
 
     # -- parts -----------------------------------------------------------------------------------
@@ -312,7 +352,13 @@ class RefinementNetwork(ActivationCheckpointing):
         x = around.crop(deep, start=deep_window.origins)
         # The residual is added in float32, whatever precision the convolutions run in.
         detail = self._run(self._details, x, features, around, inner, modules=self._head_modules())
-        return window.crop(upsample(inner.crop(coarse)) + self.gain * detail.float(), self.scale, inner.origins)
+        return window.crop(self._start(coarse, inner) + self.gain * detail.float(), self.scale, inner.origins)
+
+    def _start(self, coarse, window: Window):
+        """The upsampled coarse volume of a window, float32: what the network adds its details to."""
+        if self.settings["start"] == "cubic":
+            return upsample_spline(coarse, self.scale, window)
+        return upsample(window.crop(coarse))
 
     def _head_modules(self) -> list[nn.Module]:
         """Those that :meth:`_details` calls."""
@@ -397,15 +443,3 @@ class RefinementNetwork(ActivationCheckpointing):
             box = [slice(self.scale * o, self.scale * (o + s)) for o, s in zip(origin, size)]
             volume[:, :, box[0], box[1], box[2]] = part.to(device)
         return volume
-
-
-def _checked_refinement(settings: dict) -> dict:
-    """Stage 2's settings with lists for tuples; :class:`InputError` naming the one that it cannot have."""
-    for name in ("channels", "growth", "rrdb_blocks"):
-        whole_number(f"model.{name}", settings[name], 1)
-    check_stem_stride(settings["stem_stride"])
-    lists = {name: whole_numbers(f"model.{name}", settings[name], 3, 1) for name in ("head_channels", "guide_channels")}
-    widths = whole_numbers("model.guide_widths", settings["guide_widths"], 4, 1)
-    for index, width in enumerate(widths):
-        checked_width(f"model.guide_widths[{index}]", width)
-    return {**settings, **lists, "guide_widths": widths}

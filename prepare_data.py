@@ -23,6 +23,9 @@ noted in the manifest (``source``).
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 import os
 from pathlib import Path
 

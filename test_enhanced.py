@@ -9,9 +9,11 @@ Exit status 0 when everything is ok, 1 when a line says FAIL. The unit tests are
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 import argparse
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,11 +30,11 @@ from model_enhanced import EnhancedDirectModel, RefinementNetwork
 from xray2ct.command_line import Parser
 from xray2ct.data.augment import PairMaker
 from xray2ct.data.splits import SPLITS
-from xray2ct.files import InputError, run_cli
+from xray2ct.files import InputError, counted, run_cli
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import MU_WATER, Geometry, hu_to_unit, line_integrals, render_xrays
 from xray2ct.models.blocks import upsample
-from xray2ct.models.memory import choose_tile
+from xray2ct.models.memory import choose_tile, process_peak_bytes
 from xray2ct.training.config import EnhancedConfig, ModelConfig, config_dict, load_config, resolve_config_path
 from xray2ct.training.precision import Precision, set_memory_format
 from xray2ct.training.state import parameter_groups
@@ -129,7 +131,7 @@ def check_processes(bench: Bench) -> str:
     finally:
         dist.destroy_process_group()
     require(value.sum().item() == 3, f"all_reduce over one process changed the values to {value.tolist()}")
-    return f"{backend}, {max(1, torch.cuda.device_count())} process(es) on this machine"
+    return f"{backend}, {counted(max(1, torch.cuda.device_count()), 'process', 'processes')} on this machine"
 
 
 def check_parameters(bench: Bench) -> str:
@@ -191,7 +193,10 @@ def check_losses(bench: Bench) -> str:
         require(torch.isfinite(value) and value > 0, f"{name} of a wrong prediction is {value.item()}")
         require(torch.isfinite(gradient).all() and gradient.any(), f"{name} has no finite, non-zero gradient")
         require(abs(exact[name].item()) < 1e-4, f"{name} of a perfect prediction is {exact[name].item()}")
-    return ", ".join(f"{k} {v.item():.3f}" for k, v in parts.items()) + f" (VGG16: {weights})"
+    loss, note = bench.config.loss, f"VGG16: {weights}"
+    if weights == "random" and loss.perceptual_weight and loss.perceptual_weights == "imagenet":
+        note += "; training downloads its weights, 528 MB"  # torchvision's file has 553,433,881 bytes
+    return ", ".join(f"{k} {v.item():.3f}" for k, v in parts.items()) + f" ({note})"
 
 
 def check_precision(bench: Bench) -> str:
@@ -336,16 +341,6 @@ def check_refinement_learning(bench: Bench) -> str:
     return text
 
 
-def process_peak_bytes() -> int | None:
-    """Largest resident size of this process so far; None on Windows."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def check_split(bench: Bench, split: str) -> str:
     """The first patients of a split: ranges, X-rays against rendered ones, and one augmented pair."""
     config = bench.config
@@ -368,7 +363,7 @@ def check_split(bench: Bench, split: str) -> str:
     text = f"X-rays differ from rendered ones by {worst:.1%} at most"
     if data.has_manifest:
         require(worst < XRAY_TOLERANCE, f"{text}; expected below {XRAY_TOLERANCE:.0%}")
-    return f"{len(data)} patient(s) checked, {text}"
+    return f"{counted(len(data), 'patient')} checked, {text}"
 
 
 def _check_item(item, size, xray_size):

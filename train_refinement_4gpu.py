@@ -8,6 +8,9 @@ python train_refinement_4gpu.py --data ROOT --set patch.size=0 --set training.ba
 
 from __future__ import annotations
 
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
 from pathlib import Path
 
 from xray2ct.files import InputError, run_cli, write_json

@@ -21,7 +21,7 @@ import torch
 from benchmarks.bench import Bench
 from benchmarks.gpu_parts import PARTS
 from xray2ct.command_line import Parser
-from xray2ct.files import InputError, run_cli
+from xray2ct.files import InputError, counted, run_cli
 from xray2ct.training.precision import keep_freed_memory
 from xray2ct.training.provenance import describe_environment
 
@@ -33,7 +33,7 @@ def machine(device: torch.device) -> dict:
     found = describe_environment()
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} thread(s)",
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {counted(torch.get_num_threads(), 'thread')}",
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "packages": {name: found["packages"].get(name) for name in ("triton", "nanodrr")},

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from xray2ct.command_line import Parser
-from xray2ct.files import InputError, run_cli
+from xray2ct.files import InputError, counted, run_cli
 from xray2ct.geometry.nanodrr_backend import SAMPLES_PER_VOXEL, render_xrays_nanodrr
 from xray2ct.geometry.projector import HU_WINDOW, MU_WATER, Geometry, hu_to_mu, hu_to_unit, line_integrals, render_xrays
 from xray2ct.imaging.cube_files import read_cube, write_cube
@@ -98,7 +98,7 @@ def time_backends(ct, geometry, cube_size, xray_size, batch, repeats):
 
 
 def describe() -> str:
-    machine = f"{processor()}, {torch.get_num_threads()} thread(s)"
+    machine = f"{processor()}, {counted(torch.get_num_threads(), 'thread')}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, nanodrr {version('nanodrr')}"
     return f"{machine}; {versions}"
 
@@ -124,7 +124,7 @@ def main(argv=None) -> int:
         torch.set_num_threads(args.threads)
     geometry = Geometry()
     render_xrays_nanodrr(torch.zeros(1, 1, 8, 8, 8), geometry, (8, 8))  # says so at once when nanodrr is missing
-    print(f"{describe()}\n{geometry}; nanodrr: {SAMPLES_PER_VOXEL:g} sample(s) per voxel\n")
+    print(f"{describe()}\n{geometry}; nanodrr: {SAMPLES_PER_VOXEL:g} samples per voxel\n")
     print("| cube -> X-ray | relative error PA | lateral |\n|---|---|---|")
     for cube, xray in dict.fromkeys(size[:2] for size in sizes):
         pa, lateral = relative_errors(args.ct, geometry, cube, xray)

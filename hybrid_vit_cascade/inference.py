@@ -19,8 +19,9 @@ from pathlib import Path
 if not __package__:  # started by path: the package lies one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
 
+# isort: split
 from hybrid_vit_cascade.cascade import DEFAULT_STEPS
 from hybrid_vit_cascade.system import load_cascade_system
 
@@ -36,6 +37,7 @@ from xray2ct.inference.batch import (
     reconstruct_one,
 )
 from xray2ct.inference.reconstruction import Pipeline
+from xray2ct.progress import progress_bar
 
 
 def load_cascade_pipeline(checkpoint, *args, **options) -> Pipeline:
@@ -86,7 +88,7 @@ def main(argv=None) -> int:
     system = load_cascade_system(
         args.checkpoint, args.samples, steps, args.seed, args.max_stages, args.device, args.precision
     )
-    system.progress = partial(tqdm, desc="Sampling", unit="step", leave=False, disable=None)
+    system.progress = partial(progress_bar, desc="Sampling", unit="steps", leave=False)
     pipeline = Pipeline(system)
     if args.folder:
         return reconstruct_folder(pipeline, args)

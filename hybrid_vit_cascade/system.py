@@ -71,7 +71,8 @@ class CascadeSystem(Predictor):
             return cascade.posterior_mean(self.item_xrays(item))[0, 0].cpu()
 
         def draw(item: dict) -> torch.Tensor:
-            return cascade.sample(self.item_xrays(item), self.steps, self.item_generator(item))[0, 0].cpu()
+            noise = self.item_generator(item)
+            return cascade.sample(self.item_xrays(item), self.steps, noise, progress=self.progress)[0, 0].cpu()
 
         def without_last(item: dict) -> torch.Tensor:
             coarse = cascade.posterior_mean(self.item_xrays(item), stages=len(cascade.stages) - 1)
@@ -119,7 +120,7 @@ class SamplesMean:
     def __call__(self, item: dict) -> torch.Tensor:
         system = self.system
         xrays, generator = system.item_xrays(item), system.item_generator(item)
-        mean, std = system.cascade.statistics(xrays, self.samples, system.steps, generator)
+        mean, std = system.cascade.statistics(xrays, self.samples, system.steps, generator, progress=system.progress)
         self.std = std[0, 0].cpu()
         return mean[0, 0].cpu()
 

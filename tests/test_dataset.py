@@ -142,6 +142,17 @@ def test_the_cache_can_live_elsewhere(root, tmp_path):
 # -- folders made by hand ------------------------------------------------------------------------
 
 
+def test_splits_share_one_look_at_the_folders(root):
+    val = PatientDataset(root, "val", 16, 64)
+    shutil.rmtree(root / "p4")  # of the test split: a look at the folders would miss it
+    train = PatientDataset(root, "train", 16, 64, scanned=val)
+    with pytest.raises(InputError, match="p4"):
+        PatientDataset(root, "train", 16, 64)
+    assert (train.ids, val.ids) == (["p0", "p1", "p2"], ["p3"])
+    assert train[0]["ct_volume"].std() > 0.05
+    assert train.splits == val.splits
+
+
 @pytest.fixture
 def cubes_of_64(monkeypatch):
     """Volumes without manifest are sampled at 64^3 instead of 256^3, which takes a tenth of the time."""

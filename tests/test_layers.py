@@ -18,6 +18,8 @@ LAYERS = (  # lowest first; docs/architecture.md shows them
         "xray2ct.settings",
         "xray2ct.checkpoints",
         "xray2ct.file_lock",
+        "xray2ct.progress",
+        "xray2ct.installed",
         "xray2ct.weights",
         "xray2ct.weights_file",
     ),

@@ -73,6 +73,7 @@ def test_commands_name_existing_scripts_options_and_settings(folder, script, wor
     path = ROOT / folder / script
     assert path.exists()
     files = [path, *(ROOT / "xray2ct" / name for name in SHARED_OPTIONS)]
+    files += [ROOT / "tools" / "launch.py"] * script.startswith("launch_4gpu")  # which the wrappers start
     source = "".join(file.read_text(encoding="utf-8") for file in files)
     for option in (word for word in words if word.startswith("--")):
         assert f'"{option}"' in source, option

@@ -112,7 +112,7 @@ def test_data_check_sees_x_rays_of_another_scale(tmp_path):
     write_png16(path, np.asarray(Image.open(path)) / 65535.0 * 0.9)
     with pytest.raises(CheckError, match=r"X-rays differ from rendered ones by \d"):
         test_enhanced.check_split(make_bench(str(root)), "test")
-    assert "3 patient(s)" in test_enhanced.check_split(make_bench(str(root)), "train")
+    assert "3 patients checked" in test_enhanced.check_split(make_bench(str(root)), "train")
 
 
 def test_importing_it_runs_and_collects_nothing():

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +99,10 @@ class Demo:
         return {"base": self.checkpoint, "refinement": self.refinement}
 
     def evaluate(self) -> int:
+        summary, checkpoints = self.results / "summary.json", self.checkpoints.values()
+        if summary.exists() and summary.stat().st_mtime_ns > max(path.stat().st_mtime_ns for path in checkpoints):
+            print(f"{summary} has the scores of these checkpoints already")
+            return 0
         options = {"data": self.data, "split": "test", **self.checkpoints, "output": self.results}
         return evaluate.main([*arguments(options), "--report"])
 
@@ -133,6 +139,18 @@ class Demo:
         print(f"  {self.results}: scores per phantom, pictures")
         print(f"  {self.training}, {self.refinement_training}: checkpoints, logs")
         print("Phantoms show that everything works; scores on them say nothing about patients.")
+        if command := activation(sys.prefix, sys.base_prefix, os.environ.get("VIRTUAL_ENV")):
+            print(f"The other commands need this environment: {command}")
+
+
+def activation(prefix: str, base_prefix: str, active: str | None, windows: bool = os.name == "nt") -> str | None:
+    """The command that activates the virtual environment of this Python; None where there is none, or it is active.
+
+    prefix, base_prefix: as in :mod:`sys`; active: the environment's variable ``VIRTUAL_ENV``.
+    """
+    if prefix == base_prefix or (active and Path(active).resolve() == Path(prefix).resolve()):
+        return None
+    return str(Path(prefix) / "Scripts" / "activate") if windows else f"source {shlex.quote(f'{prefix}/bin/activate')}"
 
 
 def run_steps(steps: dict[str, Callable[[], int]]) -> int:

@@ -8,12 +8,12 @@ the noise that training adds.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST
 from xray2ct.files import InputError, check_patient_id, read_json, run_cli
 from xray2ct.imaging.read_xray import write_png16
@@ -22,7 +22,7 @@ STEP = 16
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="data set, as from prepare_data.py")
     parser.add_argument("--patient", default="lidc_0001", help="of its test split (default %(default)s)")
     parser.add_argument("--output", default="examples", help="folder to write into (default %(default)s)")

@@ -28,6 +28,7 @@ import torch
 from tools.model_card import model_card
 from tools.plot_run import LOG, read_log
 from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
+from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST
 from xray2ct.files import InputError, atomic_path, is_plain_name, read_json, run_cli
 from xray2ct.training.provenance import RUN_FILE
@@ -181,7 +182,7 @@ def export(args: argparse.Namespace) -> Path:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="best_model.pt or best_refinement.pt")
     parser.add_argument("name", help="of the weights, such as chest64")
     parser.add_argument("--licences", metavar="CSV", help="source and licence of every patient of the training")

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from dataset import PatientDataset
 from tools.film_cases import CASES, VIEWS, Rendering, make_case
@@ -39,6 +38,7 @@ from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.inference.reconstruction import Pipeline
 from xray2ct.inference.system import DirectSystem
 from xray2ct.metrics import psnr
+from xray2ct.progress import progress_bar
 
 REACH = 8  # voxels per axis that a volume may be moved to fit
 CLEAN = "clean"
@@ -193,7 +193,7 @@ def run(args: argparse.Namespace, networks: list[Network], folder: Path) -> list
         raise InputError(f"{args.data}: has no {MANIFEST}; expected a data set of prepare_data.py")
     check_networks(networks, data)
     rows = []
-    for index, patient in enumerate(tqdm(data.ids, desc="Patients", leave=False)):
+    for index, patient in enumerate(progress_bar(data.ids, desc="Patients", unit="patients", leave=False)):
         rendering, volume = render(data, index)
         for name in args.case or (CLEAN, *CASES):
             if name == CLEAN:

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
 
 from xray2ct.command_line import Parser
 from xray2ct.conventions import AIR_HU, MAX_HU
@@ -36,6 +35,7 @@ from xray2ct.data.splits import SPLITS, split_by_hash
 from xray2ct.files import InputError, check_patient_id, read_json, run_cli, shown, write_json
 from xray2ct.imaging.cube import area_average, cube_affine
 from xray2ct.imaging.cube_files import write_cube
+from xray2ct.progress import progress_bar
 
 H5_NAME = "ct_xray_data.h5"
 SETTINGS, SPLIT, SOURCES = "import_settings.json", "split.json", "import_sources.json"
@@ -232,7 +232,7 @@ def convert(files: dict[str, Path], output, axes: str, offset: float, edge_mm: f
     output, failures, tally = Path(output), {}, {side: Counter() for side in SIDES}
     sources = read_json(output / SOURCES) if (output / SOURCES).exists() else {}
     sources = sources if isinstance(sources, dict) else {}
-    for scan, path in tqdm(files.items(), desc="reading", unit="CT"):
+    for scan, path in progress_bar(files.items(), desc="reading", unit="CTs"):
         target, stat = output / f"{scan}.nii.gz", path.stat()
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         if target.exists() and sources.get(scan) == state:

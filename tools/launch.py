@@ -11,6 +11,7 @@ it runs before anything is installed.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import re
 import shutil
@@ -24,10 +25,22 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAINING = {"stage1": "train_enhanced_4gpu.py", "stage2": "train_refinement_4gpu.py"}
 JOBS = {"demo": "tools/demo.py", "smoke": "test_enhanced.py", **TRAINING}
 BOTH = "train"
+# --preset laptop: small networks that two CPU cores train in hours, in folders that no other training uses.
+PRESETS = {
+    "laptop": {
+        "stage1": ["--config", str(ROOT / "configs/cpu.json"), "--output", "runs/laptop/stage1"],
+        "stage2": [
+            *("--config", str(ROOT / "configs/refinement_cpu.json"), "--output", "runs/laptop/stage2"),
+            *("--base", "runs/laptop/stage1/best_model.pt"),
+        ],
+    }
+}
 MAX_GPUS = 4
 WINDOWS = os.name == "nt"
 USAGE = """usage: launch_4gpu.sh [demo | test | smoke | stage1 | stage2] [options]   (Windows: launch_4gpu.bat)
   (no word)  train both stages on up to 4 GPUs, or the CPU: --data ROOT and options that both scripts have
+             --preset laptop trains the networks of configs/cpu.json and configs/refinement_cpu.json, made for a CPU,
+             into runs/laptop; --max-minutes N ends each stage after N minutes
   stage1     train the first stage only: options of train_enhanced_4gpu.py, such as --data ROOT
   stage2     train the second stage only: options of train_refinement_4gpu.py
   demo       phantoms -> data -> training -> scores and pictures: options of tools/demo.py
@@ -100,6 +113,16 @@ def works(python: Path, call=subprocess.call) -> bool:
     return call([str(python), "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0
 
 
+def download_estimate(platform: str = sys.platform) -> str:
+    """Size and time of what ``requirements.txt`` downloads: the wheels of the versions in constraints.txt, added up."""
+    if platform == "linux":
+        size, note = 2.8, " with torch's CUDA libraries (0.3 GB without: docs/training_time.md)"
+    else:
+        size, note = 0.3, ""
+    minutes = math.ceil(size * 8e3 / 100 / 60)
+    return f"about {size:g} GB to download{note}, {minutes} minute{'s' * (minutes > 1)} at 100 Mbit/s"
+
+
 def make_environment(venv: Path, requirements: Path, constraints: Path, call=subprocess.call) -> Path:
     """Make or complete ``venv`` and return its interpreter; instant when it is up to date.
 
@@ -112,7 +135,7 @@ def make_environment(venv: Path, requirements: Path, constraints: Path, call=sub
     stamp = venv / f"installed-{requirements.name}"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted and python.exists():
         return python
-    print(f"Installing {requirements.name} into {venv} (once)", flush=True)
+    print(f"Installing {requirements.name} into {venv}, once: {download_estimate()}", flush=True)
     if not works(python, call) and call([sys.executable, "-m", "venv", "--clear", str(venv)]):
         sys.exit(f"error: {venv} could not be made (on Debian and Ubuntu: apt install python3-venv)")
     install = [str(python), "-m", "pip", "install", "-r", str(requirements), "-c", str(constraints)]
@@ -166,7 +189,29 @@ def job_command(python: Path, word: str, options: list[str], count_gpus=gpu_coun
     return [*command, str(ROOT / JOBS[word]), *options]
 
 
-def train_both(python: Path, options: list[str], command=job_command) -> int:
+def split_preset(options: list[str]) -> tuple[str | None, list[str]]:
+    """The name given to ``--preset`` and the other options; exits with a message for a name that is not known."""
+    names, others, words = [], [], iter(options)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option == "--preset":
+            names.append(value if equals else next(words, ""))
+        else:
+            others.append(word)
+    for name in names:
+        if name not in PRESETS:
+            sys.exit(f"error: --preset {name or '(nothing)'}: expected {', '.join(PRESETS)}")
+    return (names[-1] if names else None), others
+
+
+def stage_command(python: Path, word: str, options: list[str], preset: str | None, command=job_command) -> list[str]:
+    """Command line of a stage, with a preset's options before those that were given, which hold then."""
+    if preset is None:
+        return command(python, word, options)
+    return command(python, word, [*PRESETS[preset][word], *options], count_gpus=lambda _: 1)  # its batch is of one
+
+
+def train_both(python: Path, options: list[str], command=job_command, preset: str | None = None) -> int:
     """Both stages, one after the other; a stage that is finished ends at once, one that was stopped resumes.
 
     Runs as the parent of the two jobs: signals to this process are passed on. The first stage that does not end
@@ -178,7 +223,7 @@ def train_both(python: Path, options: list[str], command=job_command) -> int:
         return 2
     for word in TRAINING:
         print(f"[{word}] {JOBS[word]}", flush=True)
-        status = run_child(command(python, word, options))
+        status = run_child(stage_command(python, word, options, preset, command))
         if status:
             return status
     return 0
@@ -222,12 +267,13 @@ def main(argv: list[str]) -> int:
     if options[:1] in (["-h"], ["--help"]) and word == BOTH:
         print(USAGE)
         return 0
+    preset, options = split_preset(options) if word in (BOTH, *TRAINING) else (None, options)
     python = find_python(ROOT / ("requirements-dev.txt" if word == "test" else "requirements.txt"))
     if word == "test":
         os.chdir(ROOT)
     if word == BOTH:
-        return train_both(python, options)
-    return run(job_command(python, word, options))
+        return train_both(python, options, preset=preset)
+    return run(stage_command(python, word, options, preset))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from xray2ct.command_line import Parser
 from xray2ct.data.phantoms import encode, make_phantom
 from xray2ct.files import InputError, atomic_path, check_writable, run_cli
+from xray2ct.progress import progress_bar
 
 
 def write_phantom(index: int, output: Path, seed: int, spacing_mm: float | None, overwrite: bool) -> Path:
@@ -62,7 +61,7 @@ def main(argv=None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     settings = {"output": args.output, "seed": args.seed, "spacing_mm": args.spacing_mm, "overwrite": args.overwrite}
     job = partial(write_phantom, **settings)
-    bar = partial(tqdm, total=args.count, desc="phantoms", unit="ct")
+    bar = partial(progress_bar, total=args.count, desc="phantoms", unit="CTs")
     if args.workers == 1:
         for index in bar(range(args.count)):
             job(index)

@@ -1,6 +1,7 @@
 """Draw loss and PSNR of one or more training runs, from their ``log.jsonl``, into one PNG.
 
 python -m tools.plot_run checkpoints_enhanced
+python -m tools.plot_run hybrid_vit_cascade/checkpoints/quick_2stage      # every stage that has begun
 python -m tools.plot_run run_a run_b/log.jsonl --output curves.png
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xray2ct.command_line import Parser
-from xray2ct.files import InputError, atomic_path, check_writable, run_cli
+from xray2ct.files import InputError, atomic_path, check_writable, counted, is_plain_name, read_json, run_cli
 
 LOG = "log.jsonl"
 
@@ -49,15 +50,33 @@ def read_log(path: Path) -> list[dict]:
     return events
 
 
-def read_run(path: str | Path) -> Run:
-    """The curves of a run, given by its folder or its ``log.jsonl``.
+def read_runs(path: str | Path) -> list[Run]:
+    """The run of a folder or ``log.jsonl``, or the stages of a cascade's checkpoint folder that have begun.
+
+    Raises :class:`InputError` as :func:`read_run`, and for a cascade whose training has not begun.
+    """
+    path = Path(path)
+    config = path / "config.json"
+    settings = read_json(config) if config.is_file() and not (path / LOG).exists() else None
+    stages = settings.get("stages") if isinstance(settings, dict) else None
+    if not isinstance(stages, list):
+        return [read_run(path)]
+    names = [stage["name"] for stage in stages if isinstance(stage, dict) and is_plain_name(stage.get("name"))]
+    runs = [read_run(path / name, f"{path.resolve().name}/{name}") for name in names if (path / name / LOG).exists()]
+    if not runs:
+        raise InputError(f"{path}: none of its stages ({', '.join(names)}) has a {LOG} yet; nothing to draw")
+    return runs
+
+
+def read_run(path: str | Path, name: str | None = None) -> Run:
+    """The curves of a run, given by its folder or its ``log.jsonl``; name: for the legend (default: the folder's).
 
     An epoch that a resumed run repeated counts once, as of its last time. Raises :class:`InputError` as
     :func:`read_log`, and when no epoch was finished.
     """
     path = Path(path)
     log = path / LOG if path.is_dir() else path
-    run = Run(log.resolve().parent.name)
+    run = Run(name or log.resolve().parent.name)
     for event in read_log(log):
         epoch = event.get("epoch")
         if event["event"] == "epoch" and "loss" in event:
@@ -89,13 +108,12 @@ def draw(runs: list[Run]):
         colour = f"C{index % 10}"
         losses.plot(*_curve(run.loss), color=colour, label=name)
         losses.plot(*_curve(run.validation_loss), color=colour, linestyle="--")
-        psnrs.plot(*_curve(run.psnr), color=colour, label=name)
-        if run.psnr:
-            best = max(run.psnr, key=run.psnr.__getitem__)
-            psnrs.plot(best, run.psnr[best], "o", color=colour)
-            psnrs.annotate(
-                f"{run.psnr[best]:.2f}", (best, run.psnr[best]), (0, 6), textcoords="offset points", ha="center"
-            )
+        if not run.psnr:
+            continue
+        best = max(run.psnr, key=run.psnr.__getitem__)
+        # The value in the legend: beside the dots of runs that end alike, numbers would lie upon each other.
+        psnrs.plot(*_curve(run.psnr), color=colour, label=f"{name}: {run.psnr[best]:.2f} dB")
+        psnrs.plot(best, run.psnr[best], "o", color=colour)
     losses.set(title="loss (solid: training, dashed: validation)", xlabel="epoch")
     psnrs.set(title="validation PSNR, dB (dot: best)", xlabel="epoch")
     if all(value > 0 for run in runs for curve in (run.loss, run.validation_loss) for value in curve.values()):
@@ -103,7 +121,9 @@ def draw(runs: list[Run]):
     psnrs.margins(y=0.12)
     for axes in (losses, psnrs):
         axes.grid(alpha=0.3, which="both")
-    psnrs.legend(frameon=False)
+    for axes in (losses, psnrs):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small", framealpha=0.8)  # in the emptiest corner
     return figure
 
 
@@ -114,20 +134,20 @@ def _curve(values: dict[int, float]) -> tuple[list[int], list[float]]:
 
 def main(argv=None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a run's folder, or its {LOG}")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a run's folder, its {LOG}, or a cascade's folder")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="picture to write")
     args = parser.parse_args(argv)
     if args.output.suffix.lower() != ".png":
         raise InputError(f"--output {args.output}: expected a name ending in .png")
     check_writable(args.output, "--output")
-    runs = [read_run(path) for path in args.runs]
+    runs = [run for path in args.runs for run in read_runs(path)]
     figure = draw(runs)
     with atomic_path(args.output) as temporary:
         figure.savefig(temporary, dpi=130)
     for name, run in zip(legend_names(runs), runs):
         best = max(run.psnr.items(), key=lambda item: item[1], default=None)
         result = f"best PSNR {best[1]:.2f} dB at epoch {best[0]}" if best else "no validation yet"
-        print(f"{name}: {len(run.loss)} epochs, {result}")
+        print(f"{name}: {counted(len(run.loss), 'epoch')}, {result}")
     print(f"drawn in {args.output}")
     return 0
 

@@ -194,6 +194,11 @@ def shown_name(name: str) -> str:
     return name if name.isprintable() and len(name) <= 80 else shown(name)
 
 
+def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """A number of things: ``1 patient``, ``2 patients``; nouns: the plural where it is not ``noun`` with an s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {nouns or f'{noun}s'}"
+
+
 def whole_number(name: str, value, least: int, multiple: int = 1) -> int:
     """A setting as an int: a whole ``multiple``, not below ``least``; else :class:`InputError` naming it."""
     if not _is_whole(value, least, multiple):

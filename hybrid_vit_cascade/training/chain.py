@@ -11,6 +11,7 @@ from hybrid_vit_cascade.settings import CascadeConfig, StageRun, prediction_of, 
 from hybrid_vit_cascade.training.task import stage_settings
 from xray2ct.checkpoints import check_compatible, find_state, load_checkpoint, save_checkpoint
 from xray2ct.files import InputError, atomic_path, is_plain_name, read_json, write_json
+from xray2ct.training.clock import is_finished
 from xray2ct.training.config import config_dict
 from xray2ct.training.distributed import Processes
 from xray2ct.training.run_identity import changed_settings, check_same_data, data_header
@@ -54,6 +55,14 @@ def recorded_config(folder) -> dict | None:
     return data
 
 
+LEAST_MINUTES = 0.01  # of a stage, where those before it have used up the limit: some steps, validated
+
+
+def stage_minutes(limit: float, used: float, stages: int) -> float:
+    """What each of so many ``stages`` gets of a cascade's ``limit`` when those before have ``used`` so many minutes."""
+    return max((limit - used) / stages, LEAST_MINUTES)
+
+
 class Chain:
     """The stages of one checkpoint folder: what is finished, what comes before a stage, where training goes on."""
 
@@ -87,7 +96,9 @@ class Chain:
         if found is None:
             return started
         path, checkpoint, _ = found
-        if not started and checkpoint["training_state"]["epoch"] <= checkpoint["config"]["training"]["num_epochs"]:
+        if not started and not is_finished(
+            checkpoint["training_state"], checkpoint["config"]["training"]["num_epochs"]
+        ):
             return False
         check_stage_checkpoint(path, checkpoint, self.config, self.data)
         changed = changed_settings(
@@ -96,6 +107,20 @@ class Chain:
         if changed and self.processes.is_main:
             print(f"note: {run.stage.name} stays as it was trained, with other settings ({'; '.join(changed)})")
         return True
+
+    def minutes_of(self, index: int, count: int, limit: float | None) -> float | None:
+        """A stage's part of ``--max-minutes`` for ``count`` stages: what those before it left, shared evenly.
+
+        None and 0 are passed on: the limit that the stage had, none.
+        """
+        if not limit:
+            return limit
+        used = 0.0
+        for i in range(index):
+            found = find_state(self.stage_folder(i), kind=KIND)
+            clock = found[1]["training_state"].get("clock") if found else None
+            used += clock["seconds"] / 60 if clock else 0.0
+        return stage_minutes(limit, used, count - index)
 
     def earlier(self, index: int) -> Cascade | None:
         """The frozen stages before ``index``; None for the first stage."""

@@ -76,6 +76,7 @@ class StageTask(PatientTask):
 
     kind = KIND
     best_name = "best.pt"
+    cpu_config = "--config config/real_cpu.json"
 
     def __init__(self, cascade: CascadeConfig, run: StageRun, earlier: Cascade | None, processes: Processes):
         self.cascade, self.config, self.earlier = cascade, run, earlier

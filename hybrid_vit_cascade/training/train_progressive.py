@@ -16,10 +16,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 if not __package__:  # started by path: the package lies two folders up
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import xray2ct.installed  # noqa: F401  (first: says what is missing)
+
+# isort: split
+import torch
 
 from dataset import PatientDataset
 from hybrid_vit_cascade import PACKAGE
@@ -37,11 +40,13 @@ from hybrid_vit_cascade.training.task import StageTask, outline, stage_settings
 from xray2ct.checkpoints import weights_fingerprint
 from xray2ct.command_line import Parser
 from xray2ct.files import InputError, run_cli
+from xray2ct.progress import be_quiet
 from xray2ct.training.cli import add_run_arguments, describe_processes, run_context, stopped
 from xray2ct.training.config import config_dict
 from xray2ct.training.distributed import Processes, launch, process_group
 from xray2ct.training.monitors import Monitors, add_arguments, check_arguments, monitors_from
 from xray2ct.training.precision import Precision
+from xray2ct.training.reporting import command_of
 from xray2ct.training.run_lock import locked_folder
 from xray2ct.training.signals import Interrupted
 from xray2ct.training.trainer import TrainingError, fit
@@ -106,8 +111,8 @@ def describe(config: CascadeConfig, count: int, processes: Processes) -> list[st
     return lines
 
 
-def train_stage(index: int, chain: Chain, run: StageRun, monitors: Monitors) -> None:
-    """Train one stage, or go on with it; its errors name it."""
+def train_stage(index: int, chain: Chain, run: StageRun, monitors: Monitors, minutes: float | None) -> None:
+    """Train one stage, or go on with it, for at most its ``minutes``; its errors name it."""
     processes, folder = chain.processes, chain.stage_folder(index)
     earlier = chain.earlier(index)
     frozen = earlier.stages if earlier else []
@@ -118,7 +123,7 @@ def train_stage(index: int, chain: Chain, run: StageRun, monitors: Monitors) -> 
         print(f"{place}: {run.stage.name}, {run.stage.size}^3", flush=True)
     try:
         with monitors.stage(run.stage.name, folder) as stage_monitors:
-            fit(task.build_model(), task, run, folder, processes, stage_monitors, chain.write_config)
+            fit(task.build_model(), task, run, folder, processes, stage_monitors, chain.write_config, minutes)
     except TrainingError as error:
         raise TrainingError(f"stage {run.stage.name}: {error}") from None
 
@@ -144,12 +149,17 @@ def train(args, config: CascadeConfig, count: int, processes: Processes) -> None
                 chain.write_config(replace=False)  # which the stages after it read
                 processes.barrier()
             else:
-                train_stage(index, chain, run, monitors)
+                train_stage(index, chain, run, monitors, chain.minutes_of(index, count, args.max_minutes))
         chain.write_config()
+    if processes.is_main:
+        options = {"data": config.data.dataset_path, "cascade": folder, "output": folder / "evaluation"}
+        print(f"Next: {command_of('evaluate.py', **options)}", flush=True)
 
 
 def worker(args: argparse.Namespace) -> int:
     """What each process runs; returns its exit status."""
+    if args.quiet:
+        be_quiet()
     with process_group() as processes:
         config, count = read_settings(args)
         recorded = recorded_config(args.checkpoint_dir) or {}

@@ -19,7 +19,7 @@ from hybrid_vit_cascade.diffusion import Schedule
 from hybrid_vit_cascade.models import CascadeStage
 from hybrid_vit_cascade.settings import load_cascade_config, stage_run
 from hybrid_vit_cascade.training import train_progressive
-from hybrid_vit_cascade.training.chain import Chain
+from hybrid_vit_cascade.training.chain import Chain, stage_minutes
 from hybrid_vit_cascade.training.task import EARLIER, StageTask
 from hybrid_vit_cascade.training.train_progressive import main
 from tests.helpers.hooks import at_forward, raising
@@ -668,3 +668,23 @@ def test_a_resumed_run_keeps_its_global_batch_on_another_number_of_processes(wor
     write_json(tmp_path / "run" / "config.json", {**config_dict(load_cascade_config(command[1])), "world_size": 3})
     assert main(command) == 0
     assert "global batch 6 = 2 x 1 x 3" in capsys.readouterr().out
+
+
+def test_the_minutes_of_a_cascade_are_shared_by_its_stages():
+    assert stage_minutes(90, 0, 3) == 30
+    assert stage_minutes(90, 10, 2) == 40  # the first stage's epochs ended before its minutes
+    assert stage_minutes(90, 95, 1) == 0.01
+
+
+def test_a_cascade_ends_in_time_and_its_stages_stay_as_they_are(words, tmp_path, capsys):
+    run = words("training.num_epochs=10000", options=["--max-minutes", "0.04", "--quiet"])
+    assert main(run) == 0
+    text = capsys.readouterr().out
+    assert text.count("Stopped after ") == 2
+    assert f"--cascade {tmp_path / 'run'}" in text.splitlines()[-1]
+    assert main(run) == 0
+    assert capsys.readouterr().out.count("done, used as it is") == 2
+    used = load_checkpoint(tmp_path / "run" / "low" / "last.pt")["training_state"]["clock"]
+    later = load_checkpoint(tmp_path / "run" / "high" / "last.pt")["training_state"]["clock"]
+    assert used["minutes"] == pytest.approx(0.02)
+    assert later["stopped"]

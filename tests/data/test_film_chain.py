@@ -122,7 +122,7 @@ def test_beam_hardening_is_that_of_two_lines():
     """Through 5 attenuation lengths, lines at 0.7 and 1.3 of the mean: -log((e^-3.5 + e^-6.5) / 2) = 4.1446."""
     maker = chain(hardening=[0.3, 0.3])
     integrals, shown = torch.full((1, 2, 16, 16), 5.0), torch.ones(1, 2, 16, 16, dtype=torch.bool)
-    signal = maker._detected(integrals, shown, 5.0, SampleRandom([0]))
+    signal = maker.detected(integrals, shown, 5.0, SampleRandom([0]))
     assert signal.mean().item() == pytest.approx(4.1446, abs=1e-3)
 
 
@@ -130,7 +130,7 @@ def test_scatter_of_a_uniform_slab_adds_thickness_times_share():
     """I = e^-3; scatter 0.05 x 3 I: -log(1.15 e^-3) = 2.8602, whatever the kernel."""
     maker = chain(scatter=[0.05, 0.05])
     integrals, shown = torch.full((1, 2, 16, 16), 3.0), torch.ones(1, 2, 16, 16, dtype=torch.bool)
-    signal = maker._detected(integrals, shown, 5.0, SampleRandom([0]))
+    signal = maker.detected(integrals, shown, 5.0, SampleRandom([0]))
     assert signal.mean().item() == pytest.approx(2.8602, abs=1e-3)
 
 
@@ -138,7 +138,7 @@ def test_noise_is_poissons_by_the_photons_of_a_pixel():
     """1e4 / mm^2, pixels of 4 mm^2, a tenth passes: 4,000 photons, so the logarithm varies by 1 / sqrt(4000)."""
     maker = chain(photons_per_mm2=[1e4, 1e4])
     integrals, shown = torch.full((1, 2, 96, 96), math.log(10)), torch.ones(1, 2, 96, 96, dtype=torch.bool)
-    signal = maker._detected(integrals, shown, 2.0, SampleRandom([0]))
+    signal = maker.detected(integrals, shown, 2.0, SampleRandom([0]))
     assert signal.std().item() == pytest.approx(1 / math.sqrt(4000), rel=0.03)
 
 
@@ -162,9 +162,9 @@ def test_unsharp_masking_raises_local_contrast_and_keeps_a_uniform_field(volumes
     shown = torch.ones(1, 2, 32, 32, dtype=torch.bool)
     step = torch.full((1, 2, 32, 32), 2.0)
     step[..., 16:] = 3.0
-    signal = maker._detected(step, shown, 5.0, SampleRandom([0]))
+    signal = maker.detected(step, shown, 5.0, SampleRandom([0]))
     assert signal[..., 16].mean() - signal[..., 15].mean() > 1.5
-    assert torch.allclose(maker._detected(torch.full_like(step, 2.0), shown, 5.0, SampleRandom([0])), torch.tensor(2.0))
+    assert torch.allclose(maker.detected(torch.full_like(step, 2.0), shown, 5.0, SampleRandom([0])), torch.tensor(2.0))
 
 
 def test_the_picture_moves_by_millimetres_and_scale(volumes):

@@ -16,8 +16,10 @@ from model_enhanced import RefinementNetwork
 from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_model, make_refinement_checkpoint
 from xray2ct.files import InputError
 from xray2ct.inference import reconstruction
+from xray2ct.inference.predictor import CUBIC
 from xray2ct.inference.system import DirectSystem, check_finite, pick_device
 from xray2ct.models import memory
+from xray2ct.models.upsampling import upsample_spline
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,7 @@ class TestEvaluate:
     def test_every_method_is_compared_with_its_baselines(self, root, base, refinement, results):
         with open(results / "per_patient.csv", newline="") as stream:
             rows = {(r["method"], r["id"]): r for r in csv.DictReader(stream)}
-        methods = ("refined", "trilinear", "perfect_16", "mean_volume")
+        methods = ("refined", "trilinear", "cubic_consistent", "perfect_16", "perfect_16_cubic", "mean_volume")
         assert set(rows) == {(m, i) for m in methods for i in ("p4", "p5")}
         system, item = DirectSystem(base, refinement, "cpu"), PatientDataset(root, "test", 64, 64)[0]
         target, coarse = item["ct_volume"], system.coarse(item["xrays"][None])
@@ -184,6 +186,8 @@ class TestEvaluate:
             "refined": system.predict(item["xrays"][None])[0],
             "trilinear": F.interpolate(coarse, scale_factor=4, mode="trilinear", align_corners=False)[0],
             "perfect_16": F.interpolate(perfect, scale_factor=4, mode="trilinear", align_corners=False)[0],
+            "cubic_consistent": upsample_spline(coarse)[0].clamp(0, 1),
+            "perfect_16_cubic": upsample_spline(perfect)[0].clamp(0, 1),
         }
         for method, volume in expected.items():
             score = -10 * np.log10(((volume.numpy().astype(np.float64) - target.numpy()) ** 2).mean())
@@ -197,6 +201,28 @@ class TestEvaluate:
         ]
         assert gain["mean"] == pytest.approx(np.mean(differences), abs=1e-3)
         assert gain["n"] == 2
+        assert set(summary["minus_cubic_consistent"]) == set(methods) - {"cubic_consistent"}
+
+    def test_the_error_is_split_and_the_share_removed_is_that_of_the_cubic_baseline(self, results):
+        with open(results / "per_patient.csv", newline="") as stream:
+            rows = {(r["method"], r["id"]): r for r in csv.DictReader(stream)}
+        summary = json.loads((results / "summary.json").read_text())
+        names = ["low_rmse_hu", "high_rmse_hu", "low_removed", "high_removed"]
+        assert list(rows["refined", "p4"])[-5:] == [*names, "seconds"]
+        assert summary["protocol_columns"]["error_split"] == names
+        assert set(names) <= set(summary["protocols"])
+        for part in ("low", "high"):
+            shares = [
+                1 - (float(rows["refined", i][f"{part}_rmse_hu"]) / float(rows[CUBIC, i][f"{part}_rmse_hu"])) ** 2
+                for i in ("p4", "p5")
+            ]
+            statistics = summary["methods"]["refined"][f"{part}_removed"]
+            assert statistics["mean"] == pytest.approx(np.mean(shares), abs=1e-4)
+            assert statistics["ci95"][0] < statistics["mean"] < statistics["ci95"][1]
+            assert summary["methods"][CUBIC][f"{part}_removed"]["mean"] == 0
+        # What 16^3 cannot hold is the same whatever stage 1 says, but for the clamping.
+        assert float(rows["perfect_16_cubic", "p4"]["low_removed"]) > 0.99
+        assert float(rows["perfect_16_cubic", "p4"]["high_removed"]) == pytest.approx(0, abs=0.1)
 
     def test_compared_with_another_run(self, root, base, results, tmp_path, capsys):
         blind = make_refinement_checkpoint(tmp_path / "u.pt", root, base, settings={"guided": False})

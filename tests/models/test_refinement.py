@@ -1,4 +1,6 @@
-"""RefinementNetwork: exact shuffles, trilinear at the start, tiles and patches that equal the whole volume."""
+"""RefinementNetwork: exact shuffles, plain upsampling at the start, tiles and patches that equal the whole volume."""
+
+import copy
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry, render_xrays
 from xray2ct.models.blocks import pixel_shuffle_3d, pixel_unshuffle_3d, upsample
 from xray2ct.models.loading import load_refinement
+from xray2ct.models.upsampling import upsample_spline
 from xray2ct.models.window import Window
 
 SMALL = {
@@ -82,6 +85,13 @@ class TestNetwork:
         coarse = torch.rand(2, 1, 16, 16, 16)
         expected = F.interpolate(coarse, scale_factor=4, mode="trilinear", align_corners=False)
         assert torch.allclose(network(coarse, some_xrays(2)), expected, atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize("guided", [False, True])
+    def test_with_a_cubic_start_it_is_untrained_the_consistent_spline(self, guided):
+        network, coarse = make(guided, alive=False, start="cubic"), coarse_volume(batch=2)
+        volume = network(coarse, some_xrays(2))
+        assert torch.equal(volume, upsample_spline(coarse).clamp(0, 1))
+        assert torch.allclose(F.avg_pool3d(volume, 4), coarse, atol=1e-6)  # nothing is clamped here
 
     @pytest.mark.parametrize("size", [(2, 2, 2), (6, 4, 10), (16, 8, 12)])
     def test_any_multiple_of_two(self, size):
@@ -184,10 +194,10 @@ def _head(network, coarse, fine_xrays, trunk_xrays):
 
 
 class TestTiles:
-    @pytest.mark.parametrize("guided", [False, True])
-    def test_tiled_equals_untiled(self, guided):
+    @pytest.mark.parametrize(("guided", "start"), [(False, "trilinear"), (True, "trilinear"), (True, "cubic")])
+    def test_tiled_equals_untiled(self, guided, start):
         """Tiles of one voxel, of a size that divides nothing, and of nearly the whole: borders of all kinds."""
-        network, coarse, xrays = make(guided), coarse_volume((6, 8, 10), batch=2), some_xrays(2, 32)
+        network, coarse, xrays = make(guided, start=start), coarse_volume((6, 8, 10), batch=2), some_xrays(2, 32)
         network.xray_size = 32
         whole = network.refine(coarse, xrays)
         assert (whole - upsample(coarse)).abs().mean() > 1e-3
@@ -208,8 +218,9 @@ class TestTiles:
 
 
 class TestPatches:
-    def test_a_patch_with_all_the_context_is_a_crop_of_the_whole(self):
-        network, coarse, xrays = make(guided=True), coarse_volume(batch=2), some_xrays(2)
+    @pytest.mark.parametrize("start", ["trilinear", "cubic"])
+    def test_a_patch_with_all_the_context_is_a_crop_of_the_whole(self, start):
+        network, coarse, xrays = make(guided=True, start=start), coarse_volume(batch=2), some_xrays(2)
         whole = network(coarse, xrays)
         origins = [[(0, 0, 0), (3, 8, 11)], [(12, 5, 0), (7, 7, 7)]]
         patches = network(coarse, xrays, origins, patch=4, context=16)
@@ -284,6 +295,7 @@ class TestBadInput:
             ({"guide_channels": (2, 0, 2)}, r"guide_channels is \[2, 0, 2\]; expected 3 whole numbers, at least 1"),
             ({"head_channels": (8, 6)}, r"head_channels is \[8, 6\]; expected 3"),
             ({"head_channels": (8, 6, 0)}, "head_channels"),
+            ({"start": "linear"}, "start is 'linear'; expected trilinear or cubic"),
         ],
     )
     def test_wrong_settings_are_named(self, changes, key):
@@ -295,12 +307,23 @@ class TestWeights:
     def test_settings_geometry_and_resolution_travel_with_the_weights(self):
         """The README's snippet: ``RefinementNetwork()`` takes any checkpoint's shape."""
         geometry = Geometry(kind="parallel", fov_mm=300)
-        network, coarse, xrays = make(guided=True, geometry=geometry), coarse_volume(), some_xrays()
+        network, coarse, xrays = make(True, geometry=geometry, start="cubic"), coarse_volume(), some_xrays()
         fresh = RefinementNetwork()
         fresh.load_state_dict(network.state_dict())
         assert fresh.geometry == geometry
         assert fresh.xray_size == 64
         assert torch.equal(fresh.eval()(coarse, xrays), network(coarse, xrays))
+
+    def test_weights_that_name_no_start_are_trilinear(self):
+        """Those of earlier versions, also where a network with a cubic start loads them."""
+        network, coarse = make(), coarse_volume()
+        state = copy.deepcopy(network.state_dict())
+        del state["_extra_state"]["settings"]["start"]
+        fresh = make(start="cubic")
+        before = list(fresh.parameters())
+        fresh.load_state_dict(state)
+        assert all(one is other for one, other in zip(before, fresh.parameters(), strict=True))  # an optimiser's
+        assert torch.equal(fresh(coarse), network(coarse))
 
     def test_weights_of_another_network_are_refused(self):
         state = make().state_dict()

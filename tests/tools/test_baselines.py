@@ -54,6 +54,15 @@ def unet(root, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def x2ct(root, tmp_path_factory):
+    """Output folder of an even shorter training of X2CT-GAN's generator."""
+    output = tmp_path_factory.mktemp("x2ct")
+    settings = ("model.base_channels=16", "model.xray_size=64", "training.num_epochs=2")
+    assert baselines.main(arguments("x2ct", root, output, *settings)) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
 def mean(root, tmp_path_factory):
     """Output folder of the mean volume."""
     output = tmp_path_factory.mktemp("mean")
@@ -215,6 +224,18 @@ class TestTraining:
             "mse_weight"
         }
 
+    def test_x2ct_learns_by_squared_error_and_projections(self, x2ct):
+        epochs = events(x2ct, "epoch")
+        assert epochs[-1]["loss"] < epochs[0]["loss"]
+        assert epochs[-1]["loss"] == pytest.approx(10 * epochs[-1]["mse"] + 10 * epochs[-1]["projection"], rel=1e-4)
+        data = load_checkpoint(x2ct / "best_model.pt", kind="x2ct_generator")
+        assert data["model_config"]["base_channels"] == 16
+
+    def test_x2ct_has_its_published_widths_whatever_the_configuration_says(self, tmp_path):
+        args = baselines.parse_args(["x2ct", "--config", "configs/cpu.json", "--output", str(tmp_path)])
+        model = baselines.read_config(args).model
+        assert (model.base_channels, model.xray_size, model.volume_size) == (64, 128, [64, 64, 64])
+
     def test_another_loss_can_be_asked_for(self, root, tmp_path):
         args = baselines.parse_args(arguments("unet", root, tmp_path, "loss.l1_weight=0.5"))
         loss = baselines.read_config(args).loss
@@ -263,6 +284,7 @@ class TestTraining:
     def test_each_baseline_has_its_own_default_folder(self):
         assert [baselines.parse_args([name]).output for name in baselines.TASKS] == [
             "checkpoints_unet",
+            "checkpoints_x2ct",
             "checkpoints_mean",
         ]
 
@@ -275,6 +297,8 @@ class TestBadInput:
             ("mean", ["--data", "nowhere"], ["nowhere", "prepare_data.py"]),
             ("unet", ["--set", "model.transformer_blocks=2"], ["model.transformer_blocks is 2", "expected 0"]),
             ("unet", ["--set", "model.seen_channel=true"], ["model.seen_channel is true", "expected false"]),
+            ("unet", ["--set", "model.passes=2"], ["model.passes is 2", "expected 1"]),
+            ("x2ct", ["--set", "model.xray_size=32"], ["with model.xray_size 32", "X-rays of at least 64"]),
             ("unet", ["--set", "model.base_channels=20"], ["model.base_channels", "multiple of 16"]),
             ("mean", ["--set", "model.volume_size=[16,16,32]"], ["model.volume_size", "equal"]),
             ("unet", ["--set", "training.num_epoch=1"], ["did you mean training.num_epochs"]),
@@ -311,11 +335,12 @@ def rows_of(output):
 
 
 class TestCommands:
-    def test_every_kind_of_the_registry_is_built_and_others_are_refused(self, root, unet, mean, tmp_path):
+    def test_every_kind_of_the_registry_is_built_and_others_are_refused(self, root, unet, x2ct, mean, tmp_path):
         direct = make_checkpoint(tmp_path / "direct.pt", root)
         paths = {
             "enhanced_direct": direct,
             "lifting_unet": unet / "best_model.pt",
+            "x2ct_generator": x2ct / "best_model.pt",
             "mean_volume": mean / "best_model.pt",
         }
         assert set(paths) == {*registry.NETWORKS} - {registry.REFINEMENT_KIND}
@@ -328,6 +353,12 @@ class TestCommands:
             save_checkpoint(tmp_path / "other.pt", {"kind": kind})
             with pytest.raises(InputError, match=r"other\.pt.*expected 'enhanced_direct', or a baseline's"):
                 load_base_model(tmp_path / "other.pt")
+
+    def test_evaluation_of_x2ct(self, root, x2ct, tmp_path):
+        words = ["--data", root, "--base", x2ct / "best_model.pt", "--output", tmp_path, "--device", "cpu"]
+        assert evaluate.main([str(word) for word in (*words, "--pictures", "0")]) == 0
+        rows = rows_of(tmp_path)
+        assert np.isfinite([float(rows["model", p]["psnr_strict"]) for p in ("p4", "p5")]).all()
 
     def test_evaluation_and_comparison(self, root, unet, mean, tmp_path):
         results = {}
@@ -352,7 +383,7 @@ class TestCommands:
         assert gain["mean"] == pytest.approx(np.mean(expected), abs=1e-3)
         assert summary["parameters"] == sum(p.numel() for p in load_base_model(unet / "best_model.pt")[0].parameters())
 
-    @pytest.mark.parametrize("name", ["unet", "mean"])
+    @pytest.mark.parametrize("name", ["unet", "x2ct", "mean"])
     def test_reconstruction(self, root, name, request):
         folder = request.getfixturevalue(name)
         volume, affine = load_pipeline(folder / "best_model.pt", device="cpu")(

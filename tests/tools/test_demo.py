@@ -63,8 +63,19 @@ def test_running_it_again_skips_what_is_done(options, capsys):
     for folder in ("training", "training_refinement"):
         before[output / folder / "last.pt"] = (output / folder / "last.pt").stat().st_mtime_ns
     assert demo.main(options) == 0
-    assert capsys.readouterr().out.count("Nothing to do") == 2
+    text = capsys.readouterr().out
+    assert text.count("Nothing to do") == 2
+    assert "has the scores of these checkpoints already" in text
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_the_demo_says_how_its_environment_is_activated(tmp_path):
+    venv = str(tmp_path / "my venv")
+    assert demo.activation(venv, "/usr", None, windows=False) == f"source '{venv}/bin/activate'"
+    assert demo.activation(venv, "/usr", str(tmp_path), windows=False).startswith("source")
+    assert demo.activation(venv, "/usr", venv) is None  # it is active
+    assert demo.activation("/usr", "/usr", None) is None  # there is none
+    assert demo.activation(venv, "/usr", None, windows=True).endswith("activate")
 
 
 def test_a_folder_of_another_demo_is_refused(options):

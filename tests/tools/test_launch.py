@@ -15,6 +15,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from tools import launch
+from xray2ct.training.config import EnhancedConfig, RefinementConfig, load_config
 
 
 def write_requirements(folder: Path, text: str, name: str = "requirements.txt") -> Path:
@@ -142,6 +143,45 @@ def test_training_uses_up_to_four_gpus(gpus, processes):
 def test_windows_starts_the_processes_without_torchrun(word):
     command = launch.job_command(Path("py"), word, [], lambda python: 4, windows=True)
     assert command == ["py", str(ROOT / launch.TRAINING[word])]
+
+
+def test_the_laptop_preset_trains_small_networks_in_one_process():
+    commands = [launch.stage_command(Path("py"), word, ["--data", "ROOT"], "laptop") for word in launch.TRAINING]
+    assert [command[1] for command in commands] == [str(ROOT / launch.TRAINING[word]) for word in launch.TRAINING]
+    first, second = (dict(zip(command[2::2], command[3::2])) for command in commands)
+    assert second["--base"] == f"{first['--output']}/best_model.pt"
+    assert first["--output"] != second["--output"]
+    for options, kind in ((first, EnhancedConfig), (second, RefinementConfig)):
+        config = load_config(kind, options["--config"])
+        assert options["--data"] == "ROOT"
+        assert config.world_size == 1
+        assert config.model.xray_size <= 256
+        assert config.loss.perceptual_weight == 0  # nothing to download
+
+
+def test_a_preset_is_taken_from_anywhere_among_the_options_and_an_unknown_one_refused(jobs):
+    assert launch.split_preset(["--data", "R", "--preset", "laptop"]) == ("laptop", ["--data", "R"])
+    assert launch.split_preset(["--preset=laptop", "--dry-run"]) == ("laptop", ["--dry-run"])
+    assert launch.split_preset(["--data", "R"]) == (None, ["--data", "R"])
+    for words in (["--preset", "phone"], ["--preset"]):
+        with pytest.raises(SystemExit, match=r"--preset .*: expected laptop"):
+            launch.split_preset(words)
+    command = lambda python, word, o, count_gpus: [python, jobs / f"{word}.py", *o]  # noqa: E731
+    assert launch.train_both(Path(sys.executable), ["--data", "ROOT"], command, "laptop") == 0
+    lines = (jobs / "calls").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["stage1", "stage2"]
+    assert "configs/cpu.json" in lines[0]
+    assert "configs/refinement_cpu.json" in lines[1]
+
+
+def test_the_download_is_announced_with_size_and_time(tmp_path, installer, capsys):
+    requirements = write_requirements(tmp_path, "numpy>=1\n")
+    launch.make_environment(tmp_path / ".venv", requirements, write_requirements(tmp_path, "", "c.txt"), installer)
+    assert re.search(r"once: about [\d.]+ GB to download.*, \d minutes? at 100 Mbit/s", capsys.readouterr().out)
+    # 2.8e9 bytes are 2.24e10 bits: 224 seconds
+    assert "2.8 GB" in launch.download_estimate("linux")
+    assert "4 minutes" in launch.download_estimate("linux")
+    assert "1 minute at" in launch.download_estimate("win32")
 
 
 @pytest.fixture

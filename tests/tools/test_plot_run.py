@@ -39,7 +39,27 @@ def test_curves_hold_the_logs_values(tmp_path):
     curve, best = psnrs.lines[:2]
     assert list(curve.get_ydata()) == [20.0, 23.5, 22.0]
     assert (list(best.get_xdata()), list(best.get_ydata())) == ([2], [23.5])
-    assert [text.get_text() for text in psnrs.get_legend().get_texts()] == ["a (1)", "a (2)"]
+    assert [text.get_text() for text in psnrs.get_legend().get_texts()] == ["a (1): 23.50 dB", "a (2): 23.50 dB"]
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["a (1)", "a (2)"]
+    assert not [text for axes in (losses, psnrs) for text in axes.texts]  # which would lie upon each other
+
+
+def test_a_cascades_folder_is_its_stages(tmp_path, capsys):
+    folder = tmp_path / "quick"
+    folder.mkdir()
+    stages = [{"name": name} for name in ("low", "high", "later")]
+    (folder / "config.json").write_text(json.dumps({"stages": stages}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"quick: none of its stages \(low, high, later\) has a log\.jsonl"):
+        plot_run.read_runs(folder)
+    write_log(folder / "low", [20.0])
+    write_log(folder / "high", [21.0, 22.0])
+    assert [(run.name, run.psnr) for run in plot_run.read_runs(folder)] == [
+        ("quick/low", {1: 20.0}),
+        ("quick/high", {1: 21.0, 2: 22.0}),
+    ]
+    pytest.importorskip("matplotlib")
+    assert plot_run.main([str(folder), "--output", str(tmp_path / "curves.png")]) == 0
+    assert "quick/high: 2 epochs, best PSNR 22.00 dB at epoch 2" in capsys.readouterr().out
 
 
 def test_the_picture_is_written(tmp_path, capsys):
@@ -54,7 +74,7 @@ def test_the_picture_is_written(tmp_path, capsys):
         assert picture.width > 1000
     printed = capsys.readouterr().out
     assert "one: 2 epochs, best PSNR 23.50 dB at epoch 2" in printed
-    assert "two: 1 epochs, no validation yet" in printed
+    assert "two: 1 epoch, no validation yet" in printed
 
 
 def test_epochs_done_again_and_a_cut_last_line(tmp_path):

@@ -66,6 +66,10 @@ def direct(root, files, *overrides):
     return EnhancedTask(config, Processes())
 
 
+def second_pass(root, files, *overrides):
+    return direct(root, files, "model.passes=2", *overrides)
+
+
 def refinement(root, files, *overrides):
     data = (f"data.dataset_path={root}", f"base_checkpoint={files / 'base.pt'}")
     return RefinementTask(load_config(RefinementConfig, None, [*REFINEMENT, *data, *overrides]), Processes())
@@ -100,7 +104,7 @@ def test_what_makes_the_host_wait_is_counted():
     assert counter.waiting == ["aten::_local_scalar_dense", "aten::index", "aten::_local_scalar_dense", "aten::nonzero"]
 
 
-@pytest.mark.parametrize("make", [direct, refinement, stage])
+@pytest.mark.parametrize("make", [direct, second_pass, refinement, stage])
 def test_a_step_waits_for_nothing(root, files, tmp_path, make):
     """Two micro-batches: augmentation, rendering, earlier stages, loss, clipping, optimiser and moving average."""
     task = make(root, files, "training.precision=bfloat16", "training.batch_size=2", "training.micro_batch=1")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dataset
 import train_refinement_4gpu
 from dataset import PatientDataset
 from model_enhanced import RefinementNetwork
@@ -19,8 +20,8 @@ from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_model
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError, read_json, write_json
-from xray2ct.models.blocks import upsample
 from xray2ct.models.loading import load_base_model, load_refinement
+from xray2ct.models.upsampling import upsample_spline
 from xray2ct.training import refinement_task
 from xray2ct.training.config import RefinementConfig, load_config
 from xray2ct.training.distributed import Processes
@@ -99,12 +100,12 @@ class TestTask:
             assert torch.allclose(batch["ct_volume"][index, 0], expected)
 
     def test_an_untrained_network_predicts_the_upsampled_coarse_patches(self, root, base):
-        """The patches of prediction and target lie at the same place: the loss is that of trilinear upsampling."""
+        """The patches of prediction and target lie at the same place: the loss is that of plain upsampling."""
         task = make_task(root, base, "patch.per_volume=2", "loss.edge_weight=0")
         raw = torch.utils.data.default_collate([task.train_data[0]])
         batch = task.make_batch(raw, [5], torch.device("cpu"))
         total, _ = task.loss(task.build_model().train(), batch)
-        smooth = upsample(batch["coarse"])
+        smooth = upsample_spline(batch["coarse"])
         pieces = [
             (smooth[0, 0, 4 * z : 4 * z + 32, 4 * y : 4 * y + 32, 4 * x : 4 * x + 32] - target[0]).abs().mean()
             for (z, y, x), target in zip(batch["origins"][0], batch["ct_volume"])
@@ -137,6 +138,12 @@ class TestTask:
         for axis in corners.T:
             assert sorted(set(axis.tolist())) == [0, 2, 4, 6, 8]  # the trunk's cells, up to the last corner, 16 - 8
 
+    def test_the_data_set_s_folders_are_looked_at_once(self, root, base, monkeypatch):
+        looks, real = [], dataset.find_patients
+        monkeypatch.setattr(dataset, "find_patients", lambda folder: looks.append(folder) or real(folder))
+        make_task(root, base)
+        assert len(looks) == 1
+
     def test_full_volumes(self, root, base):
         task = make_task(root, base, "patch.size=0")
         raw = torch.utils.data.default_collate([task.train_data[0]])
@@ -167,15 +174,19 @@ class TestTask:
 
         smooth = F.interpolate(coarse, scale_factor=4, mode="trilinear", align_corners=False)
         perfect = F.interpolate(F.avg_pool3d(target, 4), scale_factor=4, mode="trilinear", align_corners=False)
-        assert row["psnr"] == row["psnr_trilinear"] == pytest.approx(score(smooth), abs=1e-3)
+        assert row["psnr_trilinear"] == pytest.approx(score(smooth), abs=1e-3)
+        cubic = upsample_spline(coarse).clamp(0, 1)
+        assert row["psnr"] == pytest.approx(score(cubic), abs=1e-3)
+        assert row["psnr_cubic_consistent"] == pytest.approx(score(cubic), abs=1e-3)
+        assert abs(score(cubic) - score(smooth)) > 0.01
         assert row["psnr_perfect_coarse"] == pytest.approx(score(perfect), abs=1e-3)
 
     @pytest.mark.parametrize(("refined", "stage"), [(22.0, "stage 1"), (26.0, "stage 2")])
     def test_the_bottleneck_is_named(self, root, base, refined, stage):
-        metrics = {"psnr": refined, "psnr_trilinear": 21.0, "psnr_perfect_coarse": 25.0}
+        metrics = {"psnr": refined, "psnr_trilinear": 21.0, "psnr_cubic_consistent": 21.5, "psnr_perfect_coarse": 25.0}
         text = make_task(root, base).comment(metrics)
         assert f"Bottleneck is {stage}" in text
-        assert f"{refined - 21.0:+.2f}" in text
+        assert f"{refined - 21.0:+.2f} and {refined - 21.5:+.2f}" in text
 
 
 class TestRuns:

@@ -243,7 +243,7 @@ def test_a_run_learns_and_leaves_what_it_promises(root, tmp_path, capsys):
         " | Edge: ",
         " samples/s",
         "Epoch 1 Training Summary:",
-        "Validation Results (1 patients):",
+        "Validation Results (1 patient):",
         "New best model saved! PSNR: ",
     ):
         assert words in text

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from xray2ct.data.anatomy import AnatomyConfig, load_deformations
 from xray2ct.data.film_chain import FilmChain, FilmConfig
 from xray2ct.data.sample_random import SampleRandom
 from xray2ct.data.warp import DensityChange, SmoothWarp, unit_volumes
@@ -44,6 +45,7 @@ class AugmentConfig:
     # Exposure-like gain of each X-ray, uniform in 1 +- (breaks the absolute scale).
     xray_gain: float = setting(0.0, minimum=0.0, maximum=1.0)
     film: FilmConfig = field(default_factory=FilmConfig)  # a share of the pairs as radiographs
+    anatomy: AnatomyConfig = field(default_factory=AnatomyConfig)  # deformations as between patients
 
 
 def random_affine(config: AugmentConfig, fov_mm: float, random: SampleRandom) -> torch.Tensor:
@@ -89,6 +91,8 @@ class PairMaker:
         self.acquisition, self.config = acquisition, config
         self.volume_size, self.xray_size, self.with_seen = tuple(volume_size), xray_size, with_seen
         self.film = FilmChain(config.film if config.enabled else FilmConfig(), acquisition)
+        wanted = config.enabled and config.anatomy.file is not None
+        self.deformations = load_deformations(config.anatomy.file) if wanted else None
 
     @torch.no_grad()
     def __call__(self, volumes, masks, seeds) -> dict[str, torch.Tensor]:
@@ -129,7 +133,8 @@ class PairMaker:
         """Warped volumes with changed density; masks at the target's resolution, at the cells' centres."""
         fov = self.acquisition.geometry.fov_mm
         theta = random_affine(self.config, fov, random)
-        warp = SmoothWarp(theta, random_displacement(self.config, fov, random), volumes.shape[2:])
+        anatomy = self.deformations.draw(random, self.config.anatomy) if self.deformations else None
+        warp = SmoothWarp(theta, random_displacement(self.config, fov, random), volumes.shape[2:], anatomy)
         warped = warp.sample(volumes, self._density_change(random))
         return warped, None if masks is None else warp.sample_cells(masks, self.volume_size)
 

@@ -174,7 +174,7 @@ class FilmChain:
         integrals, covered = self._placed(xrays * self.acquisition.xray_scale, volumes, random)
         box, depth = self._collimation(covered, random)
         shown = covered & box
-        signal = self._detected(integrals, shown, pixel_mm, random)
+        signal = self.detected(integrals, shown, pixel_mm, random)
         linear = random.uniform("film/linear", (2, 1, 1)) < self.config.linear
         picture = torch.where(linear, self._in_window(signal, shown, random)[0], self._displayed(signal, shown, random))
         picture = self._written_on(picture, box, depth, pixel_mm, random)
@@ -230,7 +230,7 @@ class FilmChain:
 
     # -- source and detector ---------------------------------------------------------------------
 
-    def _detected(self, integrals, shown, pixel_mm, random):
+    def detected(self, integrals, shown, pixel_mm, random):
         """-log of the detected intensity: hardened, scattered, noisy, blurred, and sharpened by the console."""
         config = self.config
         width = random.uniform("film/hardening", (2, 1, 1), *config.hardening)

@@ -40,11 +40,11 @@ def find_patients(root: Path) -> dict[str, PatientFolder]:
         )
     empty = [p.folder.name for p in folders if not p.holds_data]
     if empty:
-        warnings.warn(f"{root}: no volume in {some(empty)}: left out", stacklevel=3)
+        warnings.warn(f"{root}: no volume in {some(empty)}: left out", stacklevel=4)
     loose = loose_files(root)
     if loose:
         names = some(p.name for p in loose)
-        warnings.warn(f"{root}: {names}: outside the patients' folders, left out (expected ID/ID.nii.gz)", stacklevel=3)
+        warnings.warn(f"{root}: {names}: outside the patients' folders, left out (expected ID/ID.nii.gz)", stacklevel=4)
     return patients
 
 
@@ -65,7 +65,7 @@ def check_patients(patients: dict[str, PatientFolder], root: Path) -> None:
         raise InputError(f"{problems[0]}{more}")
     unused = [path.relative_to(root) for folder in patients.values() for path in folder.unused]
     if unused:
-        warnings.warn(f"{root}: not used: {some(unused)}", stacklevel=3)
+        warnings.warn(f"{root}: not used: {some(unused)}", stacklevel=4)
 
 
 class Manifest:

@@ -25,6 +25,7 @@ from xray2ct.data.work_list import find_work, fingerprint, save_work
 from xray2ct.file_lock import locked
 from xray2ct.files import InputError, read_json, shown, write_json
 from xray2ct.imaging.find_cts import CtSource
+from xray2ct.progress import progress_bar
 
 
 class Splitter(NamedTuple):
@@ -206,7 +207,7 @@ def _split_of(manifest) -> dict[str, str]:
 def prepare_all(sources, output: Path, settings: dict, workers: int, overwrite: bool = False):
     """Prepare all patients. Returns ``(entries, failures)``: ``{id: manifest entry}``, ``{id: message}``."""
     entries, failures, todo = {}, {}, []
-    for source in tqdm(sources, desc="checking", unit="CT", leave=False):
+    for source in progress_bar(sources, desc="checking", unit="CTs", leave=False):
         entry = None if overwrite else finished_entry(source, output / source.patient_id)
         if entry is None:
             todo.append(source)
@@ -215,13 +216,13 @@ def prepare_all(sources, output: Path, settings: dict, workers: int, overwrite: 
     if entries:
         print(f"{len(entries)} of {len(sources)} CTs are done already")
 
-    with tqdm(total=len(todo), desc="preparing", unit="CT") as bar:
+    with progress_bar(total=len(todo), desc="preparing", unit="CTs") as bar:
         for source, entry, problem, notes in _run(todo, output, settings, workers):
             for note in notes:
-                bar.write(f"note: {source.patient_id}: {note}")
+                tqdm.write(f"note: {source.patient_id}: {note}")
             if problem:
                 failures[source.patient_id] = problem
-                bar.write(f"failed: {problem}")
+                tqdm.write(f"failed: {problem}")
             else:
                 entries[source.patient_id] = entry
             bar.update()

@@ -70,13 +70,17 @@ class SmoothWarp:
     theta: ``(B, 3, 4)`` as ``affine_grid`` takes it with ``align_corners=False`` (x, y, z = W, H, D; the cube is
     [-1, 1]; output -> input). displacement: ``(B, n, n, n, 3)`` in the same units, of n control points along D, H and W
     from the first voxel to the last (see :func:`control_weights`), components (x, y, z); None for none.
-    shape: (D, H, W) of the volumes.
+    shape: (D, H, W) of the volumes. anatomy: ``(B, 3, m, m, m)``, another displacement (x, y, z) at m points along D, H
+    and W from face to face, which is made first: the volume is read at p + anatomy(p), p being the place that theta and
+    displacement give. It is taken at m control points and interpolated between them as the other one is.
 
-    Both are one trilinear expansion of control points, because it keeps linear functions: three small matrix products
-    make the grid of any part of the volume.
+    All are trilinear expansions of control points, because these keep linear functions: three small matrix products
+    make the grid of any part of the volume, and volumes are sampled once.
     """
 
-    def __init__(self, theta: torch.Tensor, displacement: torch.Tensor | None, shape):
+    def __init__(
+        self, theta: torch.Tensor, displacement: torch.Tensor | None, shape, anatomy: torch.Tensor | None = None
+    ):
         self.shape = tuple(shape)
         points = 2 if displacement is None else displacement.shape[1]
         ends = [1.0 - 1.0 / size for size in self.shape]
@@ -87,6 +91,15 @@ class SmoothWarp:
         self.nodes = (rows[..., :3] * places).sum(-1) + rows[..., 3]
         if displacement is not None:
             self.nodes += displacement
+        self.anatomy = None if anatomy is None else self._in_place(anatomy)  # (B, m, m, m, 3), at control points
+
+    def _in_place(self, anatomy: torch.Tensor) -> torch.Tensor:
+        """The displacement of the anatomy where each of its control points is read."""
+        shares = control_weights(self.nodes.shape[1], anatomy.shape[-1], anatomy.device)
+        rows, columns = _spread(self.nodes, [shares] * 3)
+        places = (rows @ _three(columns)).unflatten(-1, (-1, 3))
+        moved = F.grid_sample(anatomy, places, align_corners=True, padding_mode="border")
+        return moved.permute(0, 2, 3, 4, 1)
 
     def sample(self, volumes: torch.Tensor, density: DensityChange) -> torch.Tensor:
         """Volumes ``(B, 1, D, H, W)``, uint16 or float32, warped and changed: float32 in [0, 1], zero outside."""
@@ -110,21 +123,31 @@ class SmoothWarp:
     def expanded(self, cells=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Nodes expanded along D and H, ``(B, D, H, 3 n)``, and their shares along W, ``(n, W)``.
 
-        For voxels, or for the centres of so many equal ``cells`` along D, H and W.
+        For voxels, or for the centres of so many equal ``cells`` along D, H and W. n counts the points of both
+        displacements: the expansion of one set of nodes and that of the other add up.
         """
-        points = self.nodes.shape[1]
-        weights = [control_weights(points, n, self.nodes.device) for n in self.shape]
-        if cells is not None:
-            weights = [averaged_to(w[None, :, None], (1, n))[0, :, 0] for w, n in zip(weights, cells)]
-        along_z, along_y, along_x = weights
-        rows = (along_z.T @ self.nodes.flatten(2)).unflatten(-1, (points, -1))  # (B, D, n, 3 n)
-        return along_y.T @ rows, along_x
+        parts = []
+        for nodes in (self.nodes, self.anatomy):
+            if nodes is not None:
+                weights = [control_weights(nodes.shape[1], n, nodes.device) for n in self.shape]
+                if cells is not None:
+                    weights = [averaged_to(w[None, :, None], (1, n))[0, :, 0] for w, n in zip(weights, cells)]
+                parts.append(_spread(nodes, weights))
+        rows, columns = zip(*parts)
+        return torch.cat(rows, dim=-1), torch.cat(columns)
 
     def _slab(self, device: torch.device) -> int:
         """Planes of the grid that are made at a time."""
         _, height, width = self.shape
         plane = self.nodes.shape[0] * height * width * 3 * 4
         return max(1, SLAB_BYTES.get(device.type, LARGE_SLAB_BYTES) // plane)
+
+
+def _spread(nodes: torch.Tensor, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nodes ``(B, n, n, n, 3)`` expanded along D and H, ``(B, D, H, 3 n)``, and the weights along W."""
+    along_z, along_y, along_x = weights
+    rows = (along_z.T @ nodes.flatten(2)).unflatten(-1, (nodes.shape[1], -1))  # (B, D, n, 3 n)
+    return along_y.T @ rows, along_x
 
 
 def _three(columns: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,12 @@ voxel is compared. docs/real_xrays.md explains what is.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy as np
 from scipy import ndimage
 
+from xray2ct.evaluation.error_split import ERROR_SPLIT
 from xray2ct.evaluation.protocols import PROTOCOLS, Case, Protocol
 from xray2ct.evaluation.residuals import residuals
 from xray2ct.geometry.acquisition import Acquisition
@@ -87,6 +90,12 @@ BY_KIND = {
     "scout": {**PROTOCOLS, "residual": RESIDUAL},
     "film": {"residual": RESIDUAL, "lung_volume": LUNG_VOLUME},
 }
+
+
+def protocols_of(kind: str, scored: Container[str]) -> dict[str, Protocol]:
+    """Protocols of a kind of X-rays, and the error's split where its columns are among those ``scored``."""
+    split = {"error_split": ERROR_SPLIT} if ERROR_SPLIT.main[0] in scored else {}
+    return {**BY_KIND[kind], **split}
 
 
 def columns_of(kind: str) -> dict[str, str]:

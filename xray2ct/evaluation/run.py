@@ -12,7 +12,7 @@ from dataset import PatientDataset
 from xray2ct.checkpoints import check_compatible
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.patient_files import some
-from xray2ct.evaluation.real_xrays import BY_KIND, columns_of
+from xray2ct.evaluation.real_xrays import protocols_of
 from xray2ct.evaluation.report import ReportCollector, choose_cases
 from xray2ct.evaluation.scoring import BASELINE, Observer, differences, mean_method, score_patients, summary_of
 from xray2ct.evaluation.statistics import summarise
@@ -60,7 +60,7 @@ def evaluate(
     with replaced_together(output, lambda: earlier_files(output)) as folder:
         observer = Observer(folder, data, methods, pictures, report)
         rows = score_patients(data, methods, observer)
-        summary = {**describe_run(predictor, data, split, seen), **summary_of(rows)}
+        summary = {**describe_run(predictor, data, split, seen, rows[0]), **summary_of(rows)}
         if compare and others:
             mine = [row for row in rows if row["method"] == first]
             summary[f"minus_{Path(compare).parent.name or 'other'}"] = {first: differences(mine, others)}
@@ -96,7 +96,8 @@ def open_data(
         notes += volume_notes(data, loaded)
     for note in notes:
         print(f"note: {note}")
-    return data, PatientDataset(root, "train", size, None, **common), sorted(seen), notes
+    training = PatientDataset(root, "train", size, None, scanned=data, **common)
+    return data, training, sorted(seen), notes
 
 
 def check_patients(data: PatientDataset, loaded: LoadedCheckpoint, split: str, allow_seen: bool) -> list[str]:
@@ -154,8 +155,9 @@ def provenance(loaded: LoadedCheckpoint) -> dict:
     }
 
 
-def describe_run(predictor: Predictor, data: PatientDataset, split: str, seen: list[str]) -> dict:
-    """The first part of ``summary.json``: what was evaluated, on what, by which protocols."""
+def describe_run(predictor: Predictor, data: PatientDataset, split: str, seen: list[str], row: dict) -> dict:
+    """The first part of ``summary.json``: what was evaluated, on what, by which protocols (those of a row)."""
+    protocols = protocols_of(data.xrays, row)
     return {
         **predictor.summary(),
         "checkpoints": [provenance(loaded) for loaded in predictor.checkpoints()],
@@ -167,8 +169,8 @@ def describe_run(predictor: Predictor, data: PatientDataset, split: str, seen: l
         "seen_in_training": seen,
         "volume_size": list(predictor.volume_size),
         **data.acquisition.to_dict(),
-        "protocols": columns_of(data.xrays),
-        "protocol_columns": {name: list(protocol.columns) for name, protocol in BY_KIND[data.xrays].items()},
+        "protocols": {column: text for protocol in protocols.values() for column, text in protocol.columns.items()},
+        "protocol_columns": {name: list(protocol.columns) for name, protocol in protocols.items()},
         "device": predictor.device.type,
         "precision": predictor.precision.name,
         "torch": torch.__version__,

@@ -7,22 +7,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dataset import PatientDataset, mean_volume
+from xray2ct.evaluation.error_split import ERROR_SPLIT, add_shares
 from xray2ct.evaluation.protocols import Case, scanned_body
 from xray2ct.evaluation.real_xrays import score
 from xray2ct.evaluation.report import ReportCollector
 from xray2ct.evaluation.statistics import coverage, paired_interval, summarise
 from xray2ct.imaging.figures import save_panel
-from xray2ct.inference.predictor import TRILINEAR, Method
+from xray2ct.inference.predictor import CUBIC, TRILINEAR, Method
+from xray2ct.progress import progress_bar
 
 BASELINE = "mean_volume"
 
 
 def mean_method(data: PatientDataset) -> Method:
     """The mean of the training split's volumes, whatever the X-rays show."""
-    data.build_cache(progress=partial(tqdm, desc="Training volumes", unit="patient", leave=False))
+    data.build_cache(progress=partial(progress_bar, desc="Training volumes", unit="patients", leave=False))
     volume = mean_volume(data)[0]
     return lambda item: volume
 
@@ -30,14 +31,16 @@ def mean_method(data: PatientDataset) -> Method:
 def score_patients(data: PatientDataset, methods: dict[str, Method], observe=None) -> list[dict]:
     """Rows ``{"method", "id", <scores of the data's X-rays>, "seconds"}`` for every method and patient.
 
-    Which scores: :data:`real_xrays.BY_KIND`.
+    Which scores: :data:`real_xrays.BY_KIND`, and :data:`error_split.ERROR_SPLIT` where ``cubic_consistent`` is among
+    the methods and voxels are compared.
 
     A score that a patient cannot have (a tissue that is not there) is None. observe: called with ``(method, item,
     prediction, its scores)`` for each of them; ``item["body"]`` is the scanned part of the true body, bool (D, H, W).
     """
     rows = []
+    splits = CUBIC in methods and data.xrays != "film"
     common = {"geometry": data.geometry, "hu_window": data.hu_window, "xray_scale": data.xray_scale}
-    for index in tqdm(range(len(data)), desc="Evaluating", unit="patient"):
+    for index in progress_bar(range(len(data)), desc="Evaluating", unit="patients"):
         item = data[index]
         target, mask = item["ct_volume"][0], item["mask"][0]
         item["body"] = scanned_body(target, mask, data.hu_window, data.geometry.fov_mm)
@@ -45,10 +48,15 @@ def score_patients(data: PatientDataset, methods: dict[str, Method], observe=Non
             start = time.perf_counter()
             volume = predict(item)
             seconds = time.perf_counter() - start
-            scores = score(Case(volume, target, mask, item["body"], item.get("xrays"), **common), data.xrays)
+            case = Case(volume, target, mask, item["body"], item.get("xrays"), **common)
+            scores = score(case, data.xrays)
+            if splits:
+                scores |= {**dict.fromkeys(ERROR_SPLIT.columns), **ERROR_SPLIT.score(case)}
             rows.append({"method": method, "id": item["id"], **scores, "seconds": seconds})
             if observe is not None:
                 observe(method, item, volume, scores)
+        if splits:
+            add_shares(rows[-len(methods) :])
     return rows
 
 
@@ -57,7 +65,7 @@ def summary_of(rows: list[dict]) -> dict:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     per_method = {m: [r for r in rows if r["method"] == m] for m in methods}
     summary = {"methods": {m: summarise(r) for m, r in per_method.items()}}
-    for reference in (BASELINE, TRILINEAR):
+    for reference in (BASELINE, TRILINEAR, CUBIC):
         if reference in methods:
             summary[f"minus_{reference}"] = {
                 method: differences(per_method[method], per_method[reference])

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from xray2ct.evaluation.protocols import format_score
-from xray2ct.evaluation.real_xrays import BY_KIND, columns_of
+from xray2ct.evaluation.real_xrays import columns_of, protocols_of
 from xray2ct.evaluation.statistics import FEW
 from xray2ct.files import InputError, atomic_path, read_json
 
@@ -99,7 +99,7 @@ def print_table(summary: dict, full: bool = False) -> None:
     first = next(iter(methods))
     patients = max(statistics["n"] for statistics in methods[first].values())
     print(f"{'':36}" + "".join(f"{name:>18}" for name in methods))
-    for name, protocol in BY_KIND[summary.get("xrays", "drr")].items():
+    for name, protocol in protocols_of(summary.get("xrays", "drr"), methods[first]).items():
         for index, column in enumerate(protocol.columns if full else protocol.main):
             cells = "".join(_mean(column, s[column], patients).rjust(18) for s in methods.values())
             print(f"{name if index == 0 else '':15}{column:21}{cells}")

@@ -286,28 +286,52 @@ class _ViewIntegral(torch.autograd.Function):
     @staticmethod
     def forward(ctx, volume, geometry, view, image_size, backend):
         ctx.arguments, ctx.volume_shape = (geometry, view, image_size, backend), volume.shape[2:]
-        rows, cols = _bands(geometry, view, volume.shape[2:], image_size)
-        slabs = _to_slabs(volume, view)  # (B, K, D, C)
-        if geometry.kind == "parallel":  # all slices are read alike: summed first
-            image = dense.project(slabs.sum(dim=1, keepdim=True), rows.part(0, 1), cols.part(0, 1))
-        else:
-            image = _backend(backend, volume.device).project(slabs, rows, cols)
-        return image * _slab_length(geometry, view, volume.shape[2:], image_size, volume.device)
+        return _project_view(volume, geometry, view, image_size, backend)
 
     @staticmethod
     def backward(ctx, grad_image):
-        (geometry, view, image_size, backend), shape = ctx.arguments, ctx.volume_shape
-        rows, cols = _bands(geometry, view, shape, image_size)
-        grad_image = grad_image * _slab_length(geometry, view, shape, image_size, grad_image.device)
-        gradient = grad_image.new_empty(len(grad_image), 1, *shape)
-        slabs = _to_slabs(gradient, view)
-        if geometry.kind == "parallel":
-            slab = torch.empty_like(slabs[:, :1])
-            dense.back_project(grad_image, rows.part(0, 1), cols.part(0, 1), slab)
-            slabs.copy_(slab.expand_as(slabs))
-        else:
-            _backend(backend, grad_image.device).back_project(grad_image, rows, cols, slabs)
-        return gradient, None, None, None, None
+        geometry, view, _, backend = ctx.arguments
+        return _back_project_view(grad_image, geometry, view, ctx.volume_shape, backend), None, None, None, None
+
+
+class _ViewAdjoint(torch.autograd.Function):
+    """The adjoint of :class:`_ViewIntegral`, as an operation of its own; its backward pass is the projection."""
+
+    @staticmethod
+    def forward(ctx, image, geometry, view, volume_shape, backend):
+        ctx.arguments = (geometry, view, tuple(image.shape[1:]), backend)
+        return _back_project_view(image, geometry, view, volume_shape, backend)
+
+    @staticmethod
+    def backward(ctx, grad_volume):
+        return _project_view(grad_volume, *ctx.arguments), None, None, None, None
+
+
+def _project_view(volume, geometry, view, image_size, backend):
+    """Line integrals ``(B, *image_size)`` of one view of ``(B, 1, D, H, W)``."""
+    rows, cols = _bands(geometry, view, volume.shape[2:], image_size)
+    slabs = _to_slabs(volume, view)  # (B, K, D, C)
+    if geometry.kind == "parallel":  # all slices are read alike: summed first
+        image = dense.project(slabs.sum(dim=1, keepdim=True), rows.part(0, 1), cols.part(0, 1))
+    else:
+        image = _backend(backend, volume.device).project(slabs, rows, cols)
+    return image * _slab_length(geometry, view, volume.shape[2:], image_size, volume.device)
+
+
+def _back_project_view(image, geometry, view, volume_shape, backend):
+    """Adjoint of :func:`_project_view`: ``(B, h, w)`` -> ``(B, 1, *volume_shape)``."""
+    image_size = tuple(image.shape[1:])
+    rows, cols = _bands(geometry, view, volume_shape, image_size)
+    image = image * _slab_length(geometry, view, volume_shape, image_size, image.device)
+    volume = image.new_empty(image.shape[0], 1, *volume_shape)
+    slabs = _to_slabs(volume, view)
+    if geometry.kind == "parallel":
+        slab = torch.empty_like(slabs[:, :1])
+        dense.back_project(image, rows.part(0, 1), cols.part(0, 1), slab)
+        slabs.copy_(slab.expand_as(slabs))
+    else:
+        _backend(backend, image.device).back_project(image, rows, cols, slabs)
+    return volume
 
 
 def _to_slabs(volume: torch.Tensor, view: int) -> torch.Tensor:
@@ -337,6 +361,20 @@ def line_integrals(mu: torch.Tensor, geometry: Geometry, image_size=(512, 512), 
         mu = mu.float()
         views = [_ViewIntegral.apply(mu, geometry, view, image_size, backend) for view in range(2)]
     return torch.stack(views, dim=1)
+
+
+def back_project(images: torch.Tensor, geometry: Geometry, volume_size, backend: str = "auto") -> torch.Tensor:
+    """Exact adjoint of :func:`line_integrals`: images ``(B, 2, h, w)`` -> ``(B, 1, *volume_size)``, float32.
+
+    For all volumes and images ``sum(line_integrals(volume) * images) = sum(volume * back_project(images))``, up to
+    rounding. What the backward pass of :func:`line_integrals` computes, where no graph is kept; differentiable itself.
+    """
+    if images.ndim != 4 or images.shape[1] != 2:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 2, h, w)")
+    shape = tuple(volume_size)
+    with torch.autocast(device_type=images.device.type, enabled=False):
+        pa, lateral = (_ViewAdjoint.apply(images[:, v].float(), geometry, v, shape, backend) for v in range(2))
+    return pa + lateral
 
 
 def render_xrays(

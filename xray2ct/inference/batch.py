@@ -23,6 +23,7 @@ from xray2ct.imaging.write_volume import FORMATS, check_output, write_volume
 from xray2ct.inference.film_arguments import add_film_arguments, exposures, film_options
 from xray2ct.inference.reconstruction import Pipeline
 from xray2ct.models.blocks import pixels_of
+from xray2ct.progress import be_quiet, progress_bar
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +49,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("checked", "auto", "float32", "bfloat16", "float16"),
         help="checked: float32 on a CPU; on a GPU bfloat16 where its convolutions are found right (default checked)",
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def check_common_arguments(args) -> None:
     """Raise :class:`InputError`, before anything is loaded, for what cannot be read or written."""
+    if args.quiet:
+        be_quiet()
     if not args.output:
         raise InputError("--output is missing; expected the file to write, or a folder with --folder")
     exposures(args)
@@ -150,7 +154,7 @@ def reconstruct_folder(pipeline: Pipeline, args) -> int:
     def write(patient, xrays_and_volume):
         _write(pipeline, *xrays_and_volume, outputs[patient], pictures.get(patient), args)
 
-    bar = tqdm(total=len(wanted), desc="Reconstructing", unit="pair", disable=None)
+    bar = progress_bar(total=len(wanted), desc="Reconstructing", unit="pairs")
     with bar:
         failed = overlapped(wanted, read, predict, write, bar.update)
     there = f", {len(pairs) - len(wanted)} already there" if len(wanted) < len(pairs) else ""

@@ -16,7 +16,8 @@ from xray2ct.training.precision import Precision
 # Turns a data set's item into a volume (D, H, W) in [0, 1], on the CPU. One that has a standard deviation, too, leaves
 # that of its last volume in an attribute ``std``.
 Method = Callable[[dict], torch.Tensor]
-TRILINEAR = "trilinear"  # the method that only upsamples what the last network starts from
+# Methods that only upsample what the last network starts from: trilinear, and by upsampling.upsample_spline.
+TRILINEAR, CUBIC = "trilinear", "cubic_consistent"
 
 
 @dataclass(frozen=True)

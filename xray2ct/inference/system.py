@@ -17,11 +17,12 @@ from model_enhanced import RefinementNetwork
 from xray2ct.checkpoints import check_compatible, weights_fingerprint
 from xray2ct.files import InputError
 from xray2ct.inference.precision import CHECKED, fall_back_where_wrong, precision_name
-from xray2ct.inference.predictor import TRILINEAR, LoadedCheckpoint, Method, Predictor
+from xray2ct.inference.predictor import CUBIC, TRILINEAR, LoadedCheckpoint, Method, Predictor
 from xray2ct.models.blocks import upsample
 from xray2ct.models.coarse import CoarseModel
 from xray2ct.models.loading import load_base_model, load_refinement
 from xray2ct.models.memory import TILES, choose_tile
+from xray2ct.models.upsampling import upsample_spline
 from xray2ct.models.working_weights import cast_weights_
 from xray2ct.training.compiling import compiled as compile_for
 from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
@@ -186,22 +187,29 @@ class DirectSystem(Predictor):
         return to_host(coarse) if self.refinement is None else self.refine(coarse, xrays)
 
     def methods(self) -> dict[str, Method]:
-        """Stage 1 alone, or stage 2 with plain upsampling of the same stage-1 volume and its ceiling.
+        """Stage 1 alone, or stage 2 with plain upsampling of the same stage-1 volume and its ceilings.
 
-        The ceiling ``perfect_64`` upsamples the true volume at stage 1's resolution: what interpolation alone would
-        reach after a perfect stage 1.
+        ``trilinear`` and ``cubic_consistent`` (:func:`upsampling.upsample_spline`) upsample stage 1's volume. The
+        ceilings ``perfect_64`` and ``perfect_64_cubic`` do the same with the true volume at stage 1's resolution: what
+        interpolation alone would reach after a perfect stage 1.
         """
         if self.refinement is None:
             return super().methods()
 
-        def trilinear(item: dict) -> torch.Tensor:
-            return upsample(self.coarse(self.item_xrays(item)))[0, 0].cpu()
+        def predicted(item: dict) -> torch.Tensor:
+            return self.coarse(self.item_xrays(item))
 
         def perfect(item: dict) -> torch.Tensor:
-            return upsample(F.avg_pool3d(item["ct_volume"].unsqueeze(0), RefinementNetwork.scale))[0, 0]
+            return F.avg_pool3d(item["ct_volume"].unsqueeze(0), RefinementNetwork.scale)
 
-        size = self.volume_size[0] // RefinementNetwork.scale
-        return {"refined": self.predict_item, TRILINEAR: trilinear, f"perfect_{size}": perfect}
+        ceiling = f"perfect_{self.volume_size[0] // RefinementNetwork.scale}"
+        return {
+            "refined": self.predict_item,
+            TRILINEAR: lambda item: upsample(predicted(item))[0, 0].cpu(),
+            CUBIC: lambda item: upsample_spline(predicted(item))[0, 0].clamp(0, 1).cpu(),
+            ceiling: lambda item: upsample(perfect(item))[0, 0],
+            f"{ceiling}_cubic": lambda item: upsample_spline(perfect(item))[0, 0].clamp(0, 1),
+        }
 
     def checkpoints(self) -> list[LoadedCheckpoint]:
         weights = weights_fingerprint(self.checkpoint["model_state_dict"])

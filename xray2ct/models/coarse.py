@@ -1,8 +1,9 @@
-"""Base class of the stage-1 networks: sizes, and the geometry that travels in the ``state_dict``."""
+"""Base class of the stage-1 networks: sizes, and the acquisition that travels in the ``state_dict``."""
 
 from __future__ import annotations
 
 from xray2ct.files import whole_number, whole_numbers
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import Geometry
 from xray2ct.models.blocks import ActivationCheckpointing, check_stem_stride, check_xray_size
 
@@ -19,8 +20,9 @@ def check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, tran
 
 
 class CoarseModel(ActivationCheckpointing):
-    """What loading and stage 2 want of a stage-1 network: sizes, and the geometry of its data in the ``state_dict``.
+    """What loading and stage 2 want of a stage-1 network: sizes, and how its data were made in the ``state_dict``.
 
+    acquisition: geometry, HU window and X-ray scale of the data that it is trained on.
     seen_channel: whether it reads what each X-ray shows as a second channel (:func:`blocks.prepare_xrays`).
     """
 
@@ -30,11 +32,17 @@ class CoarseModel(ActivationCheckpointing):
         super().__init__()
         self.volume_size = tuple(whole_numbers("model.volume_size", volume_size, 3, 16, multiple=8))
         check_xray_size(xray_size)
-        self.geometry, self.xray_size = geometry or Geometry(), xray_size
+        self.acquisition, self.xray_size = Acquisition(geometry or Geometry()), xray_size
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.acquisition.geometry
 
     def get_extra_state(self) -> dict:
-        return {"geometry": self.geometry.to_dict(), "xray_size": self.xray_size}
+        return {**self.acquisition.to_dict(), "xray_size": self.xray_size}
 
     def set_extra_state(self, state: dict) -> None:
-        self.geometry = Geometry.from_dict(state["geometry"])
+        ours = self.acquisition  # earlier versions stored the geometry alone
+        window, scale = state.get("hu_window", ours.hu_window), state.get("xray_scale", ours.xray_scale)
+        self.acquisition = Acquisition(Geometry.from_dict(state["geometry"]), window, scale)
         self.xray_size = state["xray_size"]

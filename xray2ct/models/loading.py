@@ -8,11 +8,12 @@ from __future__ import annotations
 from torch import nn
 
 from xray2ct.files import InputError
-from xray2ct.models import baselines  # registers its networks
+from xray2ct.models import baselines, x2ct  # they register their networks
 from xray2ct.models.registry import KIND, NETWORKS, REFINEMENT_KIND
 from xray2ct.weights import resolve
 
-BASE_KINDS = (KIND, *baselines.KINDS)
+BASELINE_KINDS = (*baselines.KINDS, x2ct.X2CT)
+BASE_KINDS = (KIND, *BASELINE_KINDS)
 
 
 def load_base_model(path, device="cpu") -> tuple[nn.Module, dict]:
@@ -25,7 +26,7 @@ def load_base_model(path, device="cpu") -> tuple[nn.Module, dict]:
     data = resolve(path)
     kind = data.get("kind")
     if kind not in BASE_KINDS:
-        others = " or ".join(map(repr, baselines.KINDS))
+        others = " or ".join(map(repr, BASELINE_KINDS))
         raise InputError(f"{path}: is a checkpoint of {kind!r}; expected {KIND!r}, or a baseline's ({others})")
     return _built(path, data, "model_config", "model_state_dict", device), data
 

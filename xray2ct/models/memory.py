@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +21,16 @@ def available_memory(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     known = [limit for limit in (_system_available(), _container_available()) if limit is not None]
     return min(known, default=UNKNOWN)
+
+
+def process_peak_bytes() -> int | None:
+    """Largest resident size of this process so far; None on Windows."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _system_available() -> int | None:

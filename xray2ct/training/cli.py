@@ -13,6 +13,8 @@ from typing import Any
 from xray2ct.checkpoints import LAST
 from xray2ct.command_line import Parser
 from xray2ct.files import InputError, write_json
+from xray2ct.progress import be_quiet
+from xray2ct.training.clock import minutes_limit
 from xray2ct.training.config import config_dict, config_hash, load_config
 from xray2ct.training.determinism import deterministic
 from xray2ct.training.distributed import Processes, launch, process_group
@@ -42,7 +44,17 @@ def training_parser(description: str, config_name: str, output: str) -> argparse
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--deterministic``, for every training script."""
+    """Add ``--max-minutes``, ``--quiet`` and ``--deterministic``, for every training script."""
+    parser.add_argument(
+        "--max-minutes",
+        type=minutes_limit,
+        metavar="N",
+        help="end after N minutes of training, of all starts together, the learning rate's cosine finished and the last"
+        " epoch validated (default: no limit, or that of the run that goes on; 0: none any more)",
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="print no progress and no losses: one line an epoch, warnings, the result"
+    )
     parser.add_argument(
         "--deterministic",
         action="store_true",
@@ -68,6 +80,7 @@ def run_context(args: argparse.Namespace, config, output, processes: Processes, 
         "processes": processes.world_size,
         "device": str(processes.device),
         "deterministic": args.deterministic,
+        "max_minutes": args.max_minutes,
         "config_hash": config_hash(config_dict(config)),
         "split_hash": split_hash,
     }
@@ -102,6 +115,8 @@ def start(args: argparse.Namespace, config, task_class: Callable[[Any, Processes
 
 def run_training(args: argparse.Namespace, config, task_class: Callable[[Any, Processes], PatientTask]) -> int:
     """One process's part of a run; returns its exit status."""
+    if args.quiet:
+        be_quiet()
     with process_group() as processes:
         task = task_class(config, processes)
         model = task.build_model()
@@ -121,7 +136,7 @@ def run_training(args: argparse.Namespace, config, task_class: Callable[[Any, Pr
                 run_context(args, config, output, processes, task.header()["split_hash"]),
                 monitors_from(args, settings, output, processes) as monitors,
             ):
-                fit(model, task, config, output, processes, monitors, record)
+                fit(model, task, config, output, processes, monitors, record, args.max_minutes)
         except Interrupted as interruption:
             return stopped(interruption, processes, f"saved {output / LAST}")
     return 0

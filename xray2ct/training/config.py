@@ -33,6 +33,10 @@ class ModelConfig:
     transformer_blocks: int = setting(6, minimum=0)
     activation_checkpointing: bool = False  # less memory, about a third more time
     seen_channel: bool = False  # read what each film shows, too: not behind a collimator, not beyond its edge
+    passes: int = setting(1, minimum=1, maximum=3)  # 2: a second network corrects the volume; 3: the same one twice
+    freeze_first_pass: bool = False  # train the second pass alone, on the weights of --init
+    # Training alone: tell air, lung, fat, soft tissue and bone apart, at half or full resolution (loss.layout_weight)
+    layout_head: str = setting("off", choices=("off", "half", "full"))
 
 
 @dataclass
@@ -72,6 +76,7 @@ class LossConfig:
     multiscale_weight: float = weight(0.3)
     mse_weight: float = weight(0.0)
     projection_weight: float = weight(0.0)
+    layout_weight: float = weight(0.0)  # needs model.layout_head
     perceptual_weights: str = "imagenet"  # imagenet, random, or a path to VGG16 weights
     perceptual_slices: int = setting(4, minimum=1)  # per orientation and volume that VGG16 sees at each step
     use_scan_mask: bool = False  # leave out what the scan did not see (then strict scores there are up to chance)
@@ -83,6 +88,9 @@ class CommonData:
 
     dataset_path: str = "data"
     max_patients: int | None = setting(None, minimum=1)
+    subset_seed: int | None = setting(
+        None, minimum=0
+    )  # which max_patients: null, the first; else nested random subsets
     repeats: int = setting(1, minimum=1)  # times each patient is drawn (and augmented anew) per epoch
     prefetch_factor: int = setting(2, minimum=1)
     # Training volumes stay on the GPU: auto (if they take at most half of its free memory), on, off; ignored on a CPU
@@ -133,6 +141,7 @@ class RefinementModelConfig:
     xray_size: int = 512
     stem_stride: int = 2  # 1 for X-rays of 256
     activation_checkpointing: bool = False
+    start: str = setting("cubic", choices=("cubic", "trilinear"))  # upsampling that details are added to
 
 
 @dataclass

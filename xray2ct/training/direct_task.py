@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from model_enhanced import EnhancedDirectModel
@@ -11,6 +13,7 @@ from xray2ct.models.coarse import CoarseModel
 from xray2ct.models.registry import KIND
 from xray2ct.training.config import EnhancedConfig, config_dict
 from xray2ct.training.distributed import Processes
+from xray2ct.training.reporting import command_of, path_of
 from xray2ct.training.task import RegressionTask, refuse_losses
 
 
@@ -18,6 +21,7 @@ class EnhancedTask(RegressionTask):
     """X-rays and volumes rendered and augmented on the device -> :class:`EnhancedDirectModel`."""
 
     kind = KIND
+    cpu_config = "--config configs/cpu.json (launch_4gpu.sh --preset laptop)"
     network: type[CoarseModel] = EnhancedDirectModel
 
     def __init__(self, config: EnhancedConfig, processes: Processes):
@@ -34,13 +38,23 @@ class EnhancedTask(RegressionTask):
         self.set_criterion(processes.device)
         self.build_cache(processes)
 
+    def impossible_losses(self) -> dict[str, str]:
+        head, weight = self.config.model.layout_head, self.config.loss.layout_weight
+        if head != "off" and not weight:
+            raise InputError(
+                f"model.layout_head is {head}, but loss.layout_weight is 0: expected more, or the head off"
+            )
+        return {"layout": "model.layout_head is off"} if head == "off" else {}
+
     def model_config(self) -> dict:
         """The network's settings, as its checkpoints hold them."""
         return config_dict(self.config.model)
 
     def build_model(self) -> CoarseModel:
         torch.manual_seed(self.config.training.seed)
-        return self.network(**self.model_config(), geometry=self.train_data.geometry)
+        model = self.network(**self.model_config(), geometry=self.train_data.geometry)
+        model.acquisition = self.train_data.acquisition
+        return model
 
     def header(self) -> dict:
         return {**super().header(), "model_config": self.model_config()}
@@ -67,3 +81,11 @@ class EnhancedTask(RegressionTask):
         volume, target = volume[0, 0].float(), batch["ct_volume"][0, 0]
         row = {"loss": total, "psnr": psnr_tensor(volume, target), "ssim_3d": ssim_3d_tensor(volume, target)}
         return row | parts, volume
+
+    def next_commands(self, output: Path) -> list[str]:
+        data, base = self.config.data.dataset_path, output / self.best_name
+        commands = [command_of("evaluate.py", data=data, base=base, output=output / "evaluation")]
+        if self.val_data.cube_size % (4 * self.config.model.volume_size[0]) == 0:  # it has volumes for stage 2
+            small = {} if torch.cuda.is_available() else {"config": path_of("configs/refinement_cpu.json")}
+            commands.append(command_of("train_refinement_4gpu.py", **small, data=data, base=base))
+        return commands

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 from collections.abc import Generator, Iterable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from xray2ct.files import InputError
 from xray2ct.models.memory import available_memory
+from xray2ct.progress import progress_bar
 from xray2ct.training.config import DataConfig
 from xray2ct.training.distributed import Processes
 from xray2ct.training.plan import EpochPlan
@@ -230,7 +231,7 @@ class Feed:
             return None
         if main:
             print(f"Training data: {gib} stay on the GPU", flush=True)
-        bar = (lambda indices: tqdm(indices, desc="Copying patients", leave=False)) if main else None
+        bar = functools.partial(progress_bar, desc="Copying patients", leave=False) if main else None
         with contextlib.suppress(torch.OutOfMemoryError):
             return DeviceCache(self.data, self.device, bar)
         raise InputError(

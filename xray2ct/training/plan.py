@@ -9,12 +9,22 @@ import torch
 from xray2ct.files import InputError
 from xray2ct.training.distributed import Processes
 
+WARMUP_SHARE = 0.05  # of a run's minutes after which its warm-up has ended, however few its steps were
 
-def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, minimum_ratio: float) -> float:
-    """Linear warm-up from 0, then a cosine to ``minimum_ratio * peak`` (Loshchilov and Hutter, 2017)."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+
+def learning_rate_at(
+    step: int, total_steps: int, warmup_steps: int, peak: float, minimum_ratio: float, share: float = 0.0
+) -> float:
+    """Linear warm-up from 0, then a cosine to ``minimum_ratio * peak`` (Loshchilov and Hutter, 2017).
+
+    share: of the run's minutes that have passed (:class:`clock.RunClock`); 0 where it has no limit. Warm-up and cosine
+    are as far as their steps are, or their share of the minutes where that is more: a run that its limit ends before
+    ``total_steps`` has its cosine finished.
+    """
+    if step < warmup_steps and share < WARMUP_SHARE:
+        return max(peak * (step + 1) / warmup_steps, peak * share / WARMUP_SHARE)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = max(progress, (share - WARMUP_SHARE) / (1.0 - WARMUP_SHARE))
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return peak * (minimum_ratio + (1.0 - minimum_ratio) * cosine)
 

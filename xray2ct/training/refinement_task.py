@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -15,10 +17,12 @@ from xray2ct.models.blocks import upsample
 from xray2ct.models.loading import load_base_model
 from xray2ct.models.memory import choose_tile
 from xray2ct.models.registry import REFINEMENT_KIND
+from xray2ct.models.upsampling import upsample_spline
 from xray2ct.models.window import patch_window
 from xray2ct.training.config import RefinementConfig, config_dict
 from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision, set_memory_format
+from xray2ct.training.reporting import command_of
 from xray2ct.training.task import RegressionTask, refuse_losses
 
 
@@ -28,6 +32,7 @@ class RefinementTask(RegressionTask):
     kind = REFINEMENT_KIND
     weights_key = "refinement_state_dict"
     best_name = "best_refinement.pt"
+    cpu_config = "--config configs/refinement_cpu.json (launch_4gpu.sh --preset laptop)"
     kept_samples = 1  # at 256^3 more would only fill memory
 
     def __init__(self, config: RefinementConfig, processes: Processes):
@@ -48,6 +53,7 @@ class RefinementTask(RegressionTask):
 
     def impossible_losses(self) -> dict[str, str]:
         impossible = {"multiscale": "stage 2 predicts no volumes of lower resolution"}
+        impossible["layout"] = "stage 2 predicts no layout"
         if self.config.patch.size:
             impossible["projection"] = f"patches (patch.size is {self.config.patch.size}) have no X-ray of their own"
         return impossible
@@ -59,7 +65,7 @@ class RefinementTask(RegressionTask):
                 f"patch.size is {self.config.patch.size}; the coarse volume has {self.coarse_size} voxels per axis"
                 " (0 trains on full volumes)"
             )
-        data = PatientDataset(self.config.data.dataset_path, "all", self.coarse_size, None)
+        data = self.scanned = PatientDataset(self.config.data.dataset_path, "all", self.coarse_size, None)
         if data.cube_size % self.size:
             raise InputError(
                 f"{data.root}: its volumes have {data.cube_size} voxels per axis; refining {self.coarse_size}^3 needs"
@@ -104,7 +110,8 @@ class RefinementTask(RegressionTask):
         guide = f"guided by X-rays of {config.model.xray_size}^2" if config.model.guided else "without X-rays"
         what = f"{patch.per_volume} patches of {4 * patch.size}^3 per volume" if patch.size else "full volumes"
         return [
-            f"Model: {parameters / 1e6:.2f} M parameters, {self.coarse_size}^3 -> {self.size}^3, {guide}",
+            f"Model: {parameters / 1e6:.2f} M parameters, {self.coarse_size}^3 -> {self.size}^3, {guide},"
+            f" from {config.model.start} upsampling",
             f"Stage 1: {config.base_checkpoint} (epoch {self.base_checkpoint['epoch']}, frozen)",
             f"Data: {config.data.dataset_path}, {self.patients()}; training on {what}",
             f"Geometry: {self.train_data.geometry}; HU window {list(self.train_data.hu_window)}",
@@ -154,6 +161,11 @@ class RefinementTask(RegressionTask):
         volume = model(batch["coarse"], guide[0], gate=guide[1], **region)
         return self.compare(volume, batch, whole=not patch.size)
 
+    def next_commands(self, output: Path) -> list[str]:
+        checkpoints = {"base": self.config.base_checkpoint, "refinement": output / self.best_name}
+        data = self.config.data.dataset_path
+        return [command_of("evaluate.py", data=data, **checkpoints, output=output / "evaluation")]
+
     def precisions(self) -> list[Precision]:
         return [self.precision]
 
@@ -179,25 +191,28 @@ class RefinementTask(RegressionTask):
         with precision.autocast():
             volume = model.refine(coarse, batch["xrays"] if self.config.model.guided else None, tile)
         total, parts = self.compare(volume, batch)
-        volume, perfect = volume[0, 0].float(), upsample(F.avg_pool3d(target, RefinementNetwork.scale))
+        volume, perfect = volume[0, 0].float(), F.avg_pool3d(target, RefinementNetwork.scale)
         row = {
             "loss": total,
             "psnr": psnr_tensor(volume, target[0, 0]),
             "psnr_trilinear": psnr_tensor(upsample(coarse)[0, 0], target[0, 0]),
-            "psnr_perfect_coarse": psnr_tensor(perfect[0, 0], target[0, 0]),
+            "psnr_cubic_consistent": psnr_tensor(upsample_spline(coarse)[0, 0].clamp(0, 1), target[0, 0]),
+            "psnr_perfect_coarse": psnr_tensor(upsample(perfect)[0, 0], target[0, 0]),
             "ssim_3d": ssim_3d_tensor(volume, target[0, 0]),
         }
         return row | parts, volume
 
     def comment(self, metrics: dict[str, float]) -> str:
         """Which of the two stages holds the result back, from a validation's means."""
-        refined, plain, perfect = (metrics[k] for k in ("psnr", "psnr_trilinear", "psnr_perfect_coarse"))
+        names = ("psnr", "psnr_trilinear", "psnr_cubic_consistent", "psnr_perfect_coarse")
+        refined, plain, cubic, perfect = (metrics[name] for name in names)
         n = self.coarse_size
         if refined < perfect:
             verdict = f"stage 1: a perfect {n}^3 volume, only interpolated, would be {perfect - refined:.2f} dB better"
         else:
             verdict = f"stage 2: the result is {refined - perfect:.2f} dB above an interpolated perfect {n}^3 volume"
         return (
-            f"trilinear of the predicted {n}^3: {plain:.2f} dB | refined: {refined:.2f} dB ({refined - plain:+.2f})"
+            f"trilinear of the predicted {n}^3: {plain:.2f} dB | cubic: {cubic:.2f} dB | refined: {refined:.2f} dB"
+            f" ({refined - plain:+.2f} and {refined - cubic:+.2f})"
             f" | trilinear of the true {n}^3: {perfect:.2f} dB\n  Bottleneck is {verdict}"
         )

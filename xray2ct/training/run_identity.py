@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+import sys
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from dataset import PatientDataset
 from xray2ct.checkpoints import check_compatible
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.manifest import find_patients
-from xray2ct.files import InputError, read_json
+from xray2ct.files import InputError, read_json, runs_as_command
 from xray2ct.training.config import config_dict
 
 # Settings that may change between a run and its continuation: they do not change the result.
@@ -23,6 +25,7 @@ FREE_ON_RESUME = (
     "data.device_cache",
     "data.cache_dir",
     "data.dataset_path",
+    "augment.anatomy.file",  # its content is compared
     "training.channels_last",  # where a tensor's numbers lie; "auto" since it became the default
 )
 VOLUMES = ("cube_size", "couch_removed", "assume_ras")  # how prepare_data.py made the volumes, in the manifest
@@ -82,12 +85,17 @@ def check_same_run(path, checkpoint: dict, header: dict, config) -> None:
     """
     changed = changed_settings(_with_defaults(checkpoint["config"], config), config_dict(config))
     if changed:
+        command = restoring_command(_with_defaults(checkpoint["config"], config), config_dict(config), sys.argv)
         raise InputError(
-            f"{path} was trained with other settings ({'; '.join(changed)});"
-            " choose another --output, or restore these settings to go on"
+            f"{path} was trained with other settings ({'; '.join(changed)}); choose another --output, or restore these"
+            f" settings to go on{f': {command}' if command and runs_as_command() else ''}"
         )
     if checkpoint.get("init") != header.get("init"):
         raise InputError(f"{path} began with other weights (--init); choose another --output, or give the same --init")
+    if checkpoint.get("anatomies") != header.get("anatomies"):
+        raise InputError(
+            f"{path} mixed anatomies of another augment.anatomy.file; choose another --output, or that file"
+        )
     root = Path(config.data.dataset_path)
     check_same_data(path, checkpoint, header, f"the data is {root}: choose another --output, or the data it began with")
     old, new = (entry.get("train_patients") for entry in (checkpoint, header))
@@ -114,6 +122,27 @@ def _with_defaults(settings: dict, config) -> dict:
             default = entry.default_factory()
             known[entry.name] = asdict(default) if is_dataclass(default) else default
     return known
+
+
+def restoring_command(old: dict, new: dict, argv: list[str]) -> str | None:
+    """The command ``argv`` with the settings of the run it would go on with, ``old`` for ``new``.
+
+    None where no option restores them: settings that one of the two versions does not know, and a cascade's, whose
+    settings belong to all of its stages.
+    """
+    if "earlier_stages" in new:
+        return None
+    words = ["python", *argv]
+    for change in changed_settings(old, new):
+        key = change.split(" ", 1)[0]
+        value, known = old, new
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value or part not in known:
+                return None
+            value, known = value[part], known[part]
+        text = value if isinstance(value, str) else json.dumps(value)
+        words += ["--base", text] if key == "base_checkpoint" else ["--set", f"{key}={text}"]
+    return shlex.join(words)
 
 
 def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:

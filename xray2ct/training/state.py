@@ -11,6 +11,7 @@ from torch import nn
 
 from xray2ct.checkpoints import LAST, PREVIOUS, find_state, save_checkpoint
 from xray2ct.files import InputError
+from xray2ct.training.clock import RunClock
 from xray2ct.training.config import config_dict, config_hash
 from xray2ct.training.distributed import Processes
 from xray2ct.training.ema import MovingAverage
@@ -20,9 +21,12 @@ from xray2ct.training.task import Task
 
 
 class RunState:
-    """What a run needs to go on, in its output folder; :class:`trainer.Trainer` adds the steps."""
+    """What a run needs to go on, in its output folder; :class:`epochs.RunEpochs` adds what happens between epochs."""
 
-    def __init__(self, model: nn.Module, task: Task, config, output: Path, processes: Processes):
+    def __init__(
+        self, model: nn.Module, task: Task, config, output: Path, processes: Processes, clock: RunClock | None = None
+    ):
+        self.clock = clock or RunClock()
         self.task, self.config, self.output, self.processes = task, config, Path(output), processes
         training = config.training
         self.precision = Precision(training.precision, processes.device)
@@ -41,6 +45,11 @@ class RunState:
         self.sums: dict[str, float] = {}  # of the epoch's losses so far
         self.fell_back = False
         self.last_save = time.monotonic()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the run's limit has ended it."""
+        return self.epoch > self.config.training.num_epochs or self.clock.stopped
 
     @property
     def best_weights(self) -> nn.Module:
@@ -77,6 +86,8 @@ class RunState:
         self.precision.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self.updates, self.best_psnr, self.sums = state["updates"], state["best_psnr"], state["sums"]
+        if note := self.clock.load(state.get("clock")):
+            notes = [*notes, note]
         self._agree_on(path)
         if self.processes.is_main:
             for note in notes:
@@ -93,6 +104,17 @@ class RunState:
         if len(set(states)) > 1:
             found = ", ".join(f"rank {rank}: {name} at step {step}" for rank, (name, step) in enumerate(states))
             raise InputError(f"{self.output}: the processes read different states ({found}); is the folder shared?")
+
+    def where(self, what: str, ids=(), advice: str = "The same command goes on", step: int | None = None) -> str:
+        """An error's message: place in the run, patients, what happened, what is kept, what to do.
+
+        step: in the epoch, from 1; default: the current one.
+        """
+        kept = self.output / LAST
+        patients = f", patients {', '.join(ids)}" if ids else ""
+        place = f"epoch {self.epoch}, step {step or self.step_in_epoch + 1}{patients}"
+        state = f"{kept} is the last good state" if kept.exists() else "nothing had been saved yet"
+        return f"{place}: {what}. Stopped; {state}. {advice}"
 
     def checkpoint(self, metrics: dict | None = None) -> dict:
         """Weights for inference (:attr:`best_weights`) with what describes them."""
@@ -127,6 +149,8 @@ class RunState:
                 "sums": self.sums,
                 "fell_back": self.fell_back,
             }
+            if (clock := self.clock.state()) is not None:
+                state["clock"] = clock
             keep = self.output / PREVIOUS if name == LAST else None
             save_checkpoint(self.output / name, {**self.checkpoint(), "training_state": state}, keep)
         self.last_save = time.monotonic()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dataset import PatientDataset
 from losses import EnhancedLoss
 from xray2ct.data.augment import AugmentConfig, PairMaker
 from xray2ct.data.sample_random import SampleRandom
 from xray2ct.files import InputError
+from xray2ct.progress import progress_bar
 from xray2ct.training.config import LossConfig, config_dict
 from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision
@@ -32,6 +34,7 @@ class Task:
 
     weights_key = "model_state_dict"  # checkpoint key of the weights
     best_name = "best_model.pt"
+    cpu_config = "a smaller configuration"  # which one a CPU trains in hours
     config: Any  # settings' dataclass with ``training``, ``data``, ``logging`` and ``world_size``
     train_data: Any  # a Dataset with a length
     samples: Sequence[dict] = ()
@@ -68,6 +71,14 @@ class Task:
         """Those of frozen networks, which fall back to float32 together with the trained one."""
         return []
 
+    def next_commands(self, output: Path) -> list[str]:
+        """Command lines that make use of a finished run in ``output``."""
+        return []
+
+    def cpu_advice(self) -> str:
+        """What ends a training in time that would take days on a CPU."""
+        return f"{self.cpu_config} is made for CPUs, --max-minutes N ends any run in time"
+
     def memory_advice(self) -> str:
         """What to try when the GPU's memory ran out, the least harmful first."""
         batch = max(1, self.config.training.batch_size // 2)
@@ -87,6 +98,7 @@ class PatientTask(Task):
     kept_samples = 2  # validation patients whose pictures go to the monitors
     uses_mask = False  # whether the scan mask is wanted in a batch
     makes_films = False  # whether some of the pairs become simulated films
+    scanned: PatientDataset | None = None  # one that has looked at the data set's folders, before open_data
     seen_channel = False  # whether the network that reads the X-rays wants to know what they show
     initial: dict = {}  # noqa: RUF012 (replaced, never changed): see initial_weights.start_from
     criterion: nn.Module
@@ -102,7 +114,7 @@ class PatientTask(Task):
         common = {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
         common["seen"] = self.seen_channel
         self.xray_size = xray_size
-        self.val_data = PatientDataset(data.dataset_path, "val", size, xray_size, **common)
+        self.val_data = PatientDataset(data.dataset_path, "val", size, xray_size, scanned=self.scanned, **common)
         self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
         source_size = min(source_size, self.val_data.cube_size)  # the data set has nothing finer
         read_as = (source_size, None) if self.renders else (size, xray_size)
@@ -113,11 +125,24 @@ class PatientTask(Task):
                 f"augment.film.probability is {augment.film.probability:g}, but X-rays are read from files: expected 0,"
                 " or data.xray_source=render"
             )
-        options = {"max_patients": data.max_patients, "raw": self.renders}
+        options = {"max_patients": data.max_patients, "subset_seed": data.subset_seed, "raw": self.renders}
+        options |= {"scanned": self.val_data}
         options |= {"with_mask": self.uses_mask, "body": self.makes_films}
         self.train_data = PatientDataset(data.dataset_path, "train", *read_as, **options, **common)
         self.data_header = data_header(self.train_data)
         self.pairs = PairMaker(self.train_data.acquisition, (size,) * 3, xray_size, augment, self.seen_channel)
+        if self.pairs.deformations is not None:
+            self._check_anatomies(augment.anatomy.file)
+
+    def _check_anatomies(self, path) -> None:
+        """Refuse deformations that this training cannot use: of another cube, of patients that validate or test."""
+        if not self.renders:
+            raise InputError(
+                f"augment.anatomy.file is {path}, but X-rays are read from files: expected null, or"
+                " data.xray_source=render"
+            )
+        unseen = {*self.val_data.splits["val"], *self.val_data.splits["test"]}
+        self.pairs.deformations.check(path, self.val_data.geometry.fov_mm, unseen)
 
     def augment_config(self, source_size: int) -> AugmentConfig:
         """The settings of augmentation, for source volumes of ``source_size``."""
@@ -126,7 +151,7 @@ class PatientTask(Task):
     def build_cache(self, processes: Processes) -> None:
         """Read every patient once, shared among the ranks; rank 0 shows a bar."""
         for dataset in (self.train_data, self.val_data):
-            bar = (lambda it: tqdm(it, desc="Reading patients", leave=False)) if processes.is_main else None
+            bar = partial(progress_bar, desc="Reading patients", leave=False) if processes.is_main else None
             dataset.build_cache(processes.rank, processes.world_size, bar)
         processes.barrier()
 
@@ -143,8 +168,11 @@ class PatientTask(Task):
             "xray_size": self.xray_size,
             "train_patients": list(self.train_data.ids),
         }
+        if self.pairs.deformations is not None:
+            header["anatomies"] = self.pairs.deformations.fingerprint
+            header["train_patients"] += [p for p in self.pairs.deformations.patients if p not in self.train_data.ids]
         if self.initial:
-            header["train_patients"] += [p for p in self.initial["patients"] if p not in self.train_data.ids]
+            header["train_patients"] += [p for p in self.initial["patients"] if p not in header["train_patients"]]
             header["init"] = self.initial["init"]
         return header
 
@@ -169,7 +197,8 @@ class PatientTask(Task):
         ids, rows, self.samples = [], [], []
         self.criterion.eval()
         names = ["xrays", "ct_volume", *["mask"] * self.uses_mask, *["seen"] * self.seen_channel]
-        for index in range(processes.rank, len(self.val_data), processes.world_size):
+        own = range(processes.rank, len(self.val_data), processes.world_size)
+        for index in progress_bar(own, desc="Validating", unit="patients", disable=not processes.is_main, leave=False):
             item = self.val_data[index]
             batch = {name: sent(item[name].unsqueeze(0), processes.device) for name in names}
             row, volume = self.score(model, batch, precision, index)

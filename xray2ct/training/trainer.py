@@ -18,38 +18,32 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from xray2ct.checkpoints import LAST, WriteError, remove_leftovers
+from xray2ct.checkpoints import remove_leftovers
 from xray2ct.files import InputError
+from xray2ct.progress import is_quiet, progress_bar
+from xray2ct.training.clock import RunClock
 from xray2ct.training.compiling import compiled
 from xray2ct.training.convolution_check import reduced_precision_defects
 from xray2ct.training.distributed import Processes, data_parallel, lost_peer
+from xray2ct.training.epochs import NUMERIC_ADVICE, RunEpochs, TrainingError
 from xray2ct.training.feed import Feed, sample_loader
 from xray2ct.training.ledger import Ledger, StepRecord
 from xray2ct.training.micro_batch import divisors, largest_fitting, wanted_micro_batch
-from xray2ct.training.monitors import Monitors
 from xray2ct.training.plan import EpochPlan, accumulation_steps, learning_rate_at, sample_seed
-from xray2ct.training.precision import peak_gpu_memory
 from xray2ct.training.reporting import (
     LOG,
-    append_event,
-    epoch_summary,
+    conclusion,
+    loss_text,
     mend_log,
-    numbers,
+    slow_warning,
     step_line,
-    validation_summary,
 )
 from xray2ct.training.signals import STOPPING, Interrupted, SignalCatcher
-from xray2ct.training.state import RunState
 from xray2ct.training.task import Task
 
 CHECKED_DEVICES = ("cuda", "cpu")  # where reduced precision is compared with float32 before training
-NUMERIC_ADVICE = "Try a lower training.learning_rate, or training.precision=float32"
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the scaler may skip while it finds its scale
 READ_SECONDS = 1.0  # several processes tell each other of signals at least this often, in whole steps
-
-
-class TrainingError(InputError):
-    """Training cannot go on; the last good checkpoint is kept."""
 
 
 class Reading(NamedTuple):
@@ -60,16 +54,17 @@ class Reading(NamedTuple):
     save: bool  # whether one of them wants the state saved
 
 
-class Trainer(RunState):
+class Trainer(RunEpochs):
     """Epochs and steps of one run; see :func:`fit`.
 
     A step never waits for the device. Losses, gradient norms and whether they are finite stay there until
     :meth:`read`; a step whose gradient is not finite leaves the weights as they were.
     """
 
-    def __init__(self, model: nn.Module, task: Task, config, output: Path, processes: Processes, monitors=None):
-        super().__init__(model, task, config, output, processes)
-        self.monitors = monitors or Monitors()
+    def __init__(
+        self, model: nn.Module, task: Task, config, output: Path, processes: Processes, monitors=None, clock=None
+    ):
+        super().__init__(model, task, config, output, processes, monitors, clock)
         training = config.training
         accumulation = accumulation_steps(config, processes.world_size)
         samples, repeats = len(task.train_data), config.data.repeats
@@ -100,19 +95,15 @@ class Trainer(RunState):
         iterator = self.feed.start(plan, self.epoch, self.step_in_epoch, self.config.training.num_epochs)
         self.runner.train()
         started, first = time.monotonic(), self.step_in_epoch
-        bar = tqdm(
-            total=plan.steps,
-            initial=first,
-            desc=f"Epoch {self.epoch}",
-            disable=not self.processes.is_main,
-            leave=False,
-        )
+        name, hidden = f"Epoch {self.epoch}/{self.config.training.num_epochs}", not self.processes.is_main
+        bar = progress_bar(total=plan.steps, initial=first, desc=name, unit="steps", disable=hidden, leave=False)
         self.read_at = time.monotonic()
         with bar:  # closed by an error, too: its message gets a line of its own
-            while self.step_in_epoch < plan.steps:
+            while self.step_in_epoch < plan.steps and not (self.clock.over and self.step_in_epoch > first):
                 self.step(iterator)
                 self.step_in_epoch += 1
                 bar.update()
+                self._warn_of_slow_steps()
                 logged = self.step_in_epoch % self.config.logging.log_interval == 0
                 if not (logged or self.step_in_epoch == plan.steps or self._has_to_read(catcher)):
                     continue
@@ -120,8 +111,8 @@ class Trainer(RunState):
                 if logged:
                     self._report(reading.losses, (self.step_in_epoch - first) * plan.global_batch, started)
                 self._act_on(reading)
-        samples = (plan.steps - first) * plan.global_batch
-        means = {name: value / plan.steps for name, value in self.sums.items()}
+        samples = (self.step_in_epoch - first) * plan.global_batch
+        means = {name: value / self.step_in_epoch for name, value in self.sums.items()}
         return {
             **means,
             "samples_per_second": samples / max(1e-9, time.monotonic() - started),
@@ -138,9 +129,10 @@ class Trainer(RunState):
         self.feed.close()
 
     def _learning_rate(self) -> float:
-        training, steps = self.config.training, self.plan.steps
-        schedule = (training.num_epochs * steps, round(training.warmup_epochs * steps))
-        return learning_rate_at(self.updates, *schedule, training.learning_rate, training.min_learning_rate_ratio)
+        training = self.config.training
+        schedule = (self.total_steps, round(training.warmup_epochs * self.plan.steps))
+        rates = (training.learning_rate, training.min_learning_rate_ratio)
+        return learning_rate_at(self.updates, *schedule, *rates, self.clock.share)
 
     def step(self, iterator) -> None:
         """One optimiser step over all micro-batches; its losses wait in the ledger for :meth:`read`."""
@@ -206,7 +198,8 @@ class Trainer(RunState):
         """Whether to read before ``log_interval``, decided without asking anybody: the same on every process."""
         if self.processes.world_size > 1:
             return len(self.ledger) >= self.pace
-        return catcher.received is not None or self._save_is_due()
+        self.clock.agree(self.clock.own_share)
+        return catcher.received is not None or self.clock.over or self._save_is_due()
 
     def _save_is_due(self) -> bool:
         return (time.monotonic() - self.last_save) / 60 >= self.config.logging.checkpoint_minutes
@@ -214,12 +207,14 @@ class Trainer(RunState):
     def read(self, catcher: SignalCatcher) -> Reading:
         """Wait for the steps since the last call and add up their losses; :class:`TrainingError` for a bad one.
 
-        Losses, signals, due checkpoints and the time of a step of all processes travel in one reduction.
+        Losses, signals, due checkpoints, the time of a step and the share of the run's limit that has passed travel in
+        one reduction.
         """
         seconds = (time.monotonic() - self.read_at) / max(1, len(self.ledger))
         received = [float(catcher.received == number) for number in STOPPING]
-        steps, flags = self.ledger.read(self.processes, [*received, float(self._save_is_due()), seconds])
-        *received, save, seconds = flags
+        own = [*received, self.clock.own_share, float(self._save_is_due()), seconds]
+        steps, (*received, share, save, seconds) = self.ledger.read(self.processes, own)
+        self.clock.agree(share)
         self.pace, self.read_at = max(1, int(READ_SECONDS / max(seconds, 1e-3))), time.monotonic()
         for step in steps:
             self._check(step)
@@ -245,13 +240,13 @@ class Trainer(RunState):
                 what = f"{self.skipped} float16 steps in a row overflowed"
         else:
             bad = next((i for i, losses in enumerate(step.own) if not math.isfinite(losses["loss"])), None)
-            found = None if bad is None else (_loss_text(step.own[bad]), step.ids[bad])
+            found = None if bad is None else (loss_text(step.own[bad]), step.ids[bad])
             # Every process comes here, and each of them names the patients of the first that has a bad loss.
             what, ids = next((f for f in self.processes.gather_objects(found) if f is not None), (what, ids))
         raise TrainingError(self.where(what, ids, NUMERIC_ADVICE, step.number))
 
     def _report(self, losses: dict[str, float], samples: int, started: float) -> None:
-        if self.processes.is_main:
+        if self.processes.is_main and not is_quiet():
             place = f"Epoch {self.epoch} [{self.step_in_epoch}/{self.plan.steps}]"
             tqdm.write(step_line(place, losses, samples / (time.monotonic() - started)))
         self.log("step", step=self.updates, step_in_epoch=self.step_in_epoch, **losses)
@@ -263,17 +258,6 @@ class Trainer(RunState):
         if reading.signal:
             raise Interrupted(reading.signal)
 
-    def where(self, what: str, ids=(), advice: str = "The same command goes on", step: int | None = None) -> str:
-        """An error's message: place in the run, patients, what happened, what is kept, what to do.
-
-        step: in the epoch, from 1; default: the current one.
-        """
-        kept = self.output / LAST
-        patients = f", patients {', '.join(ids)}" if ids else ""
-        place = f"epoch {self.epoch}, step {step or self.step_in_epoch + 1}{patients}"
-        state = f"{kept} is the last good state" if kept.exists() else "nothing had been saved yet"
-        return f"{place}: {what}. Stopped; {state}. {advice}"
-
     def check_precision(self) -> None:
         """Fall back to float32 where this machine computes the model's 3D convolutions wrongly in less.
 
@@ -281,8 +265,8 @@ class Trainer(RunState):
         back when one has to, and the run stays in float32 when it goes on. Found on the actual shapes, because the
         known defects depend on them: cuDNN's of large inputs, oneDNN's of volumes smaller than the kernel.
         """
-        device, done = self.processes.device, self.epoch > self.config.training.num_epochs
-        if done or device.type not in CHECKED_DEVICES or self.precision.name == "float32":
+        device = self.processes.device
+        if self.finished or device.type not in CHECKED_DEVICES or self.precision.name == "float32":
             return
         raw = self._first_samples(self.plan.micro_batch)
 
@@ -303,8 +287,8 @@ class Trainer(RunState):
 
     def choose_micro_batch(self) -> None:
         """On a GPU compute as much of a step at once as fits into its memory, unless the settings say how much."""
-        share, done = self.plan.share, self.epoch > self.config.training.num_epochs
-        if done or self.config.training.micro_batch or self.processes.device.type != "cuda":
+        share = self.plan.share
+        if self.finished or self.config.training.micro_batch or self.processes.device.type != "cuda":
             return
         self.feed.prepare()  # what stays on the GPU takes its place first
         self.plan.micro_batch = largest_fitting(share, self._fits, self.processes)
@@ -334,71 +318,44 @@ class Trainer(RunState):
 
     # -- reporting -------------------------------------------------------------------------------
 
-    def log(self, event: str, **values) -> None:
-        """Append one line to ``log.jsonl`` and to the monitors' curves (rank 0)."""
-        if self.processes.is_main:
-            path, values = self.output / LOG, {"epoch": self.epoch, **values}
-            try:
-                append_event(path, event, values)
-            except OSError as error:
-                raise WriteError(self.where(f"{path}: could not be written ({error})")) from error
-            self.monitors.log(event, self.updates, values)
-
-    def validate(self) -> dict[str, float]:
-        """Validation of the weights that would be saved, over all ranks; means over patients.
-
-        Raises :class:`TrainingError` naming the patients whose predicted volumes are not finite.
-        """
-        model = self.best_weights
-        was_training = model.training
-        model.eval()
-        rows = self.task.validate(model, self.processes, self.precision)
-        model.train(was_training)
-        rows = [row for part in self.processes.gather_objects(rows) for row in part]
-        bad = [row["id"] for row in rows if not math.isfinite(row["psnr"])]
-        if bad:
-            what = "validation: the predicted volumes hold NaN or infinite values"
-            raise TrainingError(self.where(what, bad, NUMERIC_ADVICE, self.step_in_epoch))
-        names = [name for name in rows[0] if name != "id"]
-        return {name: sum(row[name] for row in rows) / len(rows) for name in names} | {"patients": len(rows)}
-
-    def finish_epoch(self, summary: dict[str, float]) -> None:
-        """Summary, validation, best and periodic checkpoints, then the next epoch's start is saved."""
-        config, main = self.config, self.processes.is_main
-        if main:
-            print(epoch_summary(self.epoch, summary), flush=True)
-        self.log("epoch", **summary, **peak_gpu_memory(self.processes.device))
-        if self.epoch % config.logging.val_interval == 0 or self.epoch == config.training.num_epochs:
-            metrics = self.validate()
-            self.log("validation", **metrics)
-            self.monitors.pictures(self.task.samples, self.updates)
-            if main:
-                print(validation_summary(metrics, self.task.comment(metrics)), flush=True)
-            if self.best_psnr is None or metrics["psnr"] > self.best_psnr:
-                self.save_best(metrics)
-                if main:
-                    print(f"New best model saved! PSNR: {metrics['psnr']:.2f} dB", flush=True)
-        interval = config.logging.save_checkpoint_interval
-        finished = self.epoch
-        self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, {}
-        if interval and finished % interval == 0:
-            self.save_last(f"epoch_{finished}.pt")
-        self.save_last()
+    def _warn_of_slow_steps(self) -> None:
+        """On a CPU, once: how long the run takes, where that is longer than anybody meant."""
+        seconds = self.clock.second_step(self.updates)
+        if seconds is None or self.processes.device.type != "cpu" or self.clock.minutes or not self.processes.is_main:
+            return
+        left, epochs = seconds * (self.total_steps - self.updates), self.config.training.num_epochs
+        if warning := slow_warning(seconds, left, epochs, self.task.cpu_advice()):
+            tqdm.write(warning)
 
 
-def _loss_text(losses: dict[str, float]) -> str:
-    parts = {name: value for name, value in losses.items() if name != "loss"}
-    return f"the loss is {losses['loss']} ({numbers(parts)})"
+def out_of_memory(trainer: Trainer, error: torch.OutOfMemoryError) -> TrainingError:
+    """What to say when the GPU's memory ran out."""
+    place = f"epoch {trainer.epoch}, step {trainer.step_in_epoch + 1}"
+    reason, advice = str(error).splitlines()[0], trainer.task.memory_advice()
+    if trainer.plan.micro_batch > 1:
+        smaller = divisors(trainer.plan.micro_batch)[-2]
+        advice = f"Try --set training.micro_batch={smaller}: the run goes on as it was. Else: {advice}"
+    return TrainingError(f"{place}: out of GPU memory ({reason}). {advice} (and another --output: they change the run)")
 
 
-def fit(model: nn.Module, task: Task, config, output, processes: Processes, monitors=None, accepted=None) -> None:
+def fit(
+    model: nn.Module,
+    task: Task,
+    config,
+    output,
+    processes: Processes,
+    monitors=None,
+    accepted=None,
+    max_minutes: float | None = None,
+) -> None:
     """Train ``model`` with the settings ``config``; running the same command again resumes.
 
     Nobody else may write into ``output`` (see :func:`run_lock.locked_folder`). accepted: called by rank 0 once it is
     clear that ``output`` is empty or holds the same run.
 
     monitors: :class:`monitors.Monitors` that draw the curves of ``log.jsonl``, and pictures of ``task.samples`` (see
-    :class:`task.Task`).
+    :class:`task.Task`). max_minutes: of training, validation and saving, of all starts together, after which the run
+    ends with its cosine finished and its last epoch validated; 0: no limit, None: the limit that the run had.
 
     Writes ``best`` (by validation PSNR), ``epoch_X.pt``, ``last.pt``, ``last_previous.pt`` (the one before) and
     ``log.jsonl`` into ``output``. Raises :class:`TrainingError` on a non-finite loss, on unreadable data and when
@@ -408,7 +365,7 @@ def fit(model: nn.Module, task: Task, config, output, processes: Processes, moni
     if processes.is_main:
         output.mkdir(parents=True, exist_ok=True)
     processes.barrier()
-    trainer = Trainer(model, task, config, output, processes, monitors)
+    trainer = Trainer(model, task, config, output, processes, monitors, RunClock(max_minutes))
     if processes.is_main:
         if remove_leftovers(output):
             print(f"Removed unfinished checkpoint files of an interrupted run from {output}", flush=True)
@@ -416,25 +373,20 @@ def fit(model: nn.Module, task: Task, config, output, processes: Processes, moni
     trainer.resume()
     if processes.is_main and accepted is not None:
         accepted()
-    if processes.is_main and trainer.epoch > config.training.num_epochs:
-        print(f"Nothing to do: {output / 'last.pt'} has all {config.training.num_epochs} epochs")
+    done = trainer.finished
     trainer.monitors.start(trainer.updates)
     with SignalCatcher() as catcher, contextlib.closing(trainer):
         try:
             trainer.check_precision()
             trainer.choose_micro_batch()
-            while trainer.epoch <= config.training.num_epochs:
+            trainer.clock.start(trainer.updates)
+            while not trainer.finished:
                 trainer.finish_epoch(trainer.train_epoch(catcher))
                 trainer._act_on(trainer.read(catcher))
+            if processes.is_main:
+                print(conclusion(trainer, done), flush=True)
         except torch.OutOfMemoryError as error:
-            place = f"epoch {trainer.epoch}, step {trainer.step_in_epoch + 1}"
-            reason, advice = str(error).splitlines()[0], task.memory_advice()
-            if trainer.plan.micro_batch > 1:
-                smaller = divisors(trainer.plan.micro_batch)[-2]
-                advice = f"Try --set training.micro_batch={smaller}: the run goes on as it was. Else: {advice}"
-            raise TrainingError(
-                f"{place}: out of GPU memory ({reason}). {advice} (and another --output: they change the run)"
-            ) from error
+            raise out_of_memory(trainer, error) from error
         except RuntimeError as error:
             if not lost_peer(error, processes):
                 raise

@@ -7,8 +7,6 @@ from collections import Counter, defaultdict
 from itertools import chain
 from pathlib import Path
 
-from tqdm import tqdm
-
 from xray2ct.data.archive.catalogue import gigabytes
 from xray2ct.data.archive.collections import is_free, person
 from xray2ct.data.archive.index import ArchiveIndex
@@ -16,6 +14,7 @@ from xray2ct.data.archive.selection import Series, Taken
 from xray2ct.data.archive.sources import SOURCES, read_sources, source_row, write_sources
 from xray2ct.data.archive.transfer import ENDPOINT, Folder, folders_of, transfer
 from xray2ct.files import InputError, check_writable
+from xray2ct.progress import progress_bar
 
 SPARE_GB = 1.0  # left free on the disk
 
@@ -71,7 +70,7 @@ def download(
         print(f"{len(complete)} of {len(complete) + len(todo)} folders are there already")
     write_sources(output, chain(*rows.values()))
     try:
-        with tqdm(total=round(size * 1e9), desc="downloading", unit="B", unit_scale=True) as bar:
+        with progress_bar(total=round(size * 1e9), desc="downloading", unit="B", unit_scale=True) as bar:
             return transfer(todo, endpoint_url, workers, complete.append, bar.update)
     finally:
         for folder in complete:

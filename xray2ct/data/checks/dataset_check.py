@@ -17,7 +17,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.archive.sources import licence_lines
@@ -45,6 +44,7 @@ from xray2ct.imaging.cube_files import read_array_cube, read_cube
 from xray2ct.imaging.film import check_spacings
 from xray2ct.imaging.read_films import read_films
 from xray2ct.imaging.read_xray import read_xray
+from xray2ct.progress import progress_bar
 
 RENDER_SIZE = 128  # voxels and pixels per edge at which X-rays are compared, at most
 ANATOMY_MM = 5.0  # organs are measured on voxels of at least this edge
@@ -222,7 +222,9 @@ def check_command(root, json_file=None) -> int:
         raise InputError(f"--json {json_file}: expected a file name in an existing folder")
     if json_file is not None:
         check_writable(json_file, "--json")
-    findings = check_dataset(root, progress=lambda ids: tqdm(ids, desc="checking", unit="patient", leave=False))
+    findings = check_dataset(
+        root, progress=lambda ids: progress_bar(ids, desc="checking", unit="patients", leave=False)
+    )
     print_report(findings)
     for line in licence_lines(read_settings(Path(root))[0].entries):
         print(line)

@@ -1,0 +1,66 @@
+"""What every published figure carries: command, date, machine, commit, weights; the table of a JSON file of figures."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+
+from xray2ct.evaluation.protocols import format_score
+from xray2ct.inference.predictor import Predictor
+from xray2ct.training.provenance import describe_environment
+
+
+def measured(module: str, argv: Sequence[str], predictor: Predictor | None = None) -> dict:
+    """Command, date (UTC), machine, versions and commit of a measurement, and the weights it was made with.
+
+    module: as in ``python -m MODULE``. commit: None outside a checkout; ``dirty``: whether files differ from it.
+    """
+    facts = describe_environment()
+    code, gpus = facts["code"], facts["gpus"]
+    machine = ", ".join(dict.fromkeys(gpu["name"] for gpu in gpus)) or f"{facts['cpus']} cores of {facts['cpu']}"
+    weights = [] if predictor is None else [_fingerprints(loaded.weights) for loaded in predictor.checkpoints()]
+    return {
+        "command": shlex.join(["python", "-m", module, *argv]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine,
+        "torch": facts["packages"]["torch"],
+        **{key: code[key] for key in ("commit", "dirty", "source_hash")},
+        "weights": [text for one in weights for text in one],
+    }
+
+
+def _fingerprints(weights: str | dict[str, str]) -> list[str]:
+    return list(weights.values()) if isinstance(weights, dict) else [weights]
+
+
+def described(record: dict) -> str:
+    """One line about a measurement, for the foot of its table."""
+    commit = f"commit {record['commit'][:7]}" if record.get("commit") else "no commit recorded"
+    if record.get("dirty"):
+        commit += " with changes"
+    weights = f", weights {'+'.join(record['weights'])}" if record.get("weights") else ""
+    torch = f", torch {record['torch']}" if record.get("torch") else ""
+    return f"`{record['command']}`; {record['date']}, {record['machine']}{torch}, {commit}{weights}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a bar in a cell is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def mean_sd(column: str, statistics: dict) -> str:
+    """``24.89 +- 0.98``, with the digits of :func:`format_score`; "-" where no patient has the score."""
+    if column == "seconds":
+        return f"{statistics['mean']:.1f}"
+    spread = f" +- {format_score(column, statistics['sd'])}" if statistics["sd"] is not None else ""
+    return format_score(column, statistics["mean"]) + spread
+
+
+def with_interval(column: str, statistics: dict) -> str:
+    """``+0.12 (-0.03 to +0.27)``: a difference with its 95 % t interval."""
+    mean, *limits = (
+        format_score(column, value, signed=True) for value in (statistics["mean"], *(statistics["ci95"] or ()))
+    )
+    return f"{mean} ({' to '.join(limits)})" if limits else mean

@@ -1,0 +1,111 @@
+"""Calibrated standard deviation of a regression's volume: how far off it was on other patients where it looked alike.
+
+A network that predicts one volume has no spread. But its errors on patients that it was not trained on are known, and
+they are largest where the prediction itself is uneven: at organs' surfaces, which lie a little off. So the half-width
+that held 68.27 % of these errors is tabulated by predicted HU and by local contrast (both in bins of equal counts), and
+looked up for a new volume. It costs no further pass of the network. ``tools/calibrate.py`` fits and checks the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from xray2ct.files import InputError, read_json
+
+ONE_SD, TWO_SD = 0.6827, 0.9545  # what 1 and 2 standard deviations of a Gaussian cover
+BINS = 10  # of predicted HU, and of contrast
+WINDOW = 3  # voxels along each axis, in which the contrast is measured
+FEWEST = 200  # voxels that a cell of the table needs; with fewer it takes the half-width of its whole range of HU
+FORMAT = 1
+
+
+@dataclass
+class Calibration:
+    """Half-width in HU that covers 68.27 % of the errors, by predicted HU (rows) and local contrast (columns).
+
+    value_edges, contrast_edges: inner edges of the bins, in HU. factor95: multiple of the half-width that covers
+    95.45 %: 2 for Gaussian errors, more for errors with heavier tails. weights: fingerprints of the checkpoints.
+    """
+
+    value_edges: list[float]
+    contrast_edges: list[float]
+    std_hu: list[list[float]]
+    factor95: float
+    weights: list[str]
+
+    def std(self, hu: np.ndarray) -> np.ndarray:
+        """Standard deviation in HU, float32, of a predicted volume ``(D, H, W)`` in HU."""
+        cells = _cells(hu, local_contrast(hu), self.value_edges, self.contrast_edges)
+        return np.asarray(self.std_hu, dtype=np.float32)[cells]
+
+    def to_dict(self) -> dict:
+        return {"format": FORMAT, **asdict(self)}
+
+
+def local_contrast(hu: np.ndarray) -> np.ndarray:
+    """Standard deviation over 3 x 3 x 3 voxels, float32, of a volume ``(D, H, W)``; its edge is continued outside."""
+    values = hu.astype(np.float64)
+    mean = ndimage.uniform_filter(values, WINDOW, mode="nearest")
+    variance = ndimage.uniform_filter(values * values, WINDOW, mode="nearest") - mean * mean
+    return np.sqrt(variance.clip(0)).astype(np.float32)
+
+
+def _cells(hu, contrast, value_edges, contrast_edges) -> tuple[np.ndarray, np.ndarray]:
+    return np.digitize(hu, value_edges), np.digitize(contrast, contrast_edges)
+
+
+def fit(hu: np.ndarray, contrast: np.ndarray, error_hu: np.ndarray, weights: list[str]) -> Calibration:
+    """The table from voxels of calibration patients: predicted HU, its contrast and the error, ``(N,)`` each."""
+    inner = np.linspace(0, 1, BINS + 1)[1:-1]
+    edges = [np.quantile(values, inner).tolist() for values in (hu, contrast)]
+    rows, columns = _cells(hu, contrast, *edges)
+    error = np.abs(error_hu)
+    table = np.zeros((BINS, BINS))
+    for row in range(BINS):
+        inside = rows == row
+        whole = np.quantile(error[inside] if inside.any() else error, ONE_SD)
+        for column in range(BINS):
+            cell = error[inside & (columns == column)]
+            table[row, column] = np.quantile(cell, ONE_SD) if len(cell) >= FEWEST else whole
+    table = table.clip(1.0)  # HU: volumes are written as whole numbers
+    factor = float(np.quantile(error / table[rows, columns], TWO_SD))
+    return Calibration(*edges, table.round(2).tolist(), round(factor, 3), weights)
+
+
+def calibration_path(checkpoint) -> Path:
+    """Where the calibration of a system lies: beside the checkpoint of its last stage, ``NAME.std.json``."""
+    return Path(checkpoint).with_suffix(".std.json")
+
+
+def read_calibration(checkpoint, weights: list[str]) -> Calibration:
+    """The calibration beside ``checkpoint``; weights: fingerprints of the system that it is used with.
+
+    Raises :class:`InputError` naming the file when it is missing, malformed or of other weights.
+    """
+    path = calibration_path(checkpoint)
+    if not path.exists():
+        raise InputError(
+            f"{path}: no calibration beside the weights; run: python -m tools.calibrate (docs/uncertainty.md)"
+        )
+    found = read_json(path)
+    try:
+        entries = {key: found[key] for key in Calibration.__dataclass_fields__}
+        shape = np.asarray(entries["std_hu"], dtype=np.float64).shape
+        expected = tuple(len(entries[key]) + 1 for key in ("value_edges", "contrast_edges"))
+        usable = found["format"] == FORMAT and shape == expected and float(entries["factor95"]) > 0
+    except (KeyError, TypeError, ValueError):
+        usable = False
+    if not usable:
+        raise InputError(
+            f"{path}: is not what tools/calibrate.py writes; expected a table of standard deviations, format 1"
+        )
+    if entries["weights"] != weights:
+        raise InputError(
+            f"{path}: is of the weights {'+'.join(map(str, entries['weights']))}, these are {'+'.join(weights)}; run"
+            " tools/calibrate.py for them"
+        )
+    return Calibration(**entries)

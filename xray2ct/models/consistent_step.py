@@ -1,0 +1,90 @@
+"""A volume made consistent with its X-rays: a few conjugate-gradient steps inside a network."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from xray2ct.geometry.acquisition import Acquisition
+from xray2ct.geometry.lifting import averaged_to
+from xray2ct.geometry.projector import MU_WATER, back_project, line_integrals
+
+# Four validation patients: 1, 2, 3, 4, 16 steps gain 0.22, 0.25, 0.25, 0.25, 0.25 dB at any weight up to 0.03.
+STEPS, WEIGHT = 3, 0.01
+TINY = 1e-30  # divisors of a residual that is zero
+
+
+class XrayResidual:
+    """What the X-rays show and a volume does not, and the linear operator between changes of either.
+
+    X-rays ``(B, 2, h, w)`` in [0, 1] are compared at the volume's own resolution, ``size`` pixels: rays are samples, so
+    the volume is rendered at twice that and averaged, as by :class:`losses.ProjectionLoss`. seen: ``(B, 2, h, w)``,
+    how much of each pixel the film shows; nothing is asked of the rest.
+    """
+
+    def __init__(self, xrays, acquisition: Acquisition, volume_size, seen=None):
+        self.acquisition, self.volume_size = acquisition, tuple(volume_size)
+        self.size = min(max(self.volume_size), *xrays.shape[-2:])
+        self.xrays = averaged_to(xrays.float(), (self.size, self.size))
+        self.seen = None if seen is None else averaged_to(seen.float(), (self.size, self.size))
+        low, high = acquisition.hu_window
+        self.slope = MU_WATER * (high - low) / 1000.0 / acquisition.xray_scale  # of an X-ray with the volume, per mm
+
+    def of(self, volume: torch.Tensor) -> torch.Tensor:
+        """X-rays minus those of a volume ``(B, 1, D, H, W)`` in [0, 1]: ``(B, 2, size, size)``, float32."""
+        rendered = self.acquisition.render(volume, (2 * self.size, 2 * self.size))
+        return self._seen(self.xrays - F.avg_pool2d(rendered, 2))
+
+    def normal(self, change: torch.Tensor) -> torch.Tensor:
+        """``A^T A`` of a change of the volume, where A is what it does to the X-rays that are seen."""
+        integrals = line_integrals(change, self.acquisition.geometry, (2 * self.size, 2 * self.size))
+        return self.adjoint(self.slope * F.avg_pool2d(integrals, 2))
+
+    def adjoint(self, images: torch.Tensor) -> torch.Tensor:
+        """``A^T`` of images ``(B, 2, size, size)``: ``(B, 1, D, H, W)``."""
+        fine = F.interpolate(0.25 * self.slope * self._seen(images), scale_factor=2, mode="nearest")
+        return back_project(fine, self.acquisition.geometry, self.volume_size)
+
+    def _seen(self, images):
+        return images if self.seen is None else self.seen * images
+
+    @property
+    def norm(self) -> float:
+        """About the largest eigenvalue of ``A^T A`` (for parallel rays exactly): what a full cube is multiplied by."""
+        voxels = self.volume_size[0] * self.volume_size[1] * self.volume_size[2]
+        return 2 * (self.slope * self.acquisition.geometry.fov_mm * self.size) ** 2 / voxels
+
+
+def consistent_step(volume, residual: XrayResidual, steps: int = STEPS, weight: float = WEIGHT) -> torch.Tensor:
+    """A volume ``(B, 1, D, H, W)`` in [0, 1] that agrees with its X-rays, the nearest to ``volume``; float32.
+
+    It is not clamped. See :func:`consistent_change`.
+    """
+    return volume.float() + consistent_change(residual.of(volume), residual, steps, weight)
+
+
+def consistent_change(images, residual: XrayResidual, steps: int = STEPS, weight: float = WEIGHT) -> torch.Tensor:
+    """The change of a volume that explains its residual ``images`` (:meth:`XrayResidual.of`): ``(B, 1, D, H, W)``.
+
+    Minimises ``|A d - images|^2 / norm + weight |d|^2`` over changes d, A the forward projector, by ``steps``
+    conjugate-gradient steps (Hestenes and Stiefel, 1952) from d = 0 on the normal equations: Tikhonov regularisation
+    towards the volume. Attenuation is linear in the volume above air; where the renderer clips, the change is only
+    nearly right. Differentiable, float32 under autocast. Step lengths are each sample's own and stay on the device.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        rest = residual.adjoint(images) / residual.norm
+        change, direction, energy = torch.zeros_like(rest), rest, _dot(rest, rest)
+        for step in range(steps):
+            image = residual.normal(direction) / residual.norm + weight * direction
+            length = energy / _dot(direction, image).clamp_min(TINY)
+            change = change + length * direction
+            if step + 1 < steps:
+                rest = rest - length * image
+                previous, energy = energy, _dot(rest, rest)
+                direction = rest + energy / previous.clamp_min(TINY) * direction
+    return change
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner product of each sample, ``(B, 1, 1, 1, 1)``."""
+    return (a * b).sum(dim=(1, 2, 3, 4), keepdim=True)
