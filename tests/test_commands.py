@@ -16,7 +16,7 @@ FOLDERS = ("xray2ct", "hybrid_vit_cascade", "tools", "benchmarks")
 FILES = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 # launch.py passes its options on to the commands.
-COMMANDS = [name for name, text in SOURCES.items() if "__main__" in text and name != "tools/launch.py"]
+COMMANDS = [name for name, text in SOURCES.items() if '__name__ == "__main__"' in text and name != "tools/launch.py"]
 
 
 def output_of(command: str, option: str, capsys) -> str:
