@@ -35,7 +35,9 @@ def training_parser(description: str, config_name: str, output: str) -> argparse
     parser.add_argument("--config", help=f"JSON settings (default: {config_name} next to this script)")
     parser.add_argument("--data", help="data set (default: data.dataset_path of the configuration)")
     parser.add_argument("--output", default=output, help="folder for checkpoints and log.jsonl (default %(default)s)")
-    parser.add_argument("--init", metavar="CHECKPOINT", help="begin with the weights of this checkpoint (fine-tuning)")
+    parser.add_argument(
+        "--init", metavar="CHECKPOINT", help="begin with these weights: a path or a name (docs/fine_tuning.md)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes, stop")
     add_run_arguments(parser)
