@@ -178,6 +178,11 @@ def from_lattice(moved: np.ndarray, size: int) -> np.ndarray:
     return np.moveaxis(field.numpy(), 0, -1) * (size / 2.0)
 
 
+def without_shift(fields: np.ndarray) -> np.ndarray:
+    """Fields ``(N, 3, n, n, n)`` without their mean over the cube: where a patient lies in it is no anatomy."""
+    return fields - fields.mean((2, 3, 4), keepdims=True)
+
+
 def principal_components(fields: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``(mean, components, shares)`` of fields ``(N, ...)``: N - 1 components, each times its standard deviation.
 
@@ -237,7 +242,7 @@ def main(argv=None) -> int:
             scores.append([agreement(volumes[number], masks[number], moved, data.hu_window) for moved in warped])
             tqdm.write(f"{patient}: {described(scores[-1])}")
     seconds = (time.process_time() - started) / len(scores)
-    fields, scores = np.stack(fields), np.array(scores)
+    fields, scores = without_shift(np.stack(fields)), np.array(scores)
     mean, components, shares = principal_components(fields)
     save_deformations(
         args.output, components=components.astype(np.float32), mean=mean.astype(np.float32), shares=shares,

@@ -29,6 +29,7 @@ from xray2ct.files import InputError, atomic_path, read_json, run_cli, shown, wr
 from xray2ct.inference.predictor import Predictor
 from xray2ct.inference.system import DirectSystem
 from xray2ct.training.provenance import ROOT
+from xray2ct.weights import find
 
 SYSTEMS, TEXT = Path("results/systems.json"), Path("docs/results.md")
 RECORD = "measured.json"  # beside summary.json: command, date, machine, commit, weights
@@ -201,8 +202,8 @@ def _other_weights(system: dict, record: dict) -> list[str]:
     known, keys = record.get("weights", []), {"base": "model_state_dict", "refinement": "refinement_state_dict"}
     odd = []
     for option, key in keys.items():
-        if known and system.get(option) and Path(system[option]).is_file():
-            fingerprint = weights_fingerprint(load_checkpoint(system[option])[key])
+        if known and system.get(option) and (path := find(system[option])).is_file():
+            fingerprint = weights_fingerprint(load_checkpoint(path)[key])
             if fingerprint not in known:
                 odd.append(f"{system[option]} holds other weights ({fingerprint}) than were measured ({known[0]})")
     return odd

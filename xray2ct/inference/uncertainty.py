@@ -16,6 +16,7 @@ import numpy as np
 from scipy import ndimage
 
 from xray2ct.files import InputError, read_json
+from xray2ct.weights import find
 
 ONE_SD, TWO_SD = 0.6827, 0.9545  # what 1 and 2 standard deviations of a Gaussian cover
 BINS = 10  # of predicted HU, and of contrast
@@ -85,8 +86,11 @@ def _width(error: np.ndarray) -> float:
 
 
 def calibration_path(checkpoint) -> Path:
-    """Where the calibration of a system lies: beside the checkpoint of its last stage, ``NAME.std.json``."""
-    return Path(checkpoint).with_suffix(".std.json")
+    """Where the calibration of a system lies: beside the checkpoint of its last stage, ``NAME.std.json``.
+
+    checkpoint: a path, or the name of shipped weights.
+    """
+    return find(checkpoint).with_suffix(".std.json")
 
 
 def read_calibration(checkpoint, weights: list[str]) -> Calibration:
