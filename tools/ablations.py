@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from dataset import PatientDataset
+from xray2ct.command_line import Parser
 from xray2ct.files import PLAIN_NAME, InputError, atomic_path, check_writable, read_json, run_cli, write_json
 from xray2ct.inference.system import DirectSystem
 from xray2ct.metrics import psnr, ssim_3d
@@ -40,7 +41,7 @@ BEGIN, END = "<!-- ablations: begin -->", "<!-- ablations: end -->"
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--levers", type=Path, required=True, help="JSON file: name -> list of settings")
     parser.add_argument("--data", type=Path, help="prepared data set")
     parser.add_argument("--config", default="configs/cpu.json", help="settings of all runs (default %(default)s)")
