@@ -231,7 +231,7 @@ class Feed:
             return None
         if main:
             print(f"Training data: {gib} stay on the GPU", flush=True)
-        bar = functools.partial(progress_bar, desc="Copying patients", leave=False) if main else None
+        bar = functools.partial(progress_bar, desc="Copying patients", unit="patients", leave=False) if main else None
         with contextlib.suppress(torch.OutOfMemoryError):
             return DeviceCache(self.data, self.device, bar)
         raise InputError(

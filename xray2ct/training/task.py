@@ -150,9 +150,9 @@ class PatientTask(Task):
 
     def build_cache(self, processes: Processes) -> None:
         """Read every patient once, shared among the ranks; rank 0 shows a bar."""
+        bar = partial(progress_bar, desc="Reading patients", unit="patients", leave=False)
         for dataset in (self.train_data, self.val_data):
-            bar = partial(progress_bar, desc="Reading patients", leave=False) if processes.is_main else None
-            dataset.build_cache(processes.rank, processes.world_size, bar)
+            dataset.build_cache(processes.rank, processes.world_size, bar if processes.is_main else None)
         processes.barrier()
 
     def patients(self) -> str:
