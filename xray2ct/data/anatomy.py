@@ -116,7 +116,9 @@ def unfolded_share(displacement: torch.Tensor) -> torch.Tensor:
 
 
 def save_deformations(path: str | os.PathLike, **entries) -> None:
-    """Write the entries of a file of deformations (docs/anatomy_mixing.md lists them); the path is always whole."""
+    """Write a file of deformations: ``components``, ``patients`` and ``fov_mm`` of :class:`DeformationModel`, and
+    what else is worth keeping (``mean``, ``shares``, ``reference``, ``data_fingerprint``, ``scores``); always whole.
+    """
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         np.savez_compressed(stream, format=FORMAT, **entries)
 
