@@ -42,7 +42,9 @@ def main(argv=None) -> int:
     check_common_arguments(args)
     if not args.folder and not args.lateral:
         raise InputError("--lateral is missing; expected the two X-rays, or --folder")
-    pipeline = load_pipeline(args.base, args.refinement, args.device, args.precision, args.tile, args.compile)
+    pipeline = load_pipeline(
+        args.base, args.refinement, args.device, args.precision, args.tile, args.compile, args.consistency
+    )
     if args.folder:
         return reconstruct_folder(pipeline, args)
     hu, _ = reconstruct_one(pipeline, args.pa, args.lateral, args.output, args.picture, args)

@@ -44,7 +44,7 @@ def score_patients(data: PatientDataset, methods: dict[str, Method], observe=Non
         for method, predict in methods.items():
             start = time.perf_counter()
             volume = predict(item)
-            seconds = time.perf_counter() - start
+            seconds = getattr(predict, "seconds", time.perf_counter() - start)
             scores = score(Case(volume, target, mask, item["body"], item.get("xrays"), **common), data.xrays)
             rows.append({"method": method, "id": item["id"], **scores, "seconds": seconds})
             if observe is not None:
