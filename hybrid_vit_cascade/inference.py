@@ -37,7 +37,7 @@ from xray2ct.inference.batch import (
 from xray2ct.inference.reconstruction import Pipeline
 
 
-def load_cascade_pipeline(checkpoint, *args, consistency: int | str = "auto", **options) -> Pipeline:
+def load_cascade_pipeline(checkpoint, *args, consistency: int | str = "off", **options) -> Pipeline:
     """Load a cascade's checkpoint folder for reconstruction: ``volume_hu, affine = pipeline("PA.png", "LAT.png")``.
 
     PA alone for a cascade of one view. Options: ``samples``, ``steps``, ``seed``, ``max_stages``, ``device``,

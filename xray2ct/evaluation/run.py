@@ -38,7 +38,7 @@ def evaluate(
     cache_dir: str | None = None,
     allow_seen: bool = False,
     xrays: str = "drr",
-    consistency: int | str = "auto",
+    consistency: int | str = "off",
 ) -> dict:
     """Score every method of ``predictor`` and the mean training volume on a split of the data set ``root``.
 

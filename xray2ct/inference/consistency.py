@@ -72,9 +72,8 @@ def consistent(
     """The volume near ``volume`` whose X-rays are ``xrays``, by ``steps`` conjugate-gradient steps.
 
     volume: ``(B, 1, D, H, W)`` in [0, 1]. xrays: ``(B, V, S, S)`` in X-ray units on the same device, V = 2, or 1 (PA
-    alone). weight: of the distance to ``volume``, at any resolution. pixel_weights: of the X-rays, of their shape or one
-    that broadcasts to it, in [0, 1]; weights below 1 inside a cell of the comparison are averaged. Returns
-    float32 in [0, 1], of the volume's shape. Samples do not depend on each other.
+    alone). weight: of the distance to ``volume``, at any resolution. pixel_weights: of the X-rays, in [0, 1], of
+    their shape (None: 1). Returns float32 in [0, 1], of the volume's shape. Samples do not depend on each other.
     """
     volume, xrays = volume.float(), xrays.float()
     project = Projection(acquisition, volume.shape, min(xrays.shape[-2:]), xrays.shape[1])
@@ -82,7 +81,7 @@ def consistent(
     target = averaged_to(xrays, size)
     share = torch.ones_like(target)
     if pixel_weights is not None:
-        share = averaged_to(pixel_weights.float().expand_as(xrays).contiguous(), size)
+        share = averaged_to(pixel_weights.float(), size)
     damping = weight * project.size**2 / volume[0].numel()
     with torch.no_grad(), torch.autocast(volume.device.type, enabled=False):
         start = volume.clamp(project.air, 1.0)
@@ -126,10 +125,10 @@ def conjugate_gradients(matrix, right: torch.Tensor, steps: int) -> torch.Tensor
 
 
 def fit_of_views(rendered: torch.Tensor, xrays: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(ncc, matched)``: correlation of each view over its seen pixels ``(B, V)``, and X-rays at the rendering's scale.
+    """``(ncc, matched)``: each view's correlation over seen pixels, ``(B, V)``, and X-rays at the rendering's scale.
 
-    All ``(B, V, n, n)``. A film's brightness and contrast are its own: gain and offset are those of the least squares fit
-    of the rendering by the film.
+    All ``(B, V, n, n)``. A film's brightness and contrast are its own: gain and offset are those of the least
+    squares fit of the rendering by the film.
     """
     count = seen.sum((-2, -1), keepdim=True).clamp_min(1.0)
 
@@ -247,8 +246,8 @@ def add_consistency_argument(parser: argparse.ArgumentParser) -> None:
     """``--consistency auto | off | N``."""
     parser.add_argument(
         "--consistency",
-        default="auto",
+        default="off",
         metavar="N|off|auto",
         help=f"conjugate-gradient steps towards a volume whose X-rays are the given ones; auto: {STEPS}, for scouts and"
-        " films as far as they fit (default auto)",
+        " films as far as they fit (default off)",
     )

@@ -34,7 +34,7 @@ class Pipeline:
     consistency: of the volume with its X-rays (docs/consistency.md): auto, off, or a number of steps.
     """
 
-    def __init__(self, system: Predictor, consistency: int | str = "auto"):
+    def __init__(self, system: Predictor, consistency: int | str = "off"):
         self.system = system
         self.consistency_steps = steps_of(consistency)
         self.hu_window = tuple(system.hu_window)
@@ -134,13 +134,13 @@ def load_pipeline(
     precision: str = "float32",
     tile: int | str = "auto",
     compiled: bool = False,
-    consistency: int | str = "auto",
+    consistency: int | str = "off",
 ) -> Pipeline:
     """Load a stage-1 checkpoint, and a stage-2 one for 256^3: ``hu, affine = pipeline(pa, lateral)``.
 
     base: also a baseline's. device: auto, cpu, cuda, ... precision, tile, compiled: see
-    :class:`DirectSystem`. consistency: see :class:`Pipeline`. Raises :class:`InputError` naming the file when a checkpoint is missing, damaged, of another
-    kind or unfit for the other.
+    :class:`DirectSystem`. consistency: see :class:`Pipeline`. Raises :class:`InputError` naming the file when a
+    checkpoint is missing, damaged, of another kind or unfit for the other.
     """
     return Pipeline(DirectSystem(base, refinement, device, precision, tile, compiled), consistency)
 
