@@ -53,10 +53,13 @@ def test_a_film_that_does_not_fit_changes_nothing_and_is_noted():
     volume = block()
     same, notes = make_consistent(system, volume, torch.rand(1, 2, N, N), 4, measured=True)
     assert torch.equal(same, volume)
-    assert len(notes) == 2 and all("not used" in note for note in notes)
+    assert len(notes) == 2
+    assert all("not used" in note for note in notes)
 
 
 def test_options():
-    assert steps_of("off") == 0 and steps_of("7") == 7 and steps_of("auto") > 0
+    assert steps_of("off") == 0
+    assert steps_of("7") == 7
+    assert steps_of("auto") > 0
     with pytest.raises(InputError, match="--consistency is 'much'"):
         steps_of("much")
