@@ -29,6 +29,7 @@ from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.run import FILES, evaluate
 from xray2ct.evaluation.tables import print_coverage, print_table
 from xray2ct.files import InputError, check_writable, counted, run_cli
+from xray2ct.inference.consistency import add_consistency_argument, steps_of
 from xray2ct.inference.predictor import Predictor
 from xray2ct.inference.system import DirectSystem, add_tile_argument
 from xray2ct.inference.weights_arguments import add_weights_argument, choose_weights
@@ -51,6 +52,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_weights_argument(parser)
     parser.add_argument("--refinement", help="stage-2 checkpoint: scores its 256^3 volumes and plain upsampling")
     add_tile_argument(parser)
+    add_consistency_argument(parser)
     parser.add_argument("--compare", metavar="CSV", help="another run's per_patient.csv: paired differences to it")
     parser.add_argument("--compare-method", help="the other run's method to compare with (default: of the same name)")
     parser.add_argument("--output", required=True, help="folder for the results")
@@ -94,6 +96,7 @@ def check_arguments(args) -> None:
     if os.path.exists(output) and not os.path.isdir(output):
         raise InputError(f"--output {output} is a file; expected a folder")
     check_writable(output / FILES[0], "--output")
+    steps_of(args.consistency)
 
 
 def load_predictor(args) -> Predictor:
@@ -125,6 +128,7 @@ def main(argv=None) -> int:
         cache_dir=args.cache_dir,
         allow_seen=args.allow_seen,
         xrays=args.xrays,
+        consistency=args.consistency,
     )
     print_table(summary, args.full_table)
     if "coverage" in summary:

@@ -72,7 +72,9 @@ def main(argv=None) -> int:
     choose_weights(args, film=not (args.weights or args.base) and shows_films(args))
     if args.std:
         check_std(args)
-    pipeline = load_pipeline(args.base, args.refinement, args.device, args.precision, args.tile, args.compile)
+    pipeline = load_pipeline(
+        args.base, args.refinement, args.device, args.precision, args.tile, args.compile, args.consistency
+    )
     if args.folder:
         return reconstruct_folder(pipeline, args)
     weights = [str(loaded.weights) for loaded in pipeline.system.checkpoints()] if args.std else []

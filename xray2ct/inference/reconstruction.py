@@ -21,6 +21,7 @@ from xray2ct.imaging.film_sides import FilmOptions
 from xray2ct.imaging.read_films import FilmWarning, read_films
 from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.imaging.xray_scale import OWN_LEVELS, REFERENCE_PERCENTILES
+from xray2ct.inference.consistency import make_consistent, steps_of
 from xray2ct.inference.predictor import Predictor, check_view_count
 from xray2ct.inference.system import DirectSystem
 from xray2ct.weights import DEFAULT, both_stages
@@ -30,12 +31,18 @@ VIEW_ARGUMENTS = ("pa", "lateral")
 
 
 class Pipeline:
-    """A loaded system that turns X-ray files or arrays into a volume; see :func:`load_pipeline`."""
+    """A loaded system that turns X-ray files or arrays into a volume; see :func:`load_pipeline`.
 
-    def __init__(self, system: Predictor):
+    consistency: of the volume with its X-rays (docs/consistency.md): auto, off, or a number of steps.
+    """
+
+    def __init__(self, system: Predictor, consistency: int | str = "off"):
         self.system = system
+        self.consistency_steps = steps_of(consistency)
         self.hu_window = tuple(system.hu_window)
+        self.measured = False  # whether the X-rays read last are no renderings of this project
         self.notes: list[str] = []
+        self.consistency_notes: list[str] = []  # of the last prediction
 
     @cached_property
     def origin(self) -> str:
@@ -72,6 +79,8 @@ class Pipeline:
         paths = tuple(None if array else source for source, array in zip((pa, lateral), arrays))
         pair = read_films(paths, normalization, size, self.system.geometry, exposure, films)
         self.notes = [*self.system.notes, *pair.notes]
+        stretched = normalization not in ("auto", "manifest") and not all(arrays[: len(sources)])
+        self.measured = pair.films or stretched
         images = [
             _array_view(source, view, size) if array else pair.views[view].pixels
             for view, (source, array) in enumerate(zip(sources, arrays))
@@ -93,9 +102,16 @@ class Pipeline:
         ]
         return torch.stack([xrays, torch.from_numpy(np.stack(seen))], dim=1)
 
-    def predict(self, xrays: torch.Tensor) -> torch.Tensor:
-        """:meth:`read`'s X-rays -> volume ``(D, H, W)`` in [0, 1], float32 on the CPU; :class:`InputError` for NaN."""
-        return self.system.predict(xrays.unsqueeze(0))[0, 0]
+    def predict(self, xrays: torch.Tensor, measured: bool | None = None) -> torch.Tensor:
+        """:meth:`read`'s X-rays -> volume ``(D, H, W)`` in [0, 1], float32 on the CPU; :class:`InputError` for NaN.
+
+        measured: whether they are scouts or films and not renderings (None: as those read last). What projection
+        consistency did is left in ``consistency_notes``.
+        """
+        xrays = xrays.unsqueeze(0)
+        volume, measured = self.system.predict(xrays), self.measured if measured is None else measured
+        volume, self.consistency_notes = make_consistent(self.system, volume, xrays, self.consistency_steps, measured)
+        return volume[0, 0]
 
     def to_hu(self, volume: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """``(D, H, W)`` in [0, 1] -> HU ``(D, H, W)`` int16 and the 4 x 4 affine of the NIfTI file.
@@ -127,17 +143,18 @@ def load_pipeline(
     precision: str = "float32",
     tile: int | str = "auto",
     compiled: bool = False,
+    consistency: int | str = "off",
 ) -> Pipeline:
     """Load a stage-1 checkpoint, and a stage-2 one for 256^3: ``hu, affine = pipeline(pa, lateral)``.
 
     base, refinement: paths, or names of shipped weights (``"chest64"``; ``"chest64+chest256"`` for both); base also a
     baseline's. device: auto, cpu, cuda, ... precision, tile, compiled: see
-    :class:`DirectSystem`. Raises :class:`InputError` naming the file when a checkpoint is missing, damaged, of another
-    kind or unfit for the other.
+    :class:`DirectSystem`. consistency: see :class:`Pipeline`. Raises :class:`InputError` naming the file when a
+    checkpoint is missing, damaged, of another kind or unfit for the other.
     """
     if refinement is None:
         base, refinement = both_stages([base])
-    return Pipeline(DirectSystem(base, refinement, device, precision, tile, compiled))
+    return Pipeline(DirectSystem(base, refinement, device, precision, tile, compiled), consistency)
 
 
 def _array_view(source, view: int, size: int) -> np.ndarray:
