@@ -36,7 +36,7 @@ def work(tmp_path_factory):
     root = make_dataset(folder / "data", geometry=Geometry(fov_mm=340.0, sdd_mm=1500.0, sid_mm=1200.0))
     small = {"encoder_blocks": [1, 0, 0, 0], "decoder_blocks": [1, 0, 0]}  # tracing time goes by the number of layers
     base = make_checkpoint(folder / "base.pt", root, settings={"xray_size": 32, **small})  # stage 2 sees finer X-rays
-    make_refinement_checkpoint(folder / "refinement.pt", root, base)
+    make_refinement_checkpoint(folder / "refinement.pt", root, base, settings={"start": "cubic"})
     make_cascade(folder / "cascade", root)
     return folder
 
