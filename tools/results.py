@@ -6,8 +6,8 @@
     python -m tools.results --check                      # do text and JSON agree; what is older than code or weights
 
 ``results/systems.json`` holds ``systems``, a list of ``{"name", "folder", "base" | "cascade", "refinement", "samples",
-"split"}`` (a system without checkpoint is kept as it was measured), and ``tables``, what each marked part shows:
-``<!-- table NAME -->`` to ``<!-- end of table -->`` in the Markdown. The text around them stays as it is.
+"consistency", "split"}`` (a system without checkpoint is kept as it was measured), and ``tables``, what each marked part
+shows: ``<!-- table NAME -->`` to ``<!-- end of table -->`` in the Markdown. The text around them stays as it is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PART = re.compile(r"<!-- table ([\w-]+) -->\n(.*?)<!-- end of table -->", re.DOT
 # What a score depends on: a commit that touches one of these makes a figure older than the code.
 CODE = ("dataset.py", "losses.py", "model_enhanced.py", "hybrid_vit_cascade", "xray2ct/data", "xray2ct/evaluation")
 CODE += ("xray2ct/geometry", "xray2ct/imaging", "xray2ct/inference", "xray2ct/metrics.py", "xray2ct/models")
-SYSTEM_KEYS = {"name", "folder", "base", "refinement", "cascade", "samples", "split", "precision"}
+SYSTEM_KEYS = {"name", "folder", "base", "refinement", "cascade", "samples", "split", "precision", "consistency"}
 ROW_KEYS = {"label", "system", "method", "minus"}
 
 
@@ -76,7 +76,8 @@ def load_system(system: dict, device: str) -> Predictor:
 def measure(system: dict, data: str, folder: Path, argv: list[str], device: str, cache_dir: str | None) -> None:
     """Evaluate one system into its folder, and write where the figures come from beside them."""
     predictor = load_system(system, device)
-    evaluate(predictor, data, folder, system.get("split", "test"), pictures=2, cache_dir=cache_dir)
+    options = {"pictures": 2, "cache_dir": cache_dir, "consistency": system.get("consistency", "off")}
+    evaluate(predictor, data, folder, system.get("split", "test"), **options)
     write_json(folder / RECORD, measured("tools.results", argv, predictor))
 
 
