@@ -6,8 +6,8 @@
     python -m tools.results --check                      # do text and JSON agree; what is older than code or weights
 
 ``results/systems.json`` holds ``systems``, a list of ``{"name", "folder", "base" | "cascade", "refinement", "samples",
-"consistency", "split"}`` (a system without checkpoint is kept as it was measured), and ``tables``, what each marked part
-shows: ``<!-- table NAME -->`` to ``<!-- end of table -->`` in the Markdown. The text around them stays as it is.
+"consistency", "split"}`` (a system without checkpoint is kept as it was measured), and ``tables``, what each marked
+part shows: ``<!-- table NAME -->`` to ``<!-- end of table -->`` in the Markdown. The text around them stays as it is.
 """
 
 from __future__ import annotations
