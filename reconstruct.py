@@ -2,7 +2,7 @@
 
 python reconstruct.py --example                                 # the X-rays and weights that come with the project
 python reconstruct.py --pa PA.png --lateral LATERAL.png --output ct.nii.gz
-python reconstruct.py --pa PA.png --lateral LATERAL.png --weights chest64+chest256 --output ct.nii.gz
+python reconstruct.py --pa PA.png --lateral LATERAL.png --weights chest64+mine --output ct.nii.gz
 python reconstruct.py --pa PA.png --lateral LATERAL.png --base best_model.pt --refinement best_refinement.pt \
         --output ct.nii.gz
 python reconstruct.py --pa PA.dcm --lateral LAT.dcm --base best_model.pt --output ct.nii.gz \

@@ -12,6 +12,7 @@ PACKAGES = {  # of requirements.txt, by the names that Python imports; torchvisi
     "tqdm": "tqdm",
     "PIL": "pillow",
     "scipy": "scipy",
+    "safetensors": "safetensors",
 }
 
 

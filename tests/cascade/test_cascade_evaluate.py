@@ -86,7 +86,6 @@ def test_patients_it_was_trained_on_are_refused(root, tmp_path):
     "options",
     [
         ["--base", "b.pt", "--cascade", "c"],
-        [],
         ["--cascade", "c", "--refinement", "r.pt"],
         ["--cascade", "c", "--samples", "-1"],
         ["--cascade", "c", "--steps", "0"],

@@ -270,7 +270,7 @@ class OfTwo(Processes):
 
 @pytest.mark.parametrize(
     ("other", "signal_number", "saves"),
-    [((0, 0, 0, 0.25), 0, False), ((1, 0, 0, 0.25), signal.SIGTERM, False), ((0, 0, 1, 0.25), 0, True)],
+    [((0, 0, 0, 0, 0.25), 0, False), ((1, 0, 0, 0, 0.25), signal.SIGTERM, False), ((0, 0, 0, 1, 0.25), 0, True)],
 )
 def test_what_another_process_wants_arrives_with_the_losses(tmp_path, other, signal_number, saves):
     processes = OfTwo(0, 2)
