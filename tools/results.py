@@ -76,9 +76,10 @@ def load_system(system: dict, device: str) -> Predictor:
 def measure(system: dict, data: str, folder: Path, argv: list[str], device: str, cache_dir: str | None) -> None:
     """Evaluate one system into its folder, and write where the figures come from beside them."""
     predictor = load_system(system, device)
+    record = measured("tools.results", argv, predictor)  # before the new files change the working tree
     options = {"pictures": 2, "cache_dir": cache_dir, "consistency": system.get("consistency", "off")}
     evaluate(predictor, data, folder, system.get("split", "test"), **options)
-    write_json(folder / RECORD, measured("tools.results", argv, predictor))
+    write_json(folder / RECORD, record)
 
 
 # ------------------------------------------------------------------------------------------------
