@@ -16,7 +16,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dataset import PatientDataset
 from xray2ct.checkpoints import check_compatible
@@ -29,6 +28,7 @@ from xray2ct.files import InputError, check_writable, run_cli, write_json
 from xray2ct.geometry.projector import unit_to_hu
 from xray2ct.inference.system import DirectSystem
 from xray2ct.inference.uncertainty import Calibration, calibration_path, fit, local_contrast
+from xray2ct.progress import progress_bar
 
 VOXELS = 100_000  # of a patient's body that are looked at, at most
 FEWEST_PATIENTS = 2
@@ -75,7 +75,7 @@ def calibrate(system: DirectSystem, args: argparse.Namespace) -> tuple[Calibrati
     parts, patients = [], []
     for split in args.splits:
         data = open_split(system, args.data, split, args.cache_dir)
-        bar = tqdm(range(len(data)), desc=f"Calibrating on {split}", unit="patient")
+        bar = progress_bar(range(len(data)), desc=f"Calibrating on {split}", unit="patients")
         parts += [body_voxels(system, data, index) for index in bar]
         patients += data.ids
     if len(patients) < FEWEST_PATIENTS:
@@ -91,7 +91,7 @@ def calibrate(system: DirectSystem, args: argparse.Namespace) -> tuple[Calibrati
 def check(system: DirectSystem, calibration: Calibration, args: argparse.Namespace) -> list[dict]:
     """Coverage of each patient of ``--check``."""
     data = open_split(system, args.data, args.check, args.cache_dir)
-    bar = tqdm(range(len(data)), desc=f"Checking on {args.check}", unit="patient")
+    bar = progress_bar(range(len(data)), desc=f"Checking on {args.check}", unit="patients")
     return [{"id": data.ids[i], **coverage_of(calibration, *body_voxels(system, data, i))} for i in bar]
 
 

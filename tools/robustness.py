@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dataset import PatientDataset
 from xray2ct.checkpoints import check_compatible
@@ -33,6 +32,7 @@ from xray2ct.geometry.lifting import averaged_to
 from xray2ct.imaging.figures import save_panel
 from xray2ct.inference.predictor import Predictor
 from xray2ct.inference.system import DirectSystem
+from xray2ct.progress import progress_bar
 
 COLUMNS = ("psnr_strict", "ssim_3d")
 NOMINAL = "as trained"
@@ -82,7 +82,7 @@ def score_shown(predictor: Predictor, exam: Exam, shown: Shown) -> tuple[torch.T
 def measure(predictor: Predictor, data: PatientDataset, chosen: list[str]) -> tuple[list[dict], Worst]:
     """Rows ``{"perturbation", "id", scores}``, the mean over a perturbation's variants, and the worst case."""
     rows, worst = [], Worst()
-    bar = tqdm(total=len(data) * (1 + len(chosen)), desc="Perturbing", unit="case")
+    bar = progress_bar(total=len(data) * (1 + len(chosen)), desc="Perturbing", unit="case")
     for index in range(len(data)):
         item = data[index]
         seed = zlib.crc32(item["id"].encode())

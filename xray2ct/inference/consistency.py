@@ -23,8 +23,9 @@ from xray2ct.conventions import VIEW_LABELS
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
-from xray2ct.geometry.projector import MU_WATER, line_integrals
+from xray2ct.geometry.projector import MU_WATER, back_project, line_integrals
 from xray2ct.inference.predictor import Method, Predictor
+from xray2ct.models.consistent_step import conjugate_gradients
 
 STEPS, WEIGHT = 4, 0.2  # chosen on validation patients
 FIT_NCC = 0.98  # of a measured X-ray with the prediction's: below, it is not used
@@ -52,9 +53,9 @@ class Projection:
 
     def adjoint(self, images: torch.Tensor) -> torch.Tensor:
         """``(B, V, size, size)`` -> ``(B, 1, D, H, W)``."""
-        with torch.enable_grad():
-            volume = torch.zeros(self.shape, device=images.device, requires_grad=True)
-            return torch.autograd.grad(self(volume), volume, images)[0]
+        both = F.pad(images, (0, 0, 0, 0, 0, 2 - self.views))  # of PA alone: a lateral image without a residual
+        fine = F.interpolate(0.25 * self.gain * both, scale_factor=2, mode="nearest")
+        return back_project(fine, self.geometry, self.shape[2:])
 
     def render(self, volume: torch.Tensor) -> torch.Tensor:
         """X-rays ``(B, V, size, size)`` of a volume in [0, 1]."""
@@ -95,29 +96,6 @@ def consistent(
     moved = moved.clamp(project.air, 1.0)
     # Thinner than air has no X-ray: what was predicted there stays.
     return torch.where(moved > project.air, moved, volume.clamp(0.0, 1.0).clamp_max(project.air))
-
-
-def conjugate_gradients(matrix, right: torch.Tensor, steps: int) -> torch.Tensor:
-    """``steps`` steps from 0 towards ``x`` of ``matrix(x) = right``, each sample of the batch by itself.
-
-    matrix: symmetric and positive on what ``right`` spans. A sample that is solved stays as it is.
-    """
-
-    def dot(a, b):
-        return (a * b).flatten(1).sum(1).view(-1, *[1] * (right.ndim - 1))
-
-    def ratio(a, b):
-        return torch.where(b > 0, a / b.clamp_min(torch.finfo(b.dtype).tiny), 0.0)
-
-    solution, residual, direction = torch.zeros_like(right), right, right
-    energy = dot(residual, residual)
-    for _ in range(steps):
-        image = matrix(direction)
-        length = ratio(energy, dot(direction, image))
-        solution, residual = solution + length * direction, residual - length * image
-        previous, energy = energy, dot(residual, residual)
-        direction = residual + ratio(energy, previous) * direction
-    return solution
 
 
 # ------------------------------------------------------------------------------------------------

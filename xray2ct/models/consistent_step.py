@@ -72,17 +72,31 @@ def consistent_change(images, residual: XrayResidual, steps: int = STEPS, weight
     nearly right. Differentiable, float32 under autocast. Step lengths are each sample's own and stay on the device.
     """
     with torch.autocast(images.device.type, enabled=False):
-        rest = residual.adjoint(images) / residual.norm
-        change, direction, energy = torch.zeros_like(rest), rest, _dot(rest, rest)
-        for step in range(steps):
-            image = residual.normal(direction) / residual.norm + weight * direction
-            length = energy / _dot(direction, image).clamp_min(TINY)
-            change = change + length * direction
-            if step + 1 < steps:
-                rest = rest - length * image
-                previous, energy = energy, _dot(rest, rest)
-                direction = rest + energy / previous.clamp_min(TINY) * direction
-    return change
+        right = residual.adjoint(images) / residual.norm
+        return conjugate_gradients(lambda d: residual.normal(d) / residual.norm + weight * d, right, steps)
+
+
+def conjugate_gradients(matrix, right: torch.Tensor, steps: int) -> torch.Tensor:
+    """``steps`` steps from 0 towards ``x`` of ``matrix(x) = right``, each sample of the batch by itself.
+
+    matrix: symmetric and positive on what ``right`` ``(B, 1, D, H, W)`` spans. A sample that is solved stays as it is.
+    Differentiable; nothing waits for the device.
+    """
+    solution, rest, direction, energy = torch.zeros_like(right), right, right, _dot(right, right)
+    for step in range(steps):
+        image = matrix(direction)
+        length = _ratio(energy, _dot(direction, image))
+        solution = solution + length * direction
+        if step + 1 < steps:
+            rest = rest - length * image
+            previous, energy = energy, _dot(rest, rest)
+            direction = rest + _ratio(energy, previous) * direction
+    return solution
+
+
+def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a / b``, 0 where ``b`` is not positive."""
+    return torch.where(b > 0, a / b.clamp_min(TINY), 0.0)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
