@@ -21,6 +21,7 @@ from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision
 from xray2ct.training.run_identity import data_header
 from xray2ct.training.validation import read_rows, sent
+from xray2ct.training.validation_films import ValidationFilms, with_films
 
 FILMS_DIFFER = "simulated films (augment.film.probability) are no renderings of their volumes"
 
@@ -100,6 +101,7 @@ class PatientTask(Task):
     makes_films = False  # whether some of the pairs become simulated films
     scanned: PatientDataset | None = None  # one that has looked at the data set's folders, before open_data
     seen_channel = False  # whether the network that reads the X-rays wants to know what they show
+    val_films: ValidationFilms | None = None  # the validation patients as films, where some of the training's are
     initial: dict = {}  # noqa: RUF012 (replaced, never changed): see initial_weights.start_from
     criterion: nn.Module
 
@@ -131,6 +133,10 @@ class PatientTask(Task):
         self.train_data = PatientDataset(data.dataset_path, "train", *read_as, **options, **common)
         self.data_header = data_header(self.train_data)
         self.pairs = PairMaker(self.train_data.acquisition, (size,) * 3, xray_size, augment, self.seen_channel)
+        if self.makes_films:
+            options = {"raw": True, "scanned": self.val_data, "with_mask": self.uses_mask, "body": True}
+            patients = PatientDataset(data.dataset_path, "val", *read_as, **options, **common)
+            self.val_films = ValidationFilms(patients, self.pairs)
         if self.pairs.deformations is not None:
             self._check_anatomies(augment.anatomy.file)
 
@@ -151,7 +157,8 @@ class PatientTask(Task):
     def build_cache(self, processes: Processes) -> None:
         """Read every patient once, shared among the ranks; rank 0 shows a bar."""
         bar = partial(progress_bar, desc="Reading patients", unit="patients", leave=False)
-        for dataset in (self.train_data, self.val_data):
+        films = [] if self.val_films is None else [self.val_films.patients]
+        for dataset in (self.train_data, self.val_data, *films):
             dataset.build_cache(processes.rank, processes.world_size, bar if processes.is_main else None)
         processes.barrier()
 
@@ -202,6 +209,9 @@ class PatientTask(Task):
             item = self.val_data[index]
             batch = {name: sent(item[name].unsqueeze(0), processes.device) for name in names}
             row, volume = self.score(model, batch, precision, index)
+            if self.val_films is not None:
+                films = self.val_films.batches(index, processes.device)
+                row = with_films(row, [self.score(model, film, precision, index)[0] for film in films])
             ids.append(item["id"])
             rows.append(row)
             if len(self.samples) < self.kept_samples:
