@@ -10,6 +10,9 @@ from tests.helpers.runs import build
 from tests.helpers.tiny_data import make_dataset
 from xray2ct.files import InputError
 from xray2ct.training.config import EnhancedConfig, load_config
+from xray2ct.training.distributed import Processes
+from xray2ct.training.precision import Precision
+from xray2ct.training.validation_films import FILMS
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,33 @@ def test_films_change_the_xrays_and_take_the_couch_out_of_both(root):
     assert "body" not in plain_raw
     assert (films["xrays"] - plain["xrays"]).abs().mean() > 0.02
     assert (films["ct_volume"] - plain["ct_volume"]).abs().mean() < 0.01
+
+
+def test_validation_scores_every_patient_as_the_same_films_each_time(root):
+    _, task, model = build(root, "augment.film.probability=0.5", "augment.xray_noise=0.1")
+    processes = Processes(device=torch.device("cpu"))
+    clean = task.val_data[0]
+    once, again = (list(task.val_films.batches(0, processes.device)) for _ in range(2))
+    assert len(once) == FILMS
+    for film, same in zip(once, again):
+        assert torch.equal(film["xrays"], same["xrays"])
+        assert (film["xrays"][0] - clean["xrays"]).abs().mean() > 0.02
+        # Neither moved nor deformed, whatever augmentation does: the cubes differ by rounding and the air outside.
+        assert (film["ct_volume"][0] - clean["ct_volume"]).abs().mean() < 0.01
+    assert not torch.equal(once[0]["xrays"], once[1]["xrays"])
+    rows = task.validate(model.eval(), processes, Precision("float32", processes.device))
+    assert [row["id"] for row in rows] == task.val_data.ids
+    for row in rows:
+        assert row["psnr"] == pytest.approx((row["psnr_clean"] + row["psnr_film"]) / 2, abs=1e-4)
+        assert row["psnr_clean"] != row["psnr_film"]
+
+
+def test_validation_without_films_scores_renderings_alone(root):
+    _, task, model = build(root)
+    processes = Processes(device=torch.device("cpu"))
+    (row, *_) = task.validate(model.eval(), processes, Precision("float32", processes.device))
+    assert task.val_films is None
+    assert "psnr_film" not in row
 
 
 @pytest.mark.parametrize(
