@@ -33,7 +33,7 @@ from xray2ct.inference.batch import (
     reconstruct_folder,
     reconstruct_one,
 )
-from xray2ct.inference.example import use_example
+from xray2ct.inference.example import add_example_argument, use_example
 from xray2ct.inference.reconstruction import load_pipeline
 from xray2ct.inference.system import add_tile_argument
 from xray2ct.inference.uncertainty import read_calibration
@@ -47,7 +47,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--refinement", help="stage-2 checkpoint: the volume has 256^3 voxels instead of 64^3")
     add_tile_argument(parser)
     parser.add_argument("--compile", action="store_true", help="stage 1 by torch.compile: pays for many pairs")
-    parser.add_argument("--example", action="store_true", help="reconstruct the X-rays that come with the project")
+    add_example_argument(parser)
     parser.add_argument("--std", metavar="FILE", help="also write the calibrated standard deviation in HU, NIfTI")
     add_common_arguments(parser)
     return parser.parse_args(argv)

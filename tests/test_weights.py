@@ -142,7 +142,10 @@ def test_the_example_needs_no_option_and_says_what_it_used(named, tmp_path, monk
     assert "note: weights chest64, trained on renderings; --weights or --base choose others" in said.err
     assert said.out.splitlines()[-1] == "example_ct.png: the X-rays and the volume"
     assert {path.name for path in tmp_path.iterdir()} == {"example_ct.nii.gz", "example_ct.png"}
-    assert sum(path.stat().st_size for path in example.FOLDER.glob("*.png")) <= 400_000
+    assert sum(path.stat().st_size for path in example.FOLDER.glob("*.png")) <= 600_000
+    assert reconstruct.main(["--example", "film", "--device", "cpu"]) == 0
+    assert "lidc_0001_film_pa.png: scale estimated from the size of the lungs" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.glob("example_film*")} == {"example_film_ct.nii.gz", "example_film_ct.png"}
     with pytest.raises(InputError, match="--example brings its own X-rays; expected it without --folder"):
         reconstruct.main(["--example", "--folder", "here"])
 

@@ -8,8 +8,23 @@ from pathlib import Path
 from xray2ct.files import InputError
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"  # beside the package, in a clone as in an installation
-VIEWS = ("lidc_0001_pa.png", "lidc_0001_lat.png")  # examples/README.md says whose they are
-VOLUME, PICTURE = "example_ct.nii.gz", "example_ct.png"  # written into the current folder unless options say otherwise
+RENDERED, FILM = "rendered", "film"
+VIEWS = {  # examples/README.md says whose they are
+    RENDERED: ("lidc_0001_pa.png", "lidc_0001_lat.png"),
+    FILM: ("lidc_0001_film_pa.png", "lidc_0001_film_lat.png"),
+}
+
+
+def add_example_argument(parser: argparse.ArgumentParser) -> None:
+    """``--example [rendered|film]``."""
+    parser.add_argument(
+        "--example",
+        nargs="?",
+        const=RENDERED,
+        choices=tuple(VIEWS),
+        help="reconstruct X-rays that come with the project: rendered from a CT (default), or the same patient as on"
+        " simulated films",
+    )
 
 
 def use_example(args: argparse.Namespace, folder: Path = FOLDER) -> None:
@@ -20,8 +35,10 @@ def use_example(args: argparse.Namespace, folder: Path = FOLDER) -> None:
     given = next((name for name in ("pa", "lateral", "folder") if getattr(args, name)), None)
     if given:
         raise InputError(f"--example brings its own X-rays; expected it without --{given}")
-    args.pa, args.lateral = (folder / name for name in VIEWS)
+    args.pa, args.lateral = (folder / name for name in VIEWS[args.example])
     missing = next((path for path in (args.pa, args.lateral) if not path.is_file()), None)
     if missing:
         raise InputError(f"{missing}: the example X-ray is not there; expected the folder that comes with the project")
-    args.output, args.picture = args.output or VOLUME, args.picture or PICTURE
+    # Into the current folder unless options say otherwise.
+    stem = "example_film" if args.example == FILM else "example"
+    args.output, args.picture = args.output or f"{stem}_ct.nii.gz", args.picture or f"{stem}_ct.png"
