@@ -123,6 +123,28 @@ def read_scores(folder: str | os.PathLike, fingerprints: set[str]) -> dict:
     }
 
 
+def read_film_scores(path: str | os.PathLike, fingerprints: set[str]) -> dict:
+    """Mean scores by case of a film benchmark (``film_benchmark.json``) with these weights, and with those beside them.
+
+    Raises :class:`InputError` when none of its networks has these weights, or when it scored validation patients.
+    """
+    found = read_json(path)
+    names = [one["name"] for one in found["networks"]]
+    own = [one["name"] for one in found["networks"] if fingerprints & set(one.get("measured", {}).get("weights", ()))]
+    if not own or found["split"] != "test":
+        raise InputError(
+            f"{path}: is a film benchmark of {', '.join(names)} on {found['split']} patients; expected one with the"
+            f" weights {' or '.join(sorted(fingerprints))} on test patients"
+        )
+    others = [name for name in names if name not in own]
+    return {
+        "networks": [*own, *others],
+        "spacing": found["spacing"],
+        "patients": sorted({row["patient"] for row in found["rows"]}),
+        "cases": {entry.pop("case"): entry for entry in found["table"]},
+    }
+
+
 def without_folders(value):
     """The same nested value with absolute paths reduced to their last name: they say nothing elsewhere."""
     if isinstance(value, dict):
@@ -172,6 +194,8 @@ def export(args: argparse.Namespace) -> Path:
     if args.scores:
         description["scores"] = read_scores(args.scores, set(fingerprints))
         description["worst"] = worst_case(description["scores"], args.scores, folder / f"{stem}_worst.png")
+    if args.film_scores:
+        description["film_scores"] = read_film_scores(args.film_scores, set(fingerprints))
     if args.licences and not (folder / LICENCE_FILE).exists():
         with atomic_path(folder / LICENCE_FILE) as temporary:
             shutil.copyfile(OURS / LICENCE_FILE, temporary)
@@ -187,6 +211,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("name", help="of the weights, such as chest64")
     parser.add_argument("--licences", metavar="CSV", help="source and licence of every patient of the training")
     parser.add_argument("--scores", metavar="FOLDER", help="an evaluation of these weights, for JSON and card")
+    parser.add_argument("--film-scores", metavar="FILE", help="film_benchmark.json with these weights, likewise")
     parser.add_argument("--dtype", default="float16", choices=tuple(DTYPES), help="of the file (default %(default)s)")
     parser.add_argument("--output", default="weights", help="folder to write into (default %(default)s)")
     parser.add_argument("--huggingface", metavar="FOLDER", help="instead: a folder in the layout of the Hub")

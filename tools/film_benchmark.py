@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ from PIL import Image
 
 from dataset import PatientDataset
 from tools.film_cases import CASES, VIEWS, Rendering, make_case
+from tools.model_card import film_cell
 from xray2ct.checkpoints import check_compatible
 from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.film_chain import FilmChain, FilmConfig
+from xray2ct.evaluation.record import measured
 from xray2ct.files import InputError, atomic_path, check_writable, run_cli, write_json
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.imaging.read_films import FilmWarning
@@ -39,6 +42,7 @@ from xray2ct.inference.reconstruction import Pipeline
 from xray2ct.inference.system import DirectSystem
 from xray2ct.metrics import psnr
 from xray2ct.progress import progress_bar
+from xray2ct.weights import find
 
 REACH = 8  # voxels per axis that a volume may be moved to fit
 CLEAN = "clean"
@@ -59,7 +63,9 @@ class Network:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="prepared data set; its test patients are read")
-    parser.add_argument("--checkpoint", action="append", required=True, help="stage 1; repeat to compare")
+    parser.add_argument(
+        "--checkpoint", action="append", required=True, help="stage 1, path or name of weights; repeat to compare"
+    )
     parser.add_argument(
         "--normalization",
         action="append",
@@ -85,14 +91,16 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def load_networks(checkpoints: list[str], normalizations: list[str] | None) -> list[Network]:
-    """The networks of a command line; names are unique: the checkpoint's folder and how it reads."""
+    """The networks of a command line; names are unique: that of the weights or the file's folder, how it reads."""
     given = normalizations or ["auto"]
     given = given * len(checkpoints) if len(given) == 1 else given
     if len(given) != len(checkpoints):
         raise InputError(f"--normalization is given {len(given)} times; expected once, or once per --checkpoint")
     networks: list[Network] = []
-    for path, normalization in zip(checkpoints, given):
-        name = f"{Path(path).resolve().parent.name}/{Path(path).stem}, {normalization}"
+    for checkpoint, normalization in zip(checkpoints, given):
+        path = str(find(checkpoint))
+        label = checkpoint if path != checkpoint else f"{Path(path).resolve().parent.name}/{Path(path).stem}"
+        name = f"{label}, {normalization}"
         if name in {network.name for network in networks}:
             raise InputError(f"--checkpoint {path}: given twice with the same normalization")
         system = DirectSystem(path)
@@ -245,12 +253,7 @@ def markdown(entries: list[dict], networks: list[Network]) -> str:
         f"|---|{'---|' * len(networks)}",
     ]
     for entry in entries:
-        cells = []
-        for network in networks:
-            one = entry[network.name]
-            refused = f"{one['refused']} of {one['patients']} refused" if one["refused"] else ""
-            found = "" if one["psnr"] is None else f"{one['psnr']:.2f} ({one['psnr_moved']:.2f})"
-            cells.append("; ".join(filter(None, (found, refused))))
+        cells = (film_cell(entry[network.name]) for network in networks)
         lines.append(f"| {entry['case']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -267,7 +270,16 @@ def main(argv=None) -> int:
         rows = run(args, networks, folder)
     entries = table(rows, networks)
     settings = {"data": str(args.data), "split": args.split, "seed": args.seed, "spacing": args.spacing}
-    described = [{"name": n.name, "checkpoint": n.path, "normalization": n.normalization} for n in networks]
+    argv = sys.argv[1:] if argv is None else argv
+    described = [
+        {
+            "name": network.name,
+            "checkpoint": Path(network.path).name,
+            "normalization": network.normalization,
+            "measured": measured("tools.film_benchmark", argv, network.pipeline.system),
+        }
+        for network in networks
+    ]
     write_json(results[0], {**settings, "networks": described, "table": entries, "rows": rows})
     text = markdown(entries, networks)
     with atomic_path(results[1]) as temporary_path:

@@ -9,7 +9,7 @@ SHOWN = ("psnr_strict", "ssim_3d", "mae_hu", "psnr_x2ct", "ssim_slices", "projec
 
 def model_card(weights: dict) -> str:
     """Markdown with the Hub's front matter; ``weights``: the JSON beside them, see ``tools/export_weights.py``."""
-    sections = (_front_matter, _head, _use, _training, _data, _scores, _limits, _licence)
+    sections = (_front_matter, _head, _use, _training, _data, _scores, _film_scores, _limits, _licence)
     return "\n\n".join(filter(None, (section(weights) for section in sections))) + "\n"
 
 
@@ -126,6 +126,31 @@ def _scores(weights: dict) -> str:
     if weights["worst"]["picture"]:
         lines += ["", f"![the worst case: X-rays, reconstruction, truth]({weights['worst']['picture']})"]
     return "\n".join(lines)
+
+
+def _film_scores(weights: dict) -> str:
+    films = weights.get("film_scores")
+    if not films:
+        return ""
+    lines = [
+        f"## Simulated films\n\nPSNR in dB on films of {len(films['patients'])} test patients by other physics than"
+        f" training draws (`python -m tools.film_benchmark`), pixel spacing {films['spacing']}; in brackets, moved to"
+        " where the volume fits best.",
+        "",
+        f"| film | {' | '.join(films['networks'])} |",
+        f"|---|{'---|' * len(films['networks'])}",
+    ]
+    for case, entry in films["cases"].items():
+        cells = (film_cell(entry[name]) for name in films["networks"])
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def film_cell(entry: dict) -> str:
+    """A case's mean scores with a network: ``21.69 (22.02); 1 of 8 refused``."""
+    refused = f"{entry['refused']} of {entry['patients']} refused" if entry["refused"] else ""
+    found = "" if entry["psnr"] is None else f"{entry['psnr']:.2f} ({entry['psnr_moved']:.2f})"
+    return "; ".join(filter(None, (found, refused)))
 
 
 def _limits(weights: dict) -> str:

@@ -8,7 +8,7 @@ import pytest
 import evaluate
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import make_checkpoint, make_dataset
-from tools import export_weights
+from tools import export_weights, film_benchmark
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError, sha256
 from xray2ct.weights import resolve
@@ -82,6 +82,23 @@ def test_scores_of_these_weights_get_into_the_card_and_others_are_refused(made, 
     other = make_checkpoint(tmp_path / "other.pt", made[1], settings={"base_channels": 32})
     with pytest.raises(InputError, match=r"summary.json: is an evaluation of the weights .*; expected"):
         export_weights.main([str(other), "tiny", "--output", str(tmp_path), "--scores", str(tmp_path / "scores")])
+
+
+def test_a_film_benchmark_of_these_weights_gets_into_the_card_and_others_are_refused(made, tmp_path):
+    export(made, tmp_path)
+    other = make_checkpoint(tmp_path / "other.pt", made[1], settings={"base_channels": 32})
+    common = ["--data", str(made[1]), "--case", "clean", "--case", "display", "--max-patients", "1"]
+    own = ["--checkpoint", str(tmp_path / "tiny.safetensors"), "--output", str(tmp_path / "own")]
+    film_benchmark.main([*common, *own, "--checkpoint", str(other)])
+    table = tmp_path / "own" / "film_benchmark.json"
+    found = export(made, tmp_path, "--film-scores", str(table))["film_scores"]
+    assert found["patients"] == ["p4"]
+    assert list(found["cases"]) == ["clean", "display"]
+    psnr = found["cases"]["clean"][found["networks"][0]]["psnr"]
+    assert f"| clean | {psnr:.2f} (" in (tmp_path / "tiny.md").read_text()
+    film_benchmark.main([*common, "--checkpoint", str(other), "--output", str(tmp_path / "others")])
+    with pytest.raises(InputError, match=r"film_benchmark.json: is a film benchmark of .*other, auto on test patients"):
+        export(made, tmp_path, "--film-scores", str(tmp_path / "others" / "film_benchmark.json"))
 
 
 @pytest.mark.parametrize(
