@@ -24,6 +24,7 @@ from scipy import ndimage
 
 from losses import SSIM_TAPS, ProjectionLoss
 from xray2ct.command_line import Parser
+from xray2ct.evaluation.spectrum import compare_spectra
 from xray2ct.files import InputError, run_cli
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import HU_WINDOW, XRAY_SCALE, Geometry, hu_to_unit, render_xrays, unit_to_hu
@@ -213,6 +214,11 @@ def projection(case: Case) -> dict[str, float | None]:
     return {"projection_mae": absolute, "projection_relative": absolute / mean if mean > 0 else None}
 
 
+def spectrum(case: Case) -> dict[str, float | None]:
+    """Sharpness: the power spectrum of axial slices against the truth's, see :func:`spectrum.compare_spectra`."""
+    return compare_spectra(case.prediction, case.target)
+
+
 @dataclass(frozen=True)
 class Protocol:
     """A function from a :class:`Case` to its columns, what these are, and which of them a short table shows."""
@@ -278,6 +284,14 @@ PROTOCOLS = {
         },
         ("projection_relative",),
     ),
+    "spectrum": Protocol(
+        spectrum,
+        {
+            "fine_power_db": "dB; power of axial slices above 1/4 cycle per voxel over the truth: 0 is as sharp",
+            "lsd_db": "dB; log-spectral distance of axial slices, 8 rings up to 1/2 cycle per voxel",
+        },
+        ("fine_power_db",),
+    ),
 }
 COLUMNS = {column: text for protocol in PROTOCOLS.values() for column, text in protocol.columns.items()}
 
@@ -291,7 +305,8 @@ def format_score(column: str, value: float | None, signed: bool = False) -> str:
     """A score with the digits that mean something: dB, litres 2, SSIM, NCC 3, HU 1, projection 4; "-" for none."""
     if value is None:
         return "-"
-    three, two = column.startswith("ssim") or column.endswith("ncc"), column.startswith(("psnr", "lung_litres"))
+    three = column.startswith("ssim") or column.endswith("ncc")
+    two = column.startswith(("psnr", "lung_litres")) or column.endswith("_db")
     digits = 3 if three else 1 if column.endswith("hu") else 2 if two else 4
     return f"{value:{'+' if signed else ''}.{digits}f}"
 

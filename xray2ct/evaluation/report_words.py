@@ -26,6 +26,8 @@ LABELS = {
     "body_mae_hu": "Mean absolute error in the body",
     "body_bias_hu": "Mean error in the body",
     "projection_relative": "X-rays of the volume against the input",
+    "fine_power_db": "Power of fine detail against the truth's",
+    "lsd_db": "Log-spectral distance",
     "seconds": "Seconds per patient",
 }
 METHODS = {
@@ -52,7 +54,7 @@ def merit(column: str, value: float) -> float | None:
         return value
     if column.endswith(("mae_hu", "rmse_hu", "absolute_error", "seconds")) or column.startswith("projection"):
         return -value
-    return -abs(value) if column.endswith("bias_hu") else None
+    return -abs(value) if column.endswith(("bias_hu", "_db")) else None
 
 
 def best(column: str, values: Mapping[str, object]) -> set[str]:
