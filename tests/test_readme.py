@@ -15,7 +15,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RE
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted(CASCADE.glob("*.md"))]
 # Modules that add options to several commands.
 SHARED_OPTIONS = ("command_line.py", "training/cli.py", "training/monitors.py")
-SHARED_OPTIONS += ("inference/system.py", "inference/batch.py", "inference/weights_arguments.py", "inference/example.py")
+SHARED_OPTIONS += ("inference/system.py", "inference/batch.py", "inference/weights_arguments.py")
+SHARED_OPTIONS += ("inference/example.py",)
 NOT_OURS = ("venv", "pip", "pytest")
 # Files of the projects whose data and scores docs/datasets.md and docs/protocols.md explain.
 OTHERS = {"0_dicom2mhd.py", "3DGAN/lib/utils/metrics_np.py", "3DGAN/test.py", "code/evaluate.py", "ctpro.py"}
