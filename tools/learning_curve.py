@@ -33,7 +33,20 @@ from xray2ct.inference.system import DirectSystem
 from xray2ct.training.config import EnhancedConfig, load_config, resolve_config_path
 from xray2ct.training.direct_task import EnhancedTask
 
-COLUMNS = {"psnr_strict": "PSNR strict, dB", "ssim_3d": "SSIM 3D", "projection_relative": "projection error, relative"}
+COLUMNS = {
+    "psnr_strict": "PSNR strict, dB",
+    "psnr_pm1024": "PSNR, window [-1024, 1024] HU, dB",
+    "ssim_3d": "SSIM 3D",
+    "projection_relative": "projection error, relative",
+}
+# Training patients and psnr_pm1024 at 128^3 as LiftXR's authors published them (their table 1): LIDC-IDRI and CT-RATE.
+# Other test patients, field of view and resolution than here: a place on the axis, not a comparison.
+PUBLISHED = {
+    "X2CT-GAN, LIDC": (818, 25.06),
+    "LiftXR, LIDC": (818, 26.03),
+    "X2CT-GAN, CT-RATE": (2000, 25.96),
+    "LiftXR, CT-RATE": (2000, 26.45),
+}
 TOLERANCE = 0.02  # of the numbers of steps, which repeats of whole patients can make equal only nearly
 
 
@@ -145,17 +158,21 @@ def draw(result: dict):
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("drawing the curve needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
     counts = np.array([len(run["patients"]) for run in result["runs"]])
-    for axes, (column, words) in zip(figure.subplots(1, len(COLUMNS)), COLUMNS.items()):
+    for axes, (column, words) in zip(figure.subplots(2, len(COLUMNS) // 2).flat, COLUMNS.items()):
         statistics = [run["summary"][column] for run in result["runs"]]
         means = np.array([one["mean"] for one in statistics])
         errors = [0.0 if one["sd"] is None else one["sd"] / math.sqrt(one["n"]) for one in statistics]
         axes.errorbar(counts, means, errors, fmt="o", capsize=3)
         slope = result["slope_per_doubling"][column]["mean"]
         offset = float(np.mean(means - slope * np.log2(counts)))
-        line = np.array([counts.min(), 4 * counts.max()])
+        published = PUBLISHED if column == "psnr_pm1024" else {}
+        line = np.array([counts.min(), max([4 * counts.max(), *(patients for patients, _ in published.values())])])
         axes.plot(line, offset + slope * np.log2(line), "--", label=f"{slope:+.3g} per doubling")
+        for name, (patients, value) in published.items():
+            axes.plot(patients, value, "x", color="0.4")
+            axes.annotate(name, (patients, value), (-4, 4), textcoords="offset points", fontsize=7, ha="right")
         axes.set_xscale("log", base=2)
         axes.set(title=words, xlabel="training patients")
         axes.set_xticks(counts, [str(count) for count in counts])

@@ -34,6 +34,7 @@ def entry(name, patients, offset):
         {
             "id": f"t{k}",
             "psnr_strict": 20 + k + (0.5 + 0.1 * k) * math.log2(patients) + offset,
+            "psnr_pm1024": 18 + k + 0.5 * math.log2(patients),
             "ssim_3d": 0.6 + 0.02 * math.log2(patients),
             "projection_relative": 0.1,
         }
@@ -53,7 +54,9 @@ def test_the_slope_per_doubling_is_found():
     assert slope["projection_relative"]["mean"] == pytest.approx(0, abs=1e-12)
     assert result["notes"] == []
     text = learning_curve.table(result)
-    assert "| per doubling |  | +0.60 (+0.35 to +0.85) |" in text  # 0.1 x t(2, 0.975) / sqrt(3) = 0.248
+    assert (
+        "| per doubling |  | +0.60 (+0.35 to +0.85) | +0.50 (+0.50 to +0.50) |" in text
+    )  # 0.1 x t(2, 0.975) / sqrt(3) = 0.248
     assert "- b: `c`; 2026-01-01, m, no commit recorded" in text
     others = entry("c", 32, 0) | {"patients": [f"q{i}" for i in range(32)], "steps": 200}
     notes = learning_curve.not_nested([entry("b", 17, 0), others])
