@@ -69,7 +69,10 @@ def _geometry(geometry: dict) -> str:
 def _films(header: dict) -> str:
     share = header.get("config", {}).get("augment", {}).get("film", {}).get("probability", 0)
     if share:
-        return f"{share:.0%} of the training pairs were simulated films: real films are read, within limits."
+        return (
+            f"{share:.0%} of the training pairs were simulated films. There are no scores on real films, since nobody knows"
+            " their true volumes."
+        )
     return "Trained on rendered X-rays (DRRs) alone: on real films it breaks the anatomy."
 
 
@@ -81,11 +84,16 @@ def _training(weights: dict) -> str:
     lines = [f"- epoch {epoch} of {epochs}, step {step}, chosen by PSNR on validation patients"]
     if "psnr" in scores:
         lines[0] += f": {scores['psnr']:.2f} dB strict"
+    if "psnr_film" in scores:
+        parts = f"clean renderings ({scores['psnr_clean']:.2f}) and simulated films ({scores['psnr_film']:.2f})"
+        lines[0] += f", halfway between {parts}"
     if facts:
         machine = ", ".join(facts["gpus"]) if facts["gpus"] else f"{facts['cpu']}, {facts['threads']} threads, no GPU"
         lines.append(f"- {facts['date']}, {facts['minutes']:.0f} minutes on {machine}; torch {facts['torch']}")
         changed = " with changes that are not committed" if facts["dirty"] else ""
         lines.append(f"- code at commit `{facts['commit']}`{changed}")
+    if "init" in header:
+        lines.append(f"- began with the weights `{header['init']['fingerprint']}`, epoch {header['init']['epoch']}")
     lines.append(f"- data fingerprint `{header.get('data_fingerprint')}`, split `{str(header['split_hash'])[:16]}`")
     return "\n".join(["## Training", "", *lines, "", "The whole configuration is in the JSON (`checkpoint.config`)."])
 
