@@ -70,8 +70,8 @@ def _films(header: dict) -> str:
     share = header.get("config", {}).get("augment", {}).get("film", {}).get("probability", 0)
     if share:
         return (
-            f"{share:.0%} of the training pairs were simulated films. There are no scores on real films, since nobody knows"
-            " their true volumes."
+            f"{share:.0%} of the training pairs were simulated films. There are no scores on real films, since nobody"
+            " knows their true volumes."
         )
     return "Trained on rendered X-rays (DRRs) alone: on real films it breaks the anatomy."
 
