@@ -36,8 +36,8 @@ async function loadAbout() {
 function describe() {
   const [size, spacing] = [about.volume_size.join(" x "), about.spacing_mm.toFixed(1)];
   byId("scale").textContent = `: full white is a line integral of ${about.xray_scale}`;
-  byId("about").textContent = `Network: ${about.name}, ${(about.model_bytes / 1e6).toFixed(0)} MB, weights `
-    + `${about.weights}; volumes of ${size} voxels of ${spacing} mm. `;
+  byId("about").textContent = `Network: ${about.name}, ${(about.model_bytes / 1e6).toFixed(0)} MB, `
+    + `${about.origin}; volumes of ${size} voxels of ${spacing} mm. `;
   about.licences.forEach(({ text, href }) => {
     byId("about").append(Object.assign(document.createElement("a"), { textContent: text, href }), " ");
   });

@@ -8,7 +8,7 @@ export class Network {
     this.worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
   }
 
-  /** {volume, seconds} of X-rays (2 x size x size); volume: Float32Array (D x H x W) from 0 to 1. One call at a time. */
+  /** {volume, seconds} of X-rays (2 x size x size); volume: Float32Array (D x H x W), 0 to 1. One call at a time. */
   run(xrays) {
     return new Promise((resolve, reject) => {
       this.worker.onerror = () => reject(new Error("The network did not start: a file of the page is missing."));

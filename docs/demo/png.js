@@ -1,4 +1,4 @@
-// Grey PNG files at their full depth (browsers keep 8 of 16 bits), after the PNG specification, https://www.w3.org/TR/png/
+// Grey PNG files at their full depth (browsers keep 8 of 16 bits), by https://www.w3.org/TR/png/
 
 const SIGNATURE = "\x89PNG\r\n\x1a\n";
 const GREY = 0; // colour type

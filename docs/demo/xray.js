@@ -83,7 +83,7 @@ function checkPolarity(pixels, edge) {
 
 /** Whether a picture that the project has not marked as its rendering is at least as bright as one. */
 function scaleNotes(pixels, [low, high]) {
-  const notes = ["Not marked as a rendering of this project: taken as linear in attenuation. A film is not; see below."];
+  const notes = ["Not marked as a rendering of this project. It is taken as one; a film is not (see below)."];
   const level = quantile(pixels, 0.99);
   if (level > low && level < high) return notes;
   const what = level <= low ? "darker" : "brighter";
