@@ -95,7 +95,7 @@ async function reconstructExample() {
 
 async function reconstruct() {
   const missing = NAMES.filter((_, index) => !xrays[index]);
-  if (missing.length) throw new Error(`The ${missing.join(" and the ")} X-ray is missing; expected two pictures.`);
+  if (missing.length) throw new Error(`Missing: the ${missing.join(" and the ")} X-ray; expected two pictures.`);
   if (xrays[0].every((value, i) => value === xrays[1][i])) {
     throw new Error("Both pictures are the same; expected a PA and a lateral X-ray.");
   }

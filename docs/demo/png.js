@@ -4,7 +4,7 @@ const SIGNATURE = "\x89PNG\r\n\x1a\n";
 const GREY = 0; // colour type
 
 /**
- * What a grey PNG of 8 or 16 bit holds: {width, height, pixels, texts}, pixels from 0 to 1, row by row.
+ * What a grey PNG of 8 or 16 bit holds: {width, pixels, texts, notes}, pixels from 0 to 1, row by row.
  *
  * bytes: Uint8Array of the file. checkSize: called with width and height before memory is taken for pixels. Null for
  * any other file, which is the browser's to read. Throws an Error for grey PNGs that are not read exactly here.
@@ -22,7 +22,8 @@ export async function decodeGreyPng(bytes, checkSize) {
   const lines = await inflate(chunks.filter((chunk) => chunk.type === "IDAT").map((chunk) => chunk.data));
   const stride = (width * depth) / 8;
   if (lines.length !== height * (stride + 1)) throw new Error("is a truncated PNG");
-  return { width, height, pixels: toUnit(unfilter(lines, stride, height, depth / 8), depth), texts: readTexts(chunks) };
+  const pixels = toUnit(unfilter(lines, stride, height, depth / 8), depth);
+  return { width, pixels, texts: readTexts(chunks), notes: [] };
 }
 
 function refuseExtras(chunks, depth, interlaced) {
@@ -96,7 +97,7 @@ function paeth(left, up, corner) {
 function toUnit(bytes, depth) {
   if (depth === 8) return Float32Array.from(bytes, (value) => value / 255);
   const samples = view(bytes);
-  return Float32Array.from({ length: bytes.length / 2 }, (_, i) => samples.getUint16(2 * i) / 65535);
+  return new Float32Array(bytes.length / 2).map((_, i) => samples.getUint16(2 * i) / 65535);
 }
 
 /** {keyword: text} of the uncompressed text chunks. */
