@@ -216,6 +216,9 @@ def test_the_example_gives_the_volume_of_reconstruct(browser, page, site, tmp_pa
     )
     grey = ((middle + 300.0) / 1400 + 0.5).clip(0, 1) * 255
     assert np.abs(np.array(shown).reshape(middle.shape) - grey).max() <= 0.51
+    phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    page.call("Emulation.setDeviceMetricsOverride", **phone)
+    assert page.run("document.documentElement.scrollWidth") == 390
 
 
 @pytest.mark.parametrize("edge", [SIZE, 50, 96])
