@@ -1,7 +1,6 @@
-"""Every page names only files, options and settings that exist."""
+"""Every page names only files and settings that exist; its commands are run by test_doc_commands.py."""
 
 import re
-import shlex
 
 import pytest
 
@@ -13,11 +12,6 @@ from xray2ct.training.config import EnhancedConfig, RefinementConfig, load_confi
 CASCADE = ROOT / "hybrid_vit_cascade"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted(CASCADE.glob("*.md"))]
-# Modules that add options to several commands.
-SHARED_OPTIONS = ("command_line.py", "training/cli.py", "training/monitors.py")
-SHARED_OPTIONS += ("inference/system.py", "inference/batch.py", "inference/weights_arguments.py")
-SHARED_OPTIONS += ("inference/example.py",)
-NOT_OURS = ("venv", "pip", "pytest")
 # Files of the projects whose data and scores docs/datasets.md and docs/protocols.md explain.
 OTHERS = {"0_dicom2mhd.py", "3DGAN/lib/utils/metrics_np.py", "3DGAN/test.py", "code/evaluate.py", "ctpro.py"}
 OTHERS |= {"fix_metadata.py", "main_test.py", "utils/metrics.py", "validate_eval_setup.py"}
@@ -37,55 +31,6 @@ def accepts(script, setting: str) -> bool:
     except InputError:
         return False
     return True
-
-
-def called(words):
-    """``(path, options)`` of a command line that starts a program of this project; None for any other."""
-    if words[:1] in (["python"], ["torchrun"]) and "-m" in words:
-        at = words.index("-m") + 1
-        if words[at] in NOT_OURS:
-            return None
-        path = words[at].replace(".", "/")
-        return f"{path}/__main__.py" if (ROOT / path).is_dir() else f"{path}.py", words[at + 1 :]
-    scripts = [word for word in words if word.endswith((".py", ".sh"))]
-    return (scripts[0], words[words.index(scripts[0]) + 1 :]) if scripts else None
-
-
-def commands():
-    """``(folder, script, words)`` of every line in the pages' shell blocks that starts a program of this project."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-            folder = "."
-            for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
-                words = shlex.split(line, comments=True)
-                if words[:1] == ["cd"]:
-                    folder = "." if words[1] == ".." else words[1]
-                command = called(words)
-                if command:
-                    found.append((folder, *command))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("folder", "script", "words"), commands(), ids=lambda v: v if isinstance(v, str) else " ".join(v)
-)
-def test_commands_name_existing_scripts_options_and_settings(folder, script, words):
-    path = ROOT / folder / script
-    assert path.exists()
-    files = [path, *(ROOT / "xray2ct" / name for name in SHARED_OPTIONS)]
-    files += [ROOT / "tools" / "launch.py"] * script.startswith("launch_4gpu")  # which the wrappers start
-    source = "".join(file.read_text(encoding="utf-8") for file in files)
-    for option in (word for word in words if word.startswith("--")):
-        assert f'"{option}"' in source, option
-    load_settings(script, [words[index + 1] for index, word in enumerate(words) if word == "--set"])
-    for index, word in enumerate(words):
-        if word == "--config":
-            assert (ROOT / folder / words[index + 1]).exists()
-
-
-def test_pages_have_commands():
-    assert len(commands()) > 40
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

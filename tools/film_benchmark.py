@@ -32,8 +32,8 @@ from xray2ct.checkpoints import check_compatible
 from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.film_chain import FilmChain, FilmConfig
-from xray2ct.evaluation.record import measured
-from xray2ct.files import InputError, atomic_path, check_writable, run_cli, write_json
+from xray2ct.evaluation.record import measured, write_result
+from xray2ct.files import InputError, atomic_path, check_writable, run_cli
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.imaging.read_films import FilmWarning
 from xray2ct.imaging.read_xray import write_png16
@@ -260,9 +260,7 @@ def markdown(entries: list[dict], networks: list[Network]) -> str:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    results = [args.output / f"film_benchmark.{suffix}" for suffix in ("json", "md")]
-    for path in results:
-        check_writable(path)
+    check_writable(args.output / "film_benchmark.json")
     networks = load_networks(args.checkpoint, args.normalization)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.films or Path(temporary)
@@ -280,13 +278,9 @@ def main(argv=None) -> int:
         }
         for network in networks
     ]
-    write_json(results[0], {**settings, "networks": described, "table": entries, "rows": rows})
-    text = markdown(entries, networks)
-    with atomic_path(results[1]) as temporary_path:
-        temporary_path.write_text(
-            "PSNR in dB (peak: the HU window); in brackets, moved to fit.\n\n" + text, encoding="utf-8"
-        )
-    print(text, end="")
+    result = {**settings, "networks": described, "table": entries, "rows": rows}
+    text = f"PSNR in dB (peak: the HU window); in brackets, moved to fit.\n\n{markdown(entries, networks)}"
+    write_result(args.output, "film_benchmark", result, text)
     return 0
 
 

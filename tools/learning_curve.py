@@ -24,11 +24,11 @@ from xray2ct.checkpoints import load_checkpoint
 from xray2ct.command_line import Parser
 from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.protocols import format_score
-from xray2ct.evaluation.record import described, markdown_table, measured, with_interval
+from xray2ct.evaluation.record import described, markdown_table, measured, with_interval, write_result
 from xray2ct.evaluation.run import evaluate
 from xray2ct.evaluation.statistics import summarise
 from xray2ct.evaluation.tables import read_rows
-from xray2ct.files import InputError, atomic_path, check_writable, run_cli, write_json
+from xray2ct.files import InputError, atomic_path, check_writable, run_cli
 from xray2ct.inference.system import DirectSystem
 from xray2ct.training.config import EnhancedConfig, load_config, resolve_config_path
 from xray2ct.training.direct_task import EnhancedTask
@@ -206,12 +206,9 @@ def main(argv=None) -> int:
     entries = score_runs(runs, args, sys.argv[1:] if argv is None else argv)
     result = summary_of(entries)
     figure = draw(result)
-    write_json(args.output / "learning_curve.json", result)
     with atomic_path(args.output / "learning_curve.png") as temporary:
         figure.savefig(temporary, dpi=130)
-    with atomic_path(args.output / "learning_curve.md") as temporary:
-        temporary.write_text(table(result), encoding="utf-8")
-    print(table(result))
+    write_result(args.output, "learning_curve", result, table(result))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a list of systems on one data set and write the tables of docs/results.md from what was measured.
+"""Evaluate a list of systems on one data set and write the tables of docs/results.md and README from what was measured.
 
     python -m tools.results --data data                  # every system with a checkpoint in results/systems.json
     python -m tools.results --data data --only stage1    # some of them
@@ -7,7 +7,8 @@
 
 ``results/systems.json`` holds ``systems``, a list of ``{"name", "folder", "base" | "cascade", "refinement", "samples",
 "consistency", "split"}`` (a system without checkpoint is kept as it was measured), and ``tables``, what each marked
-part shows: ``<!-- table NAME -->`` to ``<!-- end of table -->`` in the Markdown. The text around them stays as it is.
+part shows: ``<!-- table NAME -->`` to ``<!-- end of table -->`` in the Markdown, of docs/results.md or of the table's
+``page``. The text around them stays as it is. Tables of the kinds robustness and learning curve come from a ``file``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
 from xray2ct.command_line import Parser
 from xray2ct.evaluation.record import described, markdown_table, mean_sd, measured, with_interval
 from xray2ct.evaluation.run import evaluate
-from xray2ct.files import InputError, atomic_path, read_json, run_cli, shown, write_json
+from xray2ct.files import InputError, atomic_path, counted, read_json, run_cli, shown, write_json
 from xray2ct.inference.predictor import Predictor
 from xray2ct.inference.system import DirectSystem
 from xray2ct.training.provenance import ROOT
@@ -117,6 +118,21 @@ def _source(folder: Path) -> str:
     return described(read_json(record)) if record.exists() else "no record of command and machine"
 
 
+def summary_table(table: dict, folders: dict[str, Path]) -> str:
+    """A short table: as :func:`scores_table`, with the number of patients and the date instead of the sources."""
+    columns, rows = table["columns"], []
+    for row in table["rows"]:
+        summary, record = (read_json(folders[row["system"]] / name) for name in ("summary.json", RECORD))
+        statistics = summary["methods"].get(row["method"])
+        if statistics is None:
+            raise InputError(
+                f"{folders[row['system']] / 'summary.json'}: has no {row['method']!r} for {row['label']!r}"
+            )
+        cells = [mean_sd(column, statistics[column]) for column in columns]
+        rows.append([row["label"], *cells, str(len(summary["patients"])), record["date"]])
+    return markdown_table([table["title"], *columns.values(), "patients", "date"], rows)
+
+
 def coverage_table(table: dict, folders: dict[str, Path]) -> str:
     """Share of the body's voxels within 1 and 2 standard deviations, of the systems that have them."""
     rows = []
@@ -133,10 +149,19 @@ def _from_file(render: Callable[[dict], str]) -> Callable[[dict, dict[str, Path]
 
 KINDS: dict[str, Callable[[dict, dict[str, Path]], str]] = {
     "scores": scores_table,
+    "summary": summary_table,
     "coverage": coverage_table,
     "robustness": _from_file(robustness.table),
     "learning curve": _from_file(learning_curve.table),
 }
+
+
+def tables_by_page(tables: dict, text: Path) -> dict[Path, dict]:
+    """The tables of each page: those without ``page``, a path like the others, belong to ``text``."""
+    found: dict[Path, dict] = {text: {}}
+    for name, table in tables.items():
+        found.setdefault(Path(table.get("page", text)), {})[name] = table
+    return found
 
 
 def check_parts(text: str, tables: dict, origin: Path) -> None:
@@ -150,10 +175,9 @@ def check_parts(text: str, tables: dict, origin: Path) -> None:
             raise InputError(f"table {name}: kind is {shown(table.get('kind'))}; expected {', '.join(KINDS)}")
 
 
-def rendered(text: str, systems: dict, origin: Path) -> str:
-    """``text``, which was read from ``origin``, with every marked part written anew."""
+def rendered(text: str, systems: dict, tables: dict, origin: Path) -> str:
+    """``text``, which was read from ``origin``, with every marked part written anew from its ``tables``."""
     folders = {system["name"]: Path(system["folder"]) for system in systems["systems"]}
-    tables = systems["tables"]
     check_parts(text, tables, origin)
 
     def part(match: re.Match) -> str:
@@ -169,24 +193,36 @@ def rendered(text: str, systems: dict, origin: Path) -> str:
 
 def ages(systems: dict) -> list[str]:
     """Which entries are older than the code or the weights that they describe, one sentence each."""
-    found = []
+    measurements = []  # what it is called, its record, and the checkpoints that it names
     for system in systems["systems"]:
         path = Path(system["folder"]) / RECORD
-        record = read_json(path) if path.exists() else {}
-        commit = record.get("commit")
-        if commit is None:
-            found.append(
-                f"{system['name']}: no commit recorded ({record.get('date', 'no date')}), so older than the code"
-            )
-        else:
-            newer = newer_commits(commit)
-            if newer is None:
-                found.append(f"{system['name']}: measured at commit {commit[:7]}, which is not in this checkout")
-            elif newer or record.get("dirty"):
-                changes = f"the code has changed in {newer} commits since" if newer else "with changes not committed"
-                found.append(f"{system['name']}: measured at commit {commit[:7]}; {changes}")
-        found += [f"{system['name']}: {text}" for text in _other_weights(system, record)]
+        measurements.append((system["name"], read_json(path) if path.exists() else {}, system))
+    for name, table in systems["tables"].items():
+        if "file" in table:
+            measurements += [(f"table {name}", record, table) for record in _records(read_json(table["file"]))]
+    found = []
+    for name, record, checkpoints in measurements:
+        found += [f"{name}: {text}" for text in (*_older(record), *_other_weights(checkpoints, record))]
     return found
+
+
+def _records(result: dict) -> list[dict]:
+    """The records in a file of figures: one, or one for each run."""
+    return [result["measured"]] if "measured" in result else [run["measured"] for run in result["runs"]]
+
+
+def _older(record: dict) -> list[str]:
+    """Why a measurement is older than the code, if it is."""
+    commit = record.get("commit")
+    if commit is None:
+        return [f"no commit recorded ({record.get('date', 'no date')}), so older than the code"]
+    newer = newer_commits(commit)
+    if newer is None:
+        return [f"measured at commit {commit[:7]}, which is not in this checkout"]
+    if newer or record.get("dirty"):
+        changes = f"the code has changed in {newer} commits since" if newer else "with changes not committed"
+        return [f"measured at commit {commit[:7]}; {changes}"]
+    return []
 
 
 def newer_commits(commit: str) -> int | None:
@@ -212,15 +248,18 @@ def _other_weights(system: dict, record: dict) -> list[str]:
 
 
 def check(systems: dict, text_path: Path) -> int:
-    """Print what does not hold; 1 when the text is not what the JSON says, 0 otherwise, also for old entries."""
-    text = text_path.read_text(encoding="utf-8")
+    """Print what does not hold; 1 when a page is not what the JSON says, 0 otherwise, also for old entries."""
     for age in ages(systems):
         print(f"old: {age}")
-    if rendered(text, systems, text_path) != text:
-        print(f"{text_path}: a table is not what its JSON says; run: python -m tools.results")
-        return 1
-    print(f"{text_path}: {len(systems['tables'])} tables are what their JSON says")
-    return 0
+    status = 0
+    for page, tables in tables_by_page(systems["tables"], text_path).items():
+        text = page.read_text(encoding="utf-8")
+        if rendered(text, systems, tables, page) != text:
+            print(f"{page}: a table is not what its JSON says; run: python -m tools.results")
+            status = 1
+        else:
+            print(f"{page}: {counted(len(tables), 'table')} as the JSON says")
+    return status
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -230,7 +269,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--only", nargs="+", metavar="NAME", help="systems to evaluate (default: all with a checkpoint)"
     )
     parser.add_argument("--systems", type=Path, default=SYSTEMS, help="default %(default)s")
-    parser.add_argument("--text", type=Path, default=TEXT, help="default %(default)s")
+    parser.add_argument("--text", type=Path, default=TEXT, help="page of tables without page (default %(default)s)")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where text and JSON differ")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--cache-dir", help="default: DATA/.cache")
@@ -247,15 +286,18 @@ def main(argv=None) -> int:
     for name in args.only or []:
         if name not in names:
             raise InputError(f"--only {name}: no system of that name with a checkpoint in {args.systems}; {names}")
-    check_parts(args.text.read_text(encoding="utf-8"), systems["tables"], args.text)
+    pages = tables_by_page(systems["tables"], args.text)
+    for page, tables in pages.items():
+        check_parts(page.read_text(encoding="utf-8"), tables, page)
     for system in able if args.data else []:
         if not args.only or system["name"] in args.only:
             words = sys.argv[1:] if argv is None else list(argv)
             measure(system, args.data, Path(system["folder"]), words, args.device, args.cache_dir)
-    text = rendered(args.text.read_text(encoding="utf-8"), systems, args.text)
-    with atomic_path(args.text) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"{args.text}: {len(systems['tables'])} tables written")
+    for page, tables in pages.items():
+        text = rendered(page.read_text(encoding="utf-8"), systems, tables, page)
+        with atomic_path(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"{page}: {counted(len(tables), 'table')} written")
     return 0
 
 

@@ -1,11 +1,12 @@
 """How much a trained system loses when X-rays are not taken as it expects: a table, and a picture of the worst case.
 
-    python -m tools.robustness --base checkpoints_enhanced/best_model.pt --data data --output robustness
+    python -m tools.robustness --weights chest64 --data data --output robustness
     python -m tools.robustness --base best_model.pt --data data --patients lidc_0001 lung1_003 --output robustness \
         --only "view angle" "source distance"
 
-Writes ``robustness.json``, ``robustness.md`` and ``worst.png``. X-rays are rendered anew from the patients' volumes,
-also the unperturbed ones that every difference is paired with; scores are the strict protocol's (docs/protocols.md).
+Writes ``robustness.json``, ``robustness.md`` and ``worst.png``: X-rays and volumes of the largest loss. All X-rays are
+rendered anew from the patients' volumes, also the unperturbed ones that every difference is paired with; scores are the
+strict protocol's (docs/protocols.md).
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from xray2ct.command_line import Parser
 from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.perturbations import PERTURBATIONS, Exam, Shown
 from xray2ct.evaluation.protocols import Case, strict
-from xray2ct.evaluation.record import described, markdown_table, measured, with_interval
+from xray2ct.evaluation.record import described, markdown_table, measured, with_interval, write_result
 from xray2ct.evaluation.run import check_patients
 from xray2ct.evaluation.statistics import paired_interval, summarise
-from xray2ct.files import InputError, atomic_path, check_writable, run_cli, write_json
+from xray2ct.files import InputError, check_writable, run_cli
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.imaging.figures import save_panel
 from xray2ct.inference.predictor import Predictor
 from xray2ct.inference.system import DirectSystem
+from xray2ct.inference.weights_arguments import add_weights_argument, choose_weights
 from xray2ct.progress import progress_bar
 
 COLUMNS = ("psnr_strict", "ssim_3d")
@@ -47,6 +49,7 @@ class Worst:
     patient: str = ""
     shown: Shown | None = None
     volume: torch.Tensor | None = None
+    nominal: torch.Tensor | None = None  # the reconstruction from the same patient's X-rays as trained
 
 
 def fine_data(root, predictor: Predictor, split: str, patients, cache_dir=None) -> PatientDataset:
@@ -87,7 +90,7 @@ def measure(predictor: Predictor, data: PatientDataset, chosen: list[str]) -> tu
         item = data[index]
         seed = zlib.crc32(item["id"].encode())
         exam = Exam(item["ct_volume"][None], data.acquisition, predictor.xray_size, seed)
-        nominal = score_shown(predictor, exam, exam.show(exam.nominal))[1]
+        as_trained, nominal = score_shown(predictor, exam, exam.show(exam.nominal))
         rows.append({"perturbation": NOMINAL, "id": item["id"], **nominal})
         bar.update()
         for name in chosen:
@@ -98,7 +101,7 @@ def measure(predictor: Predictor, data: PatientDataset, chosen: list[str]) -> tu
                 scores.append(score)
                 loss = nominal["psnr_strict"] - score["psnr_strict"]
                 if worst.shown is None or loss > worst.loss:
-                    worst = Worst(loss, name, item["id"], shown, volume)
+                    worst = Worst(loss, name, item["id"], shown, volume, as_trained)
             means = {column: sum(s[column] for s in scores) / len(scores) for column in COLUMNS}
             rows.append({"perturbation": name, "id": item["id"], **means})
             bar.update()
@@ -130,6 +133,15 @@ def table(result: dict) -> str:
     return f"{markdown_table(head, [first, *rows])}\n\n{text}\n\n{described(result['measured'])}\n"
 
 
+def draw_worst(path: Path, worst: Worst, predictor: Predictor) -> None:
+    """The perturbed X-rays, and in rows the volume as trained, that from the perturbed X-rays, the truth, the error."""
+    assert worst.shown is not None
+    truth = averaged_to(worst.shown.truth, predictor.volume_size)[0, 0]
+    volumes = {"as trained": worst.nominal, "perturbed": worst.volume}
+    title = f"{worst.patient}, {worst.name}: {-worst.loss:+.2f} dB"
+    save_panel(path, worst.shown.xrays[0], volumes, truth, predictor.hu_window, title)
+
+
 def choose(only: list[str] | None, predictor: Predictor) -> list[str]:
     """The perturbations whose name holds one of the texts, and that the system's geometry allows."""
     names = [name for name, one in PERTURBATIONS.items() if one.possible(predictor.geometry)]
@@ -141,8 +153,9 @@ def choose(only: list[str] | None, predictor: Predictor) -> list[str]:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--base", required=True, help="stage-1 checkpoint")
+    parser.add_argument("--base", help="stage-1 checkpoint")
     parser.add_argument("--refinement", help="stage-2 checkpoint")
+    add_weights_argument(parser)
     parser.add_argument("--data", required=True, help="data set, as from prepare_data.py")
     parser.add_argument("--split", default="test", choices=(*SPLITS, "all"), help="patients to score")
     parser.add_argument("--patients", nargs="+", metavar="ID", help="of the split (default: all)")
@@ -158,6 +171,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse_args(argv)
     check_writable(args.output / "robustness.json", "--output")
+    choose_weights(args)
     predictor = DirectSystem(args.base, args.refinement, args.device, args.precision)
     chosen = choose(args.only, predictor)
     data = fine_data(args.data, predictor, args.split, args.patients, args.cache_dir)
@@ -171,15 +185,8 @@ def main(argv=None) -> int:
         "rows": rows,
         "worst": {"perturbation": worst.name, "id": worst.patient, "loss_db": worst.loss},
     }
-    assert worst.shown is not None
-    assert worst.volume is not None
-    truth = averaged_to(worst.shown.truth, predictor.volume_size)[0, 0]
-    title = f"{worst.patient}, {worst.name}: {-worst.loss:+.2f} dB"
-    save_panel(args.output / "worst.png", worst.shown.xrays[0], worst.volume, truth, predictor.hu_window, title)
-    write_json(args.output / "robustness.json", result)
-    with atomic_path(args.output / "robustness.md") as temporary:
-        temporary.write_text(table(result), encoding="utf-8")
-    print(table(result))
+    draw_worst(args.output / "worst.png", worst, predictor)
+    write_result(args.output, "robustness", result, table(result))
     return 0
 
 

@@ -42,6 +42,19 @@ def test_the_panel_shows_what_it_is_given(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["case.png"]
 
 
+def test_a_panel_may_show_several_predictions_and_the_difference_of_the_last():
+    volumes = {"first": np.full((4, 4, 4), 0.5), "last": np.full((4, 4, 4), 0.1)}
+    xrays, target = np.full((2, 8, 8), 0.5), np.full((4, 4, 4), 0.1)
+    picture = np.asarray(panel(xrays, volumes, target))
+    alone = np.asarray(panel(xrays, volumes["last"], target))
+    rows = (picture.shape[0] - alone.shape[0], 284)
+    assert rows[0] == rows[1]  # a row of tiles more
+    middle = picture[40:-1:284, -100]  # in the last column's tiles
+    assert len(middle) == 4
+    assert middle[0] > middle[1] == middle[2] > middle[3]  # first, last, truth; no difference is black
+    assert middle[3] == 0
+
+
 def test_the_display_window_is_in_hounsfield_units():
     xrays = np.zeros((2, 32, 32))
     for hu, grey in ((-1000, 0), (-300, 128), (400, 255), (1000, 255)):

@@ -11,6 +11,8 @@ from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_model
 from tools import results
 from xray2ct.files import InputError, read_json, write_json
 
+STATISTICS = {"mean": 25.123, "sd": 0.5, "n": 3}
+
 
 @pytest.fixture
 def at_root(monkeypatch):
@@ -20,7 +22,9 @@ def at_root(monkeypatch):
 @pytest.mark.usefixtures("at_root")
 def test_the_published_tables_are_what_their_json_says(capsys):
     assert results.main(["--check"]) == 0
-    assert "old: real_cpu: no commit recorded (2026-11-22)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "old: real_cpu: no commit recorded (2026-11-22)" in printed
+    assert "\nREADME.md: 1 table as the JSON says\n" in printed
     text = results.TEXT.read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| model | ")]
     values = read_json("results/real_cpu/per_patient.csv".replace("per_patient.csv", "summary.json"))
@@ -28,13 +32,21 @@ def test_the_published_tables_are_what_their_json_says(capsys):
 
 
 @pytest.mark.usefixtures("at_root")
-def test_an_altered_figure_is_found(tmp_path, capsys):
-    text = results.TEXT.read_text(encoding="utf-8")
-    (tmp_path / "results.md").write_text(text.replace("24.89 +- 0.98", "25.89 +- 0.98"), encoding="utf-8")
-    assert results.main(["--check", "--text", str(tmp_path / "results.md")]) == 1
-    assert "results.md: a table is not what its JSON says" in capsys.readouterr().out
-    assert results.main(["--text", str(tmp_path / "results.md")]) == 0
-    assert (tmp_path / "results.md").read_text(encoding="utf-8") == text
+@pytest.mark.parametrize(("page", "figure"), [("docs/results.md", "24.89 +- 0.98"), ("README.md", "25.91 +- 0.26")])
+def test_an_altered_figure_is_found(tmp_path, capsys, page, figure):
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md")}
+    copies = {name: tmp_path / name.rpartition("/")[2] for name in texts}
+    for name, text in texts.items():
+        copies[name].write_text(text.replace(figure, "29.00 +- 0.98") if name == page else text, encoding="utf-8")
+    systems = read_json(results.SYSTEMS)
+    for table in systems["tables"].values():
+        table |= {"page": str(copies[table["page"]])} if "page" in table else {}
+    write_json(tmp_path / "systems.json", systems)
+    options = ["--systems", str(tmp_path / "systems.json"), "--text", str(copies["docs/results.md"])]
+    assert results.main([*options, "--check"]) == 1
+    assert f"{copies[page]}: a table is not what its JSON says" in capsys.readouterr().out
+    assert results.main(options) == 0
+    assert {name: copy.read_text(encoding="utf-8") for name, copy in copies.items()} == texts
 
 
 def write_systems(folder, base) -> list[str]:
@@ -69,6 +81,23 @@ def test_systems_are_measured_and_other_weights_are_found(tmp_path, capsys):
     make_checkpoint(base, root, make_model(seed=1))
     assert results.main([*options, "--check"]) == 0
     assert "base.pt holds other weights" in capsys.readouterr().out
+
+
+def test_a_summary_has_patients_and_date_and_figures_in_files_have_an_age(tmp_path):
+    write_json(
+        tmp_path / "summary.json", {"patients": ["a", "b", "c"], "methods": {"model": {"psnr_strict": STATISTICS}}}
+    )
+    write_json(tmp_path / "measured.json", {"date": "2026-11-28", "commit": None})
+    write_json(tmp_path / "figures.json", {"measured": {"date": "2026-11-27", "commit": "0" * 40}})
+    rows = [{"label": "ours", "system": "one", "method": "model"}]
+    table = {"title": "network", "columns": {"psnr_strict": "PSNR, dB"}, "rows": rows}
+    lines = results.summary_table(table, {"one": tmp_path}).splitlines()
+    assert lines[0] == "| network | PSNR, dB | patients | date |"
+    assert lines[2] == "| ours | 25.12 +- 0.50 | 3 | 2026-11-28 |"
+    systems = {"systems": [], "tables": {"worse": {"file": str(tmp_path / "figures.json")}}}
+    assert results.ages(systems) == ["table worse: measured at commit 0000000, which is not in this checkout"]
+    with pytest.raises(InputError, match="has no 'refined' for 'ours'"):
+        results.summary_table({**table, "rows": [rows[0] | {"method": "refined"}]}, {"one": tmp_path})
 
 
 def test_commits_to_the_code_make_a_figure_old():

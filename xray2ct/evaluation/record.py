@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 
 from xray2ct.evaluation.protocols import format_score
+from xray2ct.files import atomic_path, write_json
 from xray2ct.inference.predictor import Predictor
 from xray2ct.training.provenance import describe_environment
 
@@ -42,6 +45,14 @@ def described(record: dict) -> str:
     weights = f", weights {'+'.join(record['weights'])}" if record.get("weights") else ""
     torch = f", torch {record['torch']}" if record.get("torch") else ""
     return f"`{record['command']}`; {record['date']}, {record['machine']}{torch}, {commit}{weights}"
+
+
+def write_result(folder: str | os.PathLike, name: str, result: dict, text: str) -> None:
+    """Write a result as ``NAME.json`` and its table as ``NAME.md`` into a folder, and print the table."""
+    write_json(Path(folder) / f"{name}.json", result)
+    with atomic_path(Path(folder) / f"{name}.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text, end="")
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -38,13 +38,15 @@ def panel(xrays, prediction, target=None, hu_window=HU_WINDOW, title: str = "") 
     xrays: ``(2, h, w)`` in [0, 1]. prediction, target: ``(D, H, W)`` in [0, 1] of ``hu_window`` (torch or
     numpy, any size). With a target: the X-rays stacked on the left; prediction, truth and their absolute
     difference (white: 500 HU) in rows of axial, coronal and sagittal. Without: all in one row.
+    With a target, ``prediction`` may be a dict of captions and volumes, a row each; the difference is that of the last.
     """
-    xrays, prediction = _array(xrays), _array(prediction)
+    predictions = prediction if isinstance(prediction, dict) else {"prediction": prediction}
+    xrays, predictions = _array(xrays), {name: _array(volume) for name, volume in predictions.items()}
     xrays = xrays / np.percentile(xrays, 99.8, axis=(1, 2), keepdims=True).clip(1e-6)
-    rows = [("prediction", [_window(s, hu_window) for s in planes(prediction)])]
+    rows = [(name, [_window(s, hu_window) for s in planes(volume)]) for name, volume in predictions.items()]
     if target is not None:
         target = _array(target)
-        difference = np.abs(prediction - target) * (hu_window[1] - hu_window[0]) / DIFFERENCE_HU
+        difference = np.abs([*predictions.values()][-1] - target) * (hu_window[1] - hu_window[0]) / DIFFERENCE_HU
         rows.append(("truth", [_window(s, hu_window) for s in planes(target)]))
         rows.append((f"difference (white: {DIFFERENCE_HU:g} HU)", planes(difference)))
     line = TILE + CAPTION + GAP
