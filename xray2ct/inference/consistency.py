@@ -29,6 +29,7 @@ from xray2ct.models.consistent_step import XrayResidual, consistent_change
 STEPS, WEIGHT = 4, 0.12  # chosen on patients that the networks had not seen
 BODY_HU, BODY_SPREAD_HU = 50.0, 140.0  # above air: where the body begins; error there, next to the local contrast
 FIT_NCC = 0.98  # of a measured X-ray with the prediction's: below, it is not used
+CONSISTENT = "_consistent"  # ends the names of methods of an evaluation
 WHOLLY_SEEN = 0.999  # share of a cell's area
 
 
@@ -170,7 +171,7 @@ class Remembered:
 def with_consistent(
     system: Predictor, methods: dict[str, Method], steps: int, measured: bool, weight: float = WEIGHT
 ) -> dict[str, Method]:
-    """``methods`` with ``NAME_consistent`` before each of the system's own ways NAME (``own_methods``).
+    """``methods`` with ``NAME`` + :data:`CONSISTENT` before each of the system's own ways NAME (``own_methods``).
 
     What :func:`make_consistent` notes of measured X-rays is printed for each patient.
     """
@@ -186,28 +187,35 @@ def with_consistent(
 
         return predict
 
-    return {f"{name}_consistent": step(plain) for name, plain in own.items()} | methods | own
+    return {name + CONSISTENT: step(plain) for name, plain in own.items()} | methods | own
 
 
 # ------------------------------------------------------------------------------------------------
 # Option
 
 
-def steps_of(option: int | str) -> int:
-    """Steps that an option means: ``auto`` :data:`STEPS`, ``off`` 0, or their number; else :class:`InputError`."""
+def steps_of(option: int | str, validated: bool = True) -> int:
+    """Steps that an option means: ``off`` 0, a number itself, ``auto`` :data:`STEPS` for a system whose volumes they
+    make better by measurement (:attr:`Predictor.consistency_validated`) and 0 for others; else :class:`InputError`."""
     if option in ("auto", "off"):
-        return STEPS if option == "auto" else 0
+        return STEPS if option == "auto" and validated else 0
     if isinstance(option, bool) or not str(option).isdigit():
         raise InputError(f"--consistency is {option!r}; expected auto, off or a number of steps")
     return int(option)
+
+
+def how_of(steps: int) -> dict | None:
+    """What a summary of results says about ``steps`` steps; None for none."""
+    settings = {"weight": WEIGHT, "body_hu": BODY_HU, "body_spread_hu": BODY_SPREAD_HU}
+    return {"steps": steps, **settings} if steps else None
 
 
 def add_consistency_argument(parser: argparse.ArgumentParser) -> None:
     """``--consistency auto | off | N``."""
     parser.add_argument(
         "--consistency",
-        default="off",
+        default="auto",
         metavar="N|off|auto",
-        help=f"conjugate-gradient steps towards a volume whose X-rays are the given ones; auto: {STEPS}, for scouts and"
-        " films as far as they fit (default off)",
+        help="conjugate-gradient steps towards a volume whose X-rays are the given ones, for scouts and films as far as"
+        f" they fit; auto: {STEPS} for 64^3 volumes of the direct system, off for others (default auto)",
     )

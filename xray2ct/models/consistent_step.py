@@ -87,9 +87,7 @@ def consistent_change(
     with torch.autocast(images.device.type, enabled=False):
         right = scaled(residual.adjoint(images)) / residual.norm
         return scaled(
-            conjugate_gradients(
-                lambda d: scaled(residual.normal(scaled(d))) / residual.norm + weight * d, right, steps
-            )
+            conjugate_gradients(lambda d: scaled(residual.normal(scaled(d))) / residual.norm + weight * d, right, steps)
         )
 
 
