@@ -7,10 +7,13 @@ import pytest
 import torch
 from scipy import ndimage
 
+from tests.helpers.tiny_data import make_checkpoint, make_dataset
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import Geometry
 from xray2ct.inference.consistency import STEPS, consistent, how_of, make_consistent, prior_spread, steps_of
+from xray2ct.inference.reconstruction import Pipeline
+from xray2ct.inference.system import DirectSystem
 from xray2ct.models.consistent_step import XrayResidual
 
 N = 6
@@ -101,6 +104,15 @@ def test_a_film_that_does_not_fit_changes_nothing_and_is_noted():
     assert torch.equal(same, volume)
     assert len(notes) == 2
     assert all("not used" in note for note in notes)
+
+
+def test_by_default_only_where_it_was_validated(tmp_path):
+    shipped = DirectSystem("chest64", device="cpu")
+    assert Pipeline(shipped).consistency_steps == STEPS
+    assert Pipeline(shipped, "off").consistency_steps == 0
+    tiny = DirectSystem(make_checkpoint(tmp_path / "base.pt", make_dataset(tmp_path / "data")), device="cpu")  # 16^3
+    assert Pipeline(tiny).consistency_steps == 0
+    assert Pipeline(tiny, 3).consistency_steps == 3
 
 
 def test_options():

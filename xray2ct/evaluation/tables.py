@@ -23,8 +23,8 @@ def read_rows(path, method: str, patients: list[str], xrays: str = "drr", otherw
     """Another run's rows of one method, in the order of ``patients``, from its ``per_patient.csv``.
 
     xrays: kind of X-rays whose scores are to be compared: a run on rendered ones has only some of them, and may have
-    more patients than those with real ones. otherwise: the method to take from a file that lacks ``method``. Columns that the file does not have are named in a note and left out; an
-    empty cell is None.
+    more patients than those with real ones. otherwise: the method to take from a file that lacks ``method``, which is
+    noted. Columns that the file does not have are named in a note and left out; an empty cell is None.
     Raises :class:`InputError` naming the file when it is missing, of another kind, or lacks the method or a patient.
     """
     try:

@@ -18,8 +18,8 @@ class XrayResidual:
     """What the X-rays show and a volume does not, and the linear operator between changes of either.
 
     X-rays ``(B, V, h, w)`` in [0, 1], V = 2, or 1 (PA alone), are compared at the volume's own resolution, ``size``
-    pixels: rays are samples, so the volume is rendered at twice that and averaged, as by :class:`losses.ProjectionLoss`.
-    seen: ``(B, V, h, w)`` in [0, 1], how much of each pixel the film shows: the weight W of its squared error (None: 1).
+    pixels: rays are samples, so the volume is rendered at twice that and averaged (:class:`losses.ProjectionLoss`).
+    seen: ``(B, V, h, w)`` in [0, 1], how much of each pixel the film shows, weight W of its squared error (None: 1).
     """
 
     def __init__(self, xrays, acquisition: Acquisition, volume_size, seen=None):
