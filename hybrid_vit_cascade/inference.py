@@ -40,7 +40,7 @@ from xray2ct.inference.reconstruction import Pipeline
 from xray2ct.progress import progress_bar
 
 
-def load_cascade_pipeline(checkpoint, *args, consistency: int | str = "off", **options) -> Pipeline:
+def load_cascade_pipeline(checkpoint, *args, consistency: int | str = "auto", **options) -> Pipeline:
     """Load a cascade's checkpoint folder for reconstruction: ``volume_hu, affine = pipeline("PA.png", "LAT.png")``.
 
     PA alone for a cascade of one view. Options: ``samples``, ``steps``, ``seed``, ``max_stages``, ``device``,

@@ -104,7 +104,7 @@ def load_networks(checkpoints: list[str], normalizations: list[str] | None) -> l
         if name in {network.name for network in networks}:
             raise InputError(f"--checkpoint {path}: given twice with the same normalization")
         system = DirectSystem(path)
-        networks.append(Network(name, path, normalization, Pipeline(system), system.checkpoint))
+        networks.append(Network(name, path, normalization, Pipeline(system, "off"), system.checkpoint))
     return networks
 
 

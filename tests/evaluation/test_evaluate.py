@@ -213,9 +213,10 @@ def test_results_of_earlier_versions_are_compared_on_what_they_have(tmp_path, ca
         writer.writeheader()
         writer.writerows(rows)
     patients = [row["id"] for row in rows if row["method"] == "model"]
-    others = tables.read_rows(path, "model", patients)
+    others = tables.read_rows(path, "model_consistent", patients, otherwise="model")
     assert [list(row) for row in others] == [[c for c in COLUMNS if c in EARLIER]] * 6
     note = capsys.readouterr().out
+    assert "has no method model_consistent; compared with model" in note
     assert all(column in note for column in COLUMNS if column not in EARLIER)
     mine = [{**row, "psnr_strict": row["psnr_strict"] + 1, "psnr_pm1024": 20.0} for row in others]
     gains = scoring.differences(mine, others)

@@ -18,7 +18,7 @@ from xray2ct.evaluation.scoring import BASELINE, Observer, differences, mean_met
 from xray2ct.evaluation.statistics import summarise
 from xray2ct.evaluation.tables import note_other_truth, read_rows, write_rows
 from xray2ct.files import InputError, is_plain_name, read_json, replaced_together, write_json
-from xray2ct.inference.consistency import WEIGHT, steps_of, with_consistent
+from xray2ct.inference.consistency import CONSISTENT, how_of, steps_of, with_consistent
 from xray2ct.inference.predictor import LoadedCheckpoint, Predictor
 from xray2ct.training.config import config_hash
 from xray2ct.training.run_identity import VOLUMES
@@ -47,7 +47,7 @@ def evaluate(
     as those of ``evaluate.py``. Raises :class:`InputError` when a checkpoint does not fit the data, or was trained on a
     patient to score; what an earlier evaluation left in ``output`` is kept then.
     """
-    output, steps = Path(output), steps_of(consistency)
+    output, steps = Path(output), steps_of(consistency, predictor.consistency_validated)
     for note in predictor.notes:
         print(f"note: {note}")
     data, training, seen, notes = open_data(predictor, root, split, cache_dir, allow_seen, xrays)
@@ -56,7 +56,8 @@ def evaluate(
         measured = xrays != "drr" or not data.has_manifest
         methods = with_consistent(predictor, methods, steps, measured)
     first = next(iter(methods))
-    others = read_rows(compare, compare_method or first, data.ids, xrays) if compare else None
+    plain = None if compare_method else first.removesuffix(CONSISTENT)  # all that earlier files have
+    others = read_rows(compare, compare_method or first, data.ids, xrays, plain) if compare else None
     report = None
     if report_cases is not None:
         cases = choose_cases(report_cases, data.ids)
@@ -65,7 +66,7 @@ def evaluate(
     with replaced_together(output, lambda: earlier_files(output)) as folder:
         observer = Observer(folder, data, methods, pictures, report)
         rows = score_patients(data, methods, observer)
-        made = {"consistency": {"steps": steps, "weight": WEIGHT} if steps else None}
+        made = {"consistency": how_of(steps)}
         summary = {**describe_run(predictor, data, split, seen, rows[0]), **made, **summary_of(rows)}
         if compare and others:
             mine = [row for row in rows if row["method"] == first]

@@ -19,12 +19,12 @@ REAL_GAINS = ("pa_ncc", "lateral_ncc", "lung_litres_absolute_error")  # likewise
 # Another run
 
 
-def read_rows(path, method: str, patients: list[str], xrays: str = "drr") -> list[dict]:
+def read_rows(path, method: str, patients: list[str], xrays: str = "drr", otherwise: str | None = None) -> list[dict]:
     """Another run's rows of one method, in the order of ``patients``, from its ``per_patient.csv``.
 
     xrays: kind of X-rays whose scores are to be compared: a run on rendered ones has only some of them, and may have
-    more patients than those with real ones. Columns that the file does not have are named in a note and left out; an
-    empty cell is None.
+    more patients than those with real ones. otherwise: the method to take from a file that lacks ``method``, which is
+    noted. Columns that the file does not have are named in a note and left out; an empty cell is None.
     Raises :class:`InputError` naming the file when it is missing, of another kind, or lacks the method or a patient.
     """
     try:
@@ -36,10 +36,15 @@ def read_rows(path, method: str, patients: list[str], xrays: str = "drr") -> lis
     columns = [column for column in wanted if rows and column in rows[0]]
     if not columns or not {"method", "id"} <= rows[0].keys():
         raise InputError(f"--compare {path}: not a per_patient.csv of evaluate.py --xrays {xrays} (method, id, scores)")
+    there = dict.fromkeys(row["method"] for row in rows)
+    if method not in there and otherwise in there:
+        print(f"note: {path} has no method {method}; compared with {otherwise}")
+        method = otherwise
+    if method not in there:
+        raise InputError(
+            f"--compare {path}: has no method {method!r}, only {', '.join(there)} (choose by --compare-method)"
+        )
     found = {row["id"]: row for row in rows if row["method"] == method}
-    if not found:
-        names = ", ".join(dict.fromkeys(row["method"] for row in rows))
-        raise InputError(f"--compare {path}: has no method {method!r}, only {names} (choose by --compare-method)")
     if xrays != "drr":  # not every patient has them
         found = {patient: row for patient, row in found.items() if patient in patients}
     if set(found) != set(patients):

@@ -1,13 +1,13 @@
-"""Projection consistency: a predicted volume is moved as little as possible until its X-rays are the given ones.
+"""Projection consistency: a predicted volume is moved as little as is plausible until its X-rays are the given ones.
 
-    x = argmin  1/n^2 sum_p w_p ((A x - y)_p)^2  +  weight / N sum_v (x_v - x0_v)^2      over volumes from air to 1
+    x = argmin  |A (x - x0) - r|^2 / norm  +  weight |(x - x0) / spread|^2        r = X-rays - A x0
 
-x0 is the prediction, y the X-rays (n^2 pixels p of either view, of weight w_p from 0 to 1), N the number of voxels v. A
-renders X-rays. It is linear in volumes from air upwards; below air all volumes have the same X-rays, so the prediction
-is kept there. Voxels of air that would have to become thinner still are left out; the others are found by conjugate
-gradients on the normal equations (Hestenes & Stiefel, J. Res. NBS 49, 409, 1952), with the projector's exact adjoint,
-and clamped. For diffusion models it is the data-consistency step of DiffusionMBIR (Chung et al., CVPR 2023) and of
-decomposed diffusion sampling (Chung et al., ICLR 2024), here after the last step only. docs/consistency.md: figures.
+x0 is the prediction, A renders X-rays, each pixel's square counts by its weight from 0 to 1. Found by conjugate
+gradients with the projector's exact adjoint (:func:`models.consistent_step.consistent_change`), then clamped: the
+maximum a posteriori where errors are independent, of standard deviations proportional to ``spread``
+(:func:`prior_spread`). For diffusion models it is the data-consistency step of DiffusionMBIR (Chung et al., CVPR 2023)
+and of decomposed diffusion sampling (Chung et al., ICLR 2024), here after the last step only. docs/consistency.md:
+figures.
 """
 
 from __future__ import annotations
@@ -23,43 +23,40 @@ from xray2ct.conventions import VIEW_LABELS
 from xray2ct.files import InputError
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
-from xray2ct.geometry.projector import MU_WATER, back_project, line_integrals
 from xray2ct.inference.predictor import Method, Predictor
-from xray2ct.models.consistent_step import conjugate_gradients
+from xray2ct.models.consistent_step import XrayResidual, consistent_change
 
-STEPS, WEIGHT = 4, 0.2  # chosen on validation patients
+STEPS, WEIGHT = 4, 0.12  # chosen on patients that the networks had not seen
+BODY_HU, BODY_SPREAD_HU = 50.0, 140.0  # above air: where the body begins; error there, next to the local contrast
 FIT_NCC = 0.98  # of a measured X-ray with the prediction's: below, it is not used
+CONSISTENT = "_consistent"  # ends the names of methods of an evaluation
 WHOLLY_SEEN = 0.999  # share of a cell's area
 
 
-class Projection:
-    """Forward projector at the resolution that a volume can hold, and its adjoint.
+def air_of(hu_window) -> float:
+    """-1000 HU in a volume of the window; 0 if it begins higher: thinner than that has the same X-rays."""
+    low, high = hu_window
+    return max(0.0, (-1000.0 - low) / (high - low))
 
-    Compared as by :class:`losses.ProjectionLoss`: rendered at twice the volume's resolution, averaged to ``size``^2.
+
+def prior_spread(volume: torch.Tensor, hu_window) -> torch.Tensor:
+    """How large errors of a prediction may be, voxel by voxel, in relation to each other: ``(B, 1, D, H, W)``.
+
+    Their variance is taken to be the local one of the prediction, over 3^3 voxels, since organs' surfaces lie a little
+    off, and in the body :data:`BODY_SPREAD_HU` squared besides. The body is where the mean of 3^3 voxels reaches
+    :data:`BODY_HU` above air; towards 0 there the second part falls to 0, so that the air around the patient, which is
+    known best, is hardly touched. 1: as in the body far from surfaces.
     """
+    low, high = hu_window
+    body, spread, air = BODY_HU / (high - low), BODY_SPREAD_HU / (high - low), air_of(hu_window)
+    mean = _local_mean(volume)
+    variance = (_local_mean(volume * volume) - mean * mean).clamp_min(0)
+    inside = (_local_mean((volume - air).clamp_min(0)) / body).clamp_max(1)
+    return (variance + (spread * inside) ** 2).sqrt() / spread
 
-    def __init__(self, acquisition: Acquisition, shape, finest: int, views: int = 2):
-        low, high = acquisition.hu_window
-        self.geometry, self.shape, self.views = acquisition.geometry, tuple(shape), views
-        self.size = min(max(self.shape[2:]), finest)
-        self.gain = MU_WATER * (high - low) / 1000.0 / acquisition.xray_scale
-        self.vacuum = (-1000.0 - low) / (high - low)  # attenuation 0, in [0, 1] of the window; below 0 for a higher one
-        self.air = max(0.0, self.vacuum)
 
-    def __call__(self, volume: torch.Tensor) -> torch.Tensor:
-        """Attenuation ``(B, 1, D, H, W)``, in units of the window's width -> ``(B, V, size, size)``, X-ray units."""
-        images = line_integrals(volume, self.geometry, (2 * self.size, 2 * self.size))
-        return self.gain * F.avg_pool2d(images, 2)[:, : self.views]
-
-    def adjoint(self, images: torch.Tensor) -> torch.Tensor:
-        """``(B, V, size, size)`` -> ``(B, 1, D, H, W)``."""
-        both = F.pad(images, (0, 0, 0, 0, 0, 2 - self.views))  # of PA alone: a lateral image without a residual
-        fine = F.interpolate(0.25 * self.gain * both, scale_factor=2, mode="nearest")
-        return back_project(fine, self.geometry, self.shape[2:])
-
-    def render(self, volume: torch.Tensor) -> torch.Tensor:
-        """X-rays ``(B, V, size, size)`` of a volume in [0, 1]."""
-        return self(volume.clamp_min(self.air) - self.vacuum)
+def _local_mean(volume):
+    return F.avg_pool3d(F.pad(volume, (1,) * 6, mode="replicate"), 3, 1)
 
 
 def consistent(
@@ -76,26 +73,13 @@ def consistent(
     alone). weight: of the distance to ``volume``, at any resolution. pixel_weights: of the X-rays, in [0, 1], of
     their shape (None: 1). Returns float32 in [0, 1], of the volume's shape. Samples do not depend on each other.
     """
-    volume, xrays = volume.float(), xrays.float()
-    project = Projection(acquisition, volume.shape, min(xrays.shape[-2:]), xrays.shape[1])
-    size = (project.size, project.size)
-    target = averaged_to(xrays, size)
-    share = torch.ones_like(target)
-    if pixel_weights is not None:
-        share = averaged_to(pixel_weights.float(), size)
-    damping = weight * project.size**2 / volume[0].numel()
+    volume = volume.float()
+    residual = XrayResidual(xrays, acquisition, volume.shape[2:], pixel_weights)
     with torch.no_grad(), torch.autocast(volume.device.type, enabled=False):
-        start = volume.clamp(project.air, 1.0)
-        descent = project.adjoint(share * (target - project.render(start)))
-        free = ~((start <= project.air) & (descent < 0) | (start >= 1.0) & (descent > 0))
-
-        def normal(x):
-            return free * (project.adjoint(share * project(x)) + damping * x)
-
-        moved = start + conjugate_gradients(normal, free * descent, steps)
-    moved = moved.clamp(project.air, 1.0)
-    # Thinner than air has no X-ray: what was predicted there stays.
-    return torch.where(moved > project.air, moved, volume.clamp(0.0, 1.0).clamp_max(project.air))
+        spread = prior_spread(volume, acquisition.hu_window)
+        moved = volume + consistent_change(residual.of(volume), residual, steps, weight, spread)
+    # Thinner than air has no X-ray: what was predicted there is no reason for more of it.
+    return torch.maximum(moved, volume.clamp_max(air_of(acquisition.hu_window))).clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,11 +121,10 @@ def make_consistent(
     volume, xrays = volume.to(system.device), xrays.to(system.device).float()
     pixels, seen = xrays.unbind(2) if xrays.ndim == 5 and xrays.shape[2] == 2 else (xrays, None)
     pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels
-    project = Projection(acquisition, volume.shape, min(pixels.shape[-2:]), pixels.shape[1])
-    size = (project.size, project.size)
-    pixels = averaged_to(pixels, size)
+    residual = XrayResidual(pixels, acquisition, volume.shape[2:])
+    size, pixels = (residual.size, residual.size), residual.xrays
     weights = torch.ones_like(pixels) if seen is None else (averaged_to(seen, size) >= WHOLLY_SEEN).float()
-    before, notes = project.render(volume), []
+    before, notes = residual.rendered(volume), []
     if measured:
         ncc, pixels = fit_of_views(before, pixels, weights)
         weights = weights * ((ncc - FIT_NCC) / (1 - FIT_NCC)).clamp(0, 1)[..., None, None]
@@ -155,7 +138,7 @@ def make_consistent(
             return volume.cpu(), notes
     result = consistent(volume, pixels, acquisition, steps, weight, weights)
     mean = (weights * pixels).mean().clamp_min(1e-12)
-    errors = [float((weights * (image - pixels)).abs().mean() / mean) for image in (before, project.render(result))]
+    errors = [float((weights * (image - pixels)).abs().mean() / mean) for image in (before, residual.rendered(result))]
     notes.append(
         f"projection consistency, {steps} steps: projection error {errors[0]:.2%} before, {errors[1]:.2%} after"
     )
@@ -188,7 +171,7 @@ class Remembered:
 def with_consistent(
     system: Predictor, methods: dict[str, Method], steps: int, measured: bool, weight: float = WEIGHT
 ) -> dict[str, Method]:
-    """``methods`` with ``NAME_consistent`` before each of the system's own ways NAME (``own_methods``).
+    """``methods`` with ``NAME`` + :data:`CONSISTENT` before each of the system's own ways NAME (``own_methods``).
 
     What :func:`make_consistent` notes of measured X-rays is printed for each patient.
     """
@@ -204,28 +187,35 @@ def with_consistent(
 
         return predict
 
-    return {f"{name}_consistent": step(plain) for name, plain in own.items()} | methods | own
+    return {name + CONSISTENT: step(plain) for name, plain in own.items()} | methods | own
 
 
 # ------------------------------------------------------------------------------------------------
 # Option
 
 
-def steps_of(option: int | str) -> int:
-    """Steps that an option means: ``auto`` :data:`STEPS`, ``off`` 0, or their number; else :class:`InputError`."""
+def steps_of(option: int | str, validated: bool = True) -> int:
+    """Steps that an option means: ``off`` 0, a number itself, ``auto`` :data:`STEPS` for a system whose volumes they
+    make better by measurement (:attr:`Predictor.consistency_validated`) and 0 for others; else :class:`InputError`."""
     if option in ("auto", "off"):
-        return STEPS if option == "auto" else 0
+        return STEPS if option == "auto" and validated else 0
     if isinstance(option, bool) or not str(option).isdigit():
         raise InputError(f"--consistency is {option!r}; expected auto, off or a number of steps")
     return int(option)
+
+
+def how_of(steps: int) -> dict | None:
+    """What a summary of results says about ``steps`` steps; None for none."""
+    settings = {"weight": WEIGHT, "body_hu": BODY_HU, "body_spread_hu": BODY_SPREAD_HU}
+    return {"steps": steps, **settings} if steps else None
 
 
 def add_consistency_argument(parser: argparse.ArgumentParser) -> None:
     """``--consistency auto | off | N``."""
     parser.add_argument(
         "--consistency",
-        default="off",
+        default="auto",
         metavar="N|off|auto",
-        help=f"conjugate-gradient steps towards a volume whose X-rays are the given ones; auto: {STEPS}, for scouts and"
-        " films as far as they fit (default off)",
+        help="conjugate-gradient steps towards a volume whose X-rays are the given ones, for scouts and films as far as"
+        f" they fit; auto: {STEPS} for 64^3 volumes of the direct system, off for others (default auto)",
     )

@@ -33,12 +33,12 @@ VIEW_ARGUMENTS = ("pa", "lateral")
 class Pipeline:
     """A loaded system that turns X-ray files or arrays into a volume; see :func:`load_pipeline`.
 
-    consistency: of the volume with its X-rays (docs/consistency.md): auto, off, or a number of steps.
+    consistency: of the volume with its X-rays (docs/consistency.md): auto (where validated), off, or a number of steps.
     """
 
-    def __init__(self, system: Predictor, consistency: int | str = "off"):
+    def __init__(self, system: Predictor, consistency: int | str = "auto"):
         self.system = system
-        self.consistency_steps = steps_of(consistency)
+        self.consistency_steps = steps_of(consistency, system.consistency_validated)
         self.hu_window = tuple(system.hu_window)
         self.measured = False  # whether the X-rays read last are no renderings of this project
         self.notes: list[str] = []
@@ -143,7 +143,7 @@ def load_pipeline(
     precision: str = "float32",
     tile: int | str = "auto",
     compiled: bool = False,
-    consistency: int | str = "off",
+    consistency: int | str = "auto",
 ) -> Pipeline:
     """Load a stage-1 checkpoint, and a stage-2 one for 256^3: ``hu, affine = pipeline(pa, lateral)``.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_enhanced import RefinementNetwork
+from model_enhanced import EnhancedDirectModel, RefinementNetwork
 from xray2ct.checkpoints import check_compatible, weights_fingerprint
 from xray2ct.files import InputError
 from xray2ct.inference.precision import CHECKED, fall_back_where_wrong, precision_name
@@ -111,6 +111,8 @@ class DirectSystem(Predictor):
         scale = 1 if self.refinement is None else RefinementNetwork.scale
         depth, height, width = (scale * n for n in self.model.volume_size)
         self.volume_size = depth, height, width
+        one_pass = isinstance(self.model, EnhancedDirectModel) and self.model.passes == 1
+        self.consistency_validated = self.refinement is None and self.volume_size == (64, 64, 64) and one_pass
         guides = [self.refinement_checkpoint] if self.guided else []
         self.xray_size = max(header["xray_size"] for header in (self.checkpoint, *guides))  # the finest trained at
         if self.device.type == "cpu":

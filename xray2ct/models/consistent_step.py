@@ -17,33 +17,41 @@ TINY = 1e-30  # divisors of a residual that is zero
 class XrayResidual:
     """What the X-rays show and a volume does not, and the linear operator between changes of either.
 
-    X-rays ``(B, 2, h, w)`` in [0, 1] are compared at the volume's own resolution, ``size`` pixels: rays are samples, so
-    the volume is rendered at twice that and averaged, as by :class:`losses.ProjectionLoss`. seen: ``(B, 2, h, w)``,
-    how much of each pixel the film shows; nothing is asked of the rest.
+    X-rays ``(B, V, h, w)`` in [0, 1], V = 2, or 1 (PA alone), are compared at the volume's own resolution, ``size``
+    pixels: rays are samples, so the volume is rendered at twice that and averaged (:class:`losses.ProjectionLoss`).
+    seen: ``(B, V, h, w)`` in [0, 1], how much of each pixel the film shows, weight W of its squared error (None: 1).
     """
 
     def __init__(self, xrays, acquisition: Acquisition, volume_size, seen=None):
-        self.acquisition, self.volume_size = acquisition, tuple(volume_size)
+        self.acquisition, self.volume_size, self.views = acquisition, tuple(volume_size), xrays.shape[1]
         self.size = min(max(self.volume_size), *xrays.shape[-2:])
         self.xrays = averaged_to(xrays.float(), (self.size, self.size))
         self.seen = None if seen is None else averaged_to(seen.float(), (self.size, self.size))
         low, high = acquisition.hu_window
         self.slope = MU_WATER * (high - low) / 1000.0 / acquisition.xray_scale  # of an X-ray with the volume, per mm
 
+    def rendered(self, volume: torch.Tensor) -> torch.Tensor:
+        """X-rays of a volume ``(B, 1, D, H, W)`` in [0, 1]: ``(B, V, size, size)``, float32."""
+        return F.avg_pool2d(self.acquisition.render(volume, self._fine), 2)[:, : self.views]
+
     def of(self, volume: torch.Tensor) -> torch.Tensor:
-        """X-rays minus those of a volume ``(B, 1, D, H, W)`` in [0, 1]: ``(B, 2, size, size)``, float32."""
-        rendered = self.acquisition.render(volume, (2 * self.size, 2 * self.size))
-        return self._seen(self.xrays - F.avg_pool2d(rendered, 2))
+        """X-rays minus those of a volume ``(B, 1, D, H, W)`` in [0, 1], times W: ``(B, V, size, size)``, float32."""
+        return self._seen(self.xrays - self.rendered(volume))
 
     def normal(self, change: torch.Tensor) -> torch.Tensor:
-        """``A^T A`` of a change of the volume, where A is what it does to the X-rays that are seen."""
-        integrals = line_integrals(change, self.acquisition.geometry, (2 * self.size, 2 * self.size))
-        return self.adjoint(self.slope * F.avg_pool2d(integrals, 2))
+        """``A^T W A`` of a change of the volume, where A is what it does to the X-rays."""
+        integrals = line_integrals(change, self.acquisition.geometry, self._fine)
+        return self.adjoint(self._seen(self.slope * F.avg_pool2d(integrals, 2)[:, : self.views]))
 
     def adjoint(self, images: torch.Tensor) -> torch.Tensor:
-        """``A^T`` of images ``(B, 2, size, size)``: ``(B, 1, D, H, W)``."""
-        fine = F.interpolate(0.25 * self.slope * self._seen(images), scale_factor=2, mode="nearest")
+        """``A^T`` of images ``(B, V, size, size)``: ``(B, 1, D, H, W)``."""
+        both = F.pad(images, (0, 0, 0, 0, 0, 2 - self.views))  # of PA alone: nothing from the side
+        fine = F.interpolate(0.25 * self.slope * both, scale_factor=2, mode="nearest")
         return back_project(fine, self.acquisition.geometry, self.volume_size)
+
+    @property
+    def _fine(self) -> tuple[int, int]:
+        return 2 * self.size, 2 * self.size
 
     def _seen(self, images):
         return images if self.seen is None else self.seen * images
@@ -63,17 +71,24 @@ def consistent_step(volume, residual: XrayResidual, steps: int = STEPS, weight: 
     return volume.float() + consistent_change(residual.of(volume), residual, steps, weight)
 
 
-def consistent_change(images, residual: XrayResidual, steps: int = STEPS, weight: float = WEIGHT) -> torch.Tensor:
+def consistent_change(
+    images, residual: XrayResidual, steps: int = STEPS, weight: float = WEIGHT, spread: torch.Tensor | None = None
+) -> torch.Tensor:
     """The change of a volume that explains its residual ``images`` (:meth:`XrayResidual.of`): ``(B, 1, D, H, W)``.
 
-    Minimises ``|A d - images|^2 / norm + weight |d|^2`` over changes d, A the forward projector, by ``steps``
-    conjugate-gradient steps (Hestenes and Stiefel, 1952) from d = 0 on the normal equations: Tikhonov regularisation
-    towards the volume. Attenuation is linear in the volume above air; where the renderer clips, the change is only
+    Minimises ``|A d - r|^2 / norm + weight |d / spread|^2`` over changes d, where A is the forward projector, r the
+    residual and each pixel's square counts by its weight, by ``steps`` conjugate-gradient steps (Hestenes and Stiefel,
+    1952) from d = 0 on the normal equations. That is Tikhonov regularisation towards the volume, or the maximum a
+    posteriori for independent Gaussian errors whose standard deviations are proportional to ``spread``, of the volume's
+    shape (None: all alike). Attenuation is linear in the volume above air; where the renderer clips, the change is only
     nearly right. Differentiable, float32 under autocast. Step lengths are each sample's own and stay on the device.
     """
+    scaled = (lambda d: d) if spread is None else (lambda d: spread * d)
     with torch.autocast(images.device.type, enabled=False):
-        right = residual.adjoint(images) / residual.norm
-        return conjugate_gradients(lambda d: residual.normal(d) / residual.norm + weight * d, right, steps)
+        right = scaled(residual.adjoint(images)) / residual.norm
+        return scaled(
+            conjugate_gradients(lambda d: scaled(residual.normal(scaled(d))) / residual.norm + weight * d, right, steps)
+        )
 
 
 def conjugate_gradients(matrix, right: torch.Tensor, steps: int) -> torch.Tensor:
