@@ -28,6 +28,7 @@ def uninterrupted(root, tmp_path_factory):
     return output
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 def test_killed_in_the_middle_of_an_epoch_ends_with_the_same_weights_bit_for_bit(root, uninterrupted, tmp_path):
     words = command(root, tmp_path, *LONGER)
     assert start_and_signal(words, tmp_path, 9, signal.SIGKILL) == -signal.SIGKILL
