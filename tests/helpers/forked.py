@@ -15,6 +15,7 @@ from tests.helpers.paths import ROOT
 
 # The second is imported by any optimizer.
 PRELOADED = ("tests.helpers.faults", "torch._dynamo", "train_enhanced_4gpu", "train_refinement_4gpu")
+PRELOADED += ("hybrid_vit_cascade.training.chain",)
 
 
 @functools.cache
@@ -31,18 +32,20 @@ def server():
     return context
 
 
-def start(words, stdout, stderr):
+def start(words, stdout, stderr, **variables):
     """Start ``[python, script, ...]`` or ``[python, "-m", module, ...]`` from the repository's root.
 
-    stdout, stderr: files that its output goes to. Returns the process, which runs as ``__main__`` and ends as a
-    command does.
+    stdout, stderr: files that its output goes to. variables: of its environment. Returns the process, which runs as
+    ``__main__`` and ends as a command does.
     """
-    process = server().Process(target=_command, args=([str(word) for word in words[1:]], str(stdout), str(stderr)))
+    arguments = ([str(word) for word in words[1:]], str(stdout), str(stderr), variables)
+    process = server().Process(target=_command, args=arguments)
     process.start()
     return process
 
 
-def _command(words, stdout, stderr):
+def _command(words, stdout, stderr, variables):
+    os.environ.update(variables)
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
     os.chdir(ROOT)

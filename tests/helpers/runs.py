@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,20 @@ def run(words) -> subprocess.CompletedProcess:
         status = _ended(forked.start(words, *printed))
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in printed]
     return subprocess.CompletedProcess(words, status, *texts)
+
+
+def run_ranks(words, count=2) -> list[subprocess.CompletedProcess]:
+    """:func:`run` on ``count`` processes at once, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [[Path(folder) / f"{name}{rank}" for name in ("stdout", "stderr")] for rank in range(count)]
+        ranks = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        processes = [forked.start(words, *paths, **own) for paths, own in zip(printed, ranks)]
+        statuses = [_ended(process) for process in processes]
+        texts = [[path.read_text(encoding="utf-8", errors="replace") for path in paths] for paths in printed]
+    return [subprocess.CompletedProcess(words, status, *text) for status, text in zip(statuses, texts)]
 
 
 def _ended(process) -> int:
