@@ -9,7 +9,7 @@ import torch
 import export_onnx
 import train_enhanced_4gpu
 from tests.helpers.runs import arguments, assert_same_tensors, build
-from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
+from tests.helpers.tiny_data import make_checkpoint, make_refinement_checkpoint
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError
 from xray2ct.inference.onnx import check_xrays, onnx_runner
@@ -19,11 +19,6 @@ from xray2ct.models.loading import load_base_model
 from xray2ct.training.initial_weights import start_from
 
 FROZEN = ("model.passes=2", "model.freeze_first_pass=true", "loss.multiscale_weight=0")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("second") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import evaluate
 import reconstruct
 import train_enhanced_4gpu
 from tests.helpers.runs import arguments, build
-from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
+from tests.helpers.tiny_data import make_checkpoint, make_refinement_checkpoint
 from tests.training.test_train_refinement import make_task
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError
@@ -25,11 +25,6 @@ from xray2ct.training.precision import Precision
 
 SEEN = "model.seen_channel=true"
 FILMS = "augment.film.probability=1"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("seen") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -55,11 +55,6 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("refinement") / "data")
-
-
-@pytest.fixture(scope="module")
 def base(root, tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("base") / "base.pt", root)
 

@@ -10,14 +10,8 @@ import pytest
 
 import train_enhanced_4gpu
 from tests.helpers.runs import LONGER, arguments, assert_same_weights, command, events, run, start_and_signal, weights
-from tests.helpers.tiny_data import make_dataset
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("training") / "data")
 
 
 @pytest.fixture(scope="module")
