@@ -16,6 +16,7 @@ from PIL import Image
 from dataset import PatientDataset, mean_volume
 from tests.helpers.tiny_data import make_dataset, make_hu
 from tests.helpers.xray_cases import write_dicom
+from xray2ct.data.manifest import DEFAULTS
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry, hu_to_unit, render_xrays
 from xray2ct.imaging.cube import cube_affine
@@ -156,7 +157,7 @@ def test_splits_share_one_look_at_the_folders(root):
 @pytest.fixture
 def cubes_of_64(monkeypatch):
     """Volumes without manifest are sampled at 64^3 instead of 256^3, which takes a tenth of the time."""
-    monkeypatch.setattr("xray2ct.data.manifest.CUBE_SIZE", 64)
+    monkeypatch.setitem(DEFAULTS, "cube_size", 64)
 
 
 def test_a_folder_without_manifest_works_with_stated_defaults(tmp_path):
@@ -165,6 +166,7 @@ def test_a_folder_without_manifest_works_with_stated_defaults(tmp_path):
     with pytest.warns(UserWarning, match=r"no dataset\.json: assuming cone.*HU window.*normalised by 'auto'"):
         data = PatientDataset(tmp_path, "all", volume_size=16, xray_size=64)
     assert not data.has_manifest
+    assert data.cube_size == 256
     items = {item["id"]: item for item in (data[i] for i in range(2))}
     hu = torch.from_numpy(hu_to_unit(make_hu(2, 64).astype(np.float32)))[None, None]
     own = render_xrays(hu, Geometry(), (512, 512))
@@ -173,11 +175,14 @@ def test_a_folder_without_manifest_works_with_stated_defaults(tmp_path):
     assert np.corrcoef(items["a"]["xrays"][0].ravel(), render_64(0)[0].ravel())[0, 1] > 0.8  # 8 bit: read as a film
 
 
+@pytest.mark.usefixtures("cubes_of_64")
 @pytest.mark.parametrize("size", [64, 96, 600])
 def test_rendered_xrays_of_any_size_are_area_averages(tmp_path, size):
     by_hand(tmp_path, xrays=False)
-    xrays = quiet(tmp_path, "all", 16, size)[0]["xrays"].numpy()
-    volume = torch.from_numpy(hu_to_unit(read_cube(tmp_path / "a" / "a.nii.gz")[0]))[None, None]
+    data = quiet(tmp_path, "all", 16, size)
+    assert data.cube_size == 64
+    xrays = data[0]["xrays"].numpy()
+    volume = torch.from_numpy(hu_to_unit(read_cube(tmp_path / "a" / "a.nii.gz", 360.0, 64)[0]))[None, None]
     fine = max(512, size)
     image = render_xrays(volume, Geometry(), (fine, fine))[0].numpy()
     for axis in (1, 2):  # integrate the piecewise constant picture and difference it at the pixels' borders
@@ -185,9 +190,10 @@ def test_rendered_xrays_of_any_size_are_area_averages(tmp_path, size):
         at = np.linspace(0, fine, size + 1)
         whole = np.apply_along_axis(lambda row, at=at: np.interp(at, np.arange(fine + 1), row), axis, total)
         image = np.diff(whole, axis=axis) * size / fine
-    assert xrays == pytest.approx(image.clip(0, 1), abs=1e-4)
+    np.testing.assert_allclose(xrays, image.clip(0, 1), rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("cubes_of_64")
 def test_films_are_read_as_a_reconstruction_reads_them(tmp_path):
     """Of their own spacing, and the lateral mirrored; where one spacing is missing, neither is used."""
     by_hand(tmp_path, xrays=False)
@@ -209,6 +215,7 @@ def test_films_are_read_as_a_reconstruction_reads_them(tmp_path):
             assert xray == pytest.approx(expected.pixels, abs=1e-4)
 
 
+@pytest.mark.usefixtures("cubes_of_64")
 def test_items_say_what_their_xrays_show(made, tmp_path):
     """All of a rendered X-ray, also where it is rendered now; of a film what its file shows, from the cache too."""
     seen = PatientDataset(made, "test", 16, 64, seen=True)[0]["seen"]
@@ -238,6 +245,7 @@ def render_64(seed):
     return render_xrays(volume, Geometry(), (64, 64))[0].numpy()
 
 
+@pytest.mark.usefixtures("cubes_of_64")
 def test_a_ct_of_any_orientation_gives_the_same_volume(tmp_path):
     hu = make_hu(4, 64)[:60]  # not a cube: located and resampled as any CT
     (tmp_path / "plain" / "a").mkdir(parents=True)

@@ -177,7 +177,7 @@ def job_command(python: Path, word: str, options: list[str], count_gpus=gpu_coun
     Windows builds of torch lack libuv, which torchrun needs; the script starts the processes itself there.
     """
     if word == "test":
-        return [str(python), "-m", "pytest", "-n", "auto", "--maxprocesses", "8", *options]
+        return [str(python), "-m", "pytest", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal", *options]
     command = [str(python)]
     if word in TRAINING:
         gpus = min(MAX_GPUS, count_gpus(python))

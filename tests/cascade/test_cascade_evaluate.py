@@ -11,17 +11,11 @@ from dataset import PatientDataset
 from hybrid_vit_cascade.cascade import Cascade
 from hybrid_vit_cascade.system import CascadeSystem
 from tests.helpers.tiny_cascade import make_cascade
-from tests.helpers.tiny_data import make_dataset
 from xray2ct.evaluation.statistics import coverage
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import unit_to_hu
 from xray2ct.imaging.body import body_mask
 from xray2ct.metrics import psnr
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("evaluate") / "data")
 
 
 @pytest.fixture(scope="module")

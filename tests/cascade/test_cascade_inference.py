@@ -19,16 +19,11 @@ from hybrid_vit_cascade.diffusion import Schedule, draw_noise, resolution_shift,
 from hybrid_vit_cascade.system import CascadeSystem
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_cascade import make_cascade
-from tests.helpers.tiny_data import make_checkpoint, make_dataset
+from tests.helpers.tiny_data import make_checkpoint
 from xray2ct.checkpoints import load_checkpoint, save_checkpoint, weights_fingerprint
 from xray2ct.evaluation.statistics import coverage, expected_coverage
 from xray2ct.files import InputError, read_json, write_json
 from xray2ct.geometry.projector import Geometry
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("cascade_data") / "data")
 
 
 @pytest.fixture(scope="module")

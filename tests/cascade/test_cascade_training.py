@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -24,6 +23,7 @@ from hybrid_vit_cascade.training.task import EARLIER, StageTask
 from hybrid_vit_cascade.training.train_progressive import main
 from tests.helpers.hooks import at_forward, raising
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import run_ranks
 from tests.helpers.tiny_cascade import TINY
 from tests.helpers.tiny_data import make_checkpoint, make_dataset
 from xray2ct.checkpoints import load_checkpoint, save_checkpoint
@@ -632,24 +632,16 @@ def test_the_benchmark_times_a_stage(config_path, monkeypatch, capsys):
 # -- processes -------------------------------------------------------------------------------------
 
 
-def test_torchrun_as_a_module_follows_the_same_curve_as_one_process(words, config_path, tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="forked processes are POSIX")
+def test_two_processes_of_the_module_follow_the_same_curve_as_one(words, config_path, tmp_path):
     """Same global batch in float32 on two ranks: only the order of summation differs."""
     one, two = tmp_path / "one", tmp_path / "two"
     short = ("world_size=2", "training.num_epochs=1", "training.batch_size=1", "data.repeats=1")
     assert main(words(*short, folder=one)) == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     module = ["-m", "hybrid_vit_cascade.training.train_progressive"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *module, *words(*short, folder=two)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Processes: 2 on cpu, float32; global batch 2 = 1 x 2 x 1" in done.stdout
+    done = run_ranks([sys.executable, *module, *words(*short, folder=two)])
+    assert [rank.returncode for rank in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "Processes: 2 on cpu, float32; global batch 2 = 1 x 2 x 1" in done[0].stdout
     for name in ("low", "high"):
         a, b = events(one / name, "step"), events(two / name, "step")
         assert len(a) == len(b) == 2

@@ -14,6 +14,7 @@ import prepare_data
 from dataset import PatientDataset
 from tests.helpers.ct_cases import grid_affine, thorax
 from tests.helpers.tiny_data import make_hu
+from xray2ct.data.manifest import DEFAULTS
 from xray2ct.files import InputError
 from xray2ct.imaging.read_xray import read_xray, write_png16
 from xray2ct.imaging.xray_picture import OWN_MARK
@@ -137,7 +138,7 @@ def test_no_name_of_a_dicom_or_nifti_header_reaches_any_output(tmp_path, capfd):
 
 
 def test_no_name_of_a_dicom_xray_reaches_any_output(tmp_path, capfd, caplog, monkeypatch):
-    monkeypatch.setattr("xray2ct.data.manifest.CUBE_SIZE", 32)  # quick
+    monkeypatch.setitem(DEFAULTS, "cube_size", 32)  # quick
     folder = tmp_path / "data" / "p7"
     hu = make_hu(0, 32)
     folder.mkdir(parents=True)

@@ -14,7 +14,7 @@ import torch
 import evaluate
 from dataset import PatientDataset, mean_volume
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_model
+from tests.helpers.tiny_data import make_checkpoint, make_model
 from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
 from xray2ct.evaluation import run, scoring, tables
 from xray2ct.evaluation.protocols import COLUMNS, PROTOCOLS
@@ -25,11 +25,6 @@ from xray2ct.models.loading import load_base_model
 from xray2ct.training.config import config_hash
 
 EARLIER = ("psnr_strict", "psnr_strict_masked", "psnr_x2ct", "ssim_3d", "ssim_slices", "mae_hu", "rmse_hu")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("evaluate") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,14 @@ from __future__ import annotations
 import functools
 import io
 import json
-import multiprocessing
 import os
 import signal
 import time
-from multiprocessing import forkserver
 
-import pytest
 import torch
 
 from tests.helpers import toy_task
-from tests.helpers.paths import ROOT
+from tests.helpers.forked import server
 from xray2ct import checkpoints as checkpoints_module
 from xray2ct.checkpoints import weights_fingerprint
 from xray2ct.files import run_cli
@@ -27,20 +24,6 @@ REPORT = ("report", 2)
 
 
 # -- runs in processes of their own ----------------------------------------------------------------
-@functools.cache
-def server():
-    """Forks processes in which torch is loaded already, with one thread and without GPU: starting one is instant."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])  # the latter is imported by any optimizer
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            patch.setenv(name, "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("PYTHONPATH", str(ROOT))  # until Python 3.13 the server has no other way to find this module
-        forkserver.ensure_running()
-    return context
-
-
 def die(number=signal.SIGKILL):
     os.kill(os.getpid(), number)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
+from tests.helpers import forked
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import TINY_MODEL
 from xray2ct.checkpoints import load_checkpoint
@@ -60,10 +64,44 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(words):
-    return subprocess.run(
-        words, cwd=ROOT, env=environment(), capture_output=True, encoding="utf-8", errors="replace", timeout=300
-    )
+SECONDS = 300  # for anything that is waited for, on a machine with much else to do
+
+
+def run(words) -> subprocess.CompletedProcess:
+    """A command to its end: ``[python, script, ...]`` or ``[python, "-m", module, ...]``, from the repository's root.
+
+    Where the system can, it is forked from a server that has imported torch.
+    """
+    if os.name == "nt":
+        own = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": SECONDS}
+        return subprocess.run(words, cwd=ROOT, env=environment(), check=False, **own)
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder) / name for name in ("stdout", "stderr")]
+        status = _ended(forked.start(words, *printed))
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in printed]
+    return subprocess.CompletedProcess(words, status, *texts)
+
+
+def run_ranks(words, count=2) -> list[subprocess.CompletedProcess]:
+    """:func:`run` on ``count`` processes at once, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [[Path(folder) / f"{name}{rank}" for name in ("stdout", "stderr")] for rank in range(count)]
+        ranks = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        processes = [forked.start(words, *paths, **own) for paths, own in zip(printed, ranks)]
+        statuses = [_ended(process) for process in processes]
+        texts = [[path.read_text(encoding="utf-8", errors="replace") for path in paths] for paths in printed]
+    return [subprocess.CompletedProcess(words, status, *text) for status, text in zip(statuses, texts)]
+
+
+def _ended(process) -> int:
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"still running after {SECONDS} s")
+    return process.exitcode
 
 
 def events(output, kind):
@@ -93,15 +131,15 @@ LONGER = ("training.num_epochs=3", "data.repeats=4", "logging.checkpoint_minutes
 
 def start_and_signal(words, output, steps, number):
     """Start a run, send it a signal once it has logged so many steps; returns its exit status."""
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
+    process = forked.start(words, os.devnull, os.devnull)
+    deadline = time.monotonic() + SECONDS
+    while process.is_alive() and time.monotonic() < deadline:
         log = output / "log.jsonl"
         if log.exists() and log.read_text().count('"event": "step"') >= steps:
-            process.send_signal(number)
+            os.kill(process.pid, number)
             break
         time.sleep(0.01)
-    return process.wait(timeout=240)
+    return _ended(process)
 
 
 def arguments(root, output, *overrides):

@@ -10,7 +10,7 @@ from PIL import Image
 import reconstruct
 from dataset import PatientDataset
 from model_enhanced import EnhancedDirectModel
-from tests.helpers.tiny_data import make_checkpoint, make_dataset
+from tests.helpers.tiny_data import make_checkpoint
 from tests.helpers.xray_cases import write_dicom
 from xray2ct.checkpoints import save_checkpoint
 from xray2ct.files import InputError
@@ -21,11 +21,6 @@ from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.inference import batch, reconstruction
 from xray2ct.models.loading import load_base_model
 from xray2ct.models.registry import KIND
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("reconstruct") / "data")
 
 
 @pytest.fixture(scope="module")

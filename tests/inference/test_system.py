@@ -13,18 +13,13 @@ import evaluate
 import reconstruct
 from dataset import PatientDataset
 from model_enhanced import RefinementNetwork
-from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_model, make_refinement_checkpoint
+from tests.helpers.tiny_data import make_checkpoint, make_model, make_refinement_checkpoint
 from xray2ct.files import InputError
 from xray2ct.inference import reconstruction
 from xray2ct.inference.predictor import CUBIC
 from xray2ct.inference.system import DirectSystem, check_finite, pick_device
 from xray2ct.models import memory
 from xray2ct.models.upsampling import upsample_spline
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("pipeline") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,6 @@ SETTINGS = [text for text in TINY if not text.startswith(("loss.", "model.transf
 EPOCHS = 12
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("baselines") / "data")
-
-
 def arguments(name, root, output, *overrides):
     settings = (*SETTINGS, "world_size=1", f"training.num_epochs={EPOCHS}", *overrides)
     options = [word for text in settings for word in ("--set", text)]

@@ -262,7 +262,9 @@ def test_every_word_starts_a_file_that_exists():
         assert (ROOT / script).is_file(), word
     command = launch.job_command(Path("py"), "demo", ["--seed", "1"])
     assert command == ["py", str(ROOT / "tools" / "demo.py"), "--seed", "1"]
-    assert launch.job_command(Path("py"), "test", ["-x"])[:3] == ["py", "-m", "pytest"]
+    command = launch.job_command(Path("py"), "test", ["-x"])
+    assert command[:3] == ["py", "-m", "pytest"]
+    assert command[-1] == "-x"
 
 
 def start(*arguments, cwd) -> subprocess.CompletedProcess:

@@ -73,7 +73,8 @@ def start_node(hosts, index, training, log):
     words = ["ip", "netns", "exec", hosts[index], sys.executable, "-m", "torch.distributed.run"]
     words += ["--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "3", "--rdzv_id", "test"]
     words += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{ADDRESSES[0]}:{PORT}"]
-    words += ["--rdzv_conf", f"is_host={int(index == 0)}", "--local_addr", ADDRESSES[index]]
+    # A node that is silent for 3 s counts as lost; by default it is 15 s.
+    words += ["--rdzv_conf", f"is_host={int(index == 0)},keep_alive_interval=1", "--local_addr", ADDRESSES[index]]
     own = {**environment(), "GLOO_SOCKET_IFNAME": f"cable{index}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(log, "a") as stream:
         return subprocess.Popen([*words, *training[1:]], cwd=ROOT, env=own, stdout=stream, stderr=stream)

@@ -7,17 +7,11 @@ import torch
 
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import build
-from tests.helpers.tiny_data import make_dataset
 from xray2ct.files import InputError
 from xray2ct.training.config import EnhancedConfig, load_config
 from xray2ct.training.distributed import Processes
 from xray2ct.training.precision import Precision
 from xray2ct.training.validation_films import FILMS
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("films") / "data")
 
 
 def batch(root, *overrides):

@@ -6,18 +6,13 @@ import pytest
 import torch
 
 from tests.helpers.runs import assert_same_tensors, build, command, run
-from tests.helpers.tiny_data import make_checkpoint, make_dataset
+from tests.helpers.tiny_data import make_checkpoint
 from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
 from xray2ct.files import InputError
 from xray2ct.training.distributed import Processes
 from xray2ct.training.initial_weights import start_from
 from xray2ct.training.run_identity import check_same_run
 from xray2ct.training.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("init") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from tests.helpers import toy_task
 from tests.helpers.convolutions import PLAIN, spoiled
 from tests.helpers.hooks import at_forward
 from tests.helpers.runs import arguments, assert_same_tensors, build
-from tests.helpers.tiny_data import make_dataset
 from tools import environment
 from xray2ct.checkpoints import WriteError, load_checkpoint
 from xray2ct.files import read_json
@@ -37,11 +36,6 @@ from xray2ct.training.determinism import deterministic
 from xray2ct.training.distributed import Processes
 from xray2ct.training.provenance import command_line, describe_environment, recorded_run
 from xray2ct.training.trainer import fit
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("reproducibility") / "data")
 
 
 def final_weights(root, output, *overrides):

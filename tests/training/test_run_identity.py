@@ -20,11 +20,6 @@ from xray2ct.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("identity") / "data")
-
-
-@pytest.fixture(scope="module")
 def state(root, tmp_path_factory):
     """The folder of a run that has just begun."""
     folder = tmp_path_factory.mktemp("begun")

@@ -9,21 +9,16 @@ import torch
 import export_onnx
 import train_enhanced_4gpu
 from tests.helpers.runs import arguments, assert_same_tensors, build
-from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
+from tests.helpers.tiny_data import make_checkpoint, make_refinement_checkpoint
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError
-from xray2ct.inference.onnx import onnx_runner
+from xray2ct.inference.onnx import check_xrays, onnx_runner
 from xray2ct.inference.reconstruction import load_pipeline
 from xray2ct.inference.system import DirectSystem
 from xray2ct.models.loading import load_base_model
 from xray2ct.training.initial_weights import start_from
 
 FROZEN = ("model.passes=2", "model.freeze_first_pass=true", "loss.multiscale_weight=0")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("second") / "data")
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +89,22 @@ def test_it_reconstructs_and_serves_as_the_base_of_stage_2(root, trained, tmp_pa
     assert reduced.dtype == full.dtype == torch.float32
 
 
-def test_onnx_gives_pytorchs_volume(root, tmp_path):
+def test_onnx_gives_pytorchs_volume_also_of_what_is_seen(root, tmp_path):
+    """Both in one export, which takes long."""
     for package in export_onnx.ONNX_PACKAGES:
         pytest.importorskip(package)
     few = {"encoder_blocks": [0] * 4, "decoder_blocks": [0] * 3, "transformer_blocks": 0, "xray_size": 32}
-    base = make_checkpoint(tmp_path / "two.pt", root, settings={"passes": 2, **few})  # tracing goes by layers
+    base = make_checkpoint(tmp_path / "two.pt", root, settings={"passes": 2, "seen_channel": True, **few})
     assert export_onnx.main(["--base", str(base), "--output", str(tmp_path / "two.onnx"), "--data", str(root)]) == 0
-    xrays = torch.rand(3, 2, 32, 32) * 0.5
-    expected = DirectSystem(base, device="cpu").predict(xrays)
+    system = DirectSystem(base, device="cpu")
+    xrays = check_xrays(system)
+    assert xrays.shape == (2, 2, 2, 32, 32)
+    xrays = torch.cat([xrays, 0.5 * torch.rand(1, 2, 2, 32, 32)])
+    whole = system.predict(xrays)
+    xrays[:, 1, 1, 16:] = 0
+    expected = system.predict(xrays)
     assert (onnx_runner(tmp_path / "two.onnx")(xrays) - expected).abs().max() < 1e-4
+    assert (whole - expected).abs().max() > 1e-3  # what is seen matters
     one, _ = load_base_model(base)
     one.second_pass = None
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""Networks that read what an X-ray shows as a second channel: from training to a volume."""
+"""Networks that read what an X-ray shows as a second channel: from training to a volume.
+
+Their ONNX export is tested in test_second_pass_training.py.
+"""
 
 import nibabel as nib
 import numpy as np
@@ -7,15 +10,13 @@ import torch
 from PIL import Image
 
 import evaluate
-import export_onnx
 import reconstruct
 import train_enhanced_4gpu
 from tests.helpers.runs import arguments, build
-from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
+from tests.helpers.tiny_data import make_checkpoint, make_refinement_checkpoint
 from tests.training.test_train_refinement import make_task
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError
-from xray2ct.inference.onnx import check_xrays, onnx_runner
 from xray2ct.inference.reconstruction import load_pipeline
 from xray2ct.inference.system import DirectSystem
 from xray2ct.training.distributed import Processes
@@ -24,11 +25,6 @@ from xray2ct.training.precision import Precision
 
 SEEN = "model.seen_channel=true"
 FILMS = "augment.film.probability=1"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("seen") / "data")
 
 
 @pytest.fixture(scope="module")
@@ -148,19 +144,6 @@ def test_evaluation_scores_it(root, base, refinement, tmp_path):
     words = ["--data", str(root), "--base", str(base), "--refinement", str(refinement)]
     assert evaluate.main([*words, "--output", str(tmp_path / "scores"), "--device", "cpu"]) == 0
     assert (tmp_path / "scores" / "per_patient.csv").read_text().count("p4") >= 2
-
-
-def test_onnx_takes_the_channel(root, tmp_path):
-    for package in export_onnx.ONNX_PACKAGES:
-        pytest.importorskip(package)
-    small = {"encoder_blocks": [0, 0, 0, 0], "decoder_blocks": [0, 0, 0], "transformer_blocks": 0, "seen_channel": True}
-    base = make_checkpoint(tmp_path / "base.pt", root, settings=small)
-    path, system = tmp_path / "model.onnx", DirectSystem(base, device="cpu")
-    assert export_onnx.main(["--base", str(base), "--output", str(path), "--data", str(root)]) == 0
-    xrays = check_xrays(system)
-    assert xrays.shape == (2, 2, 2, 64, 64)
-    xrays[:, 1, 1, 32:] = 0
-    assert (onnx_runner(path)(xrays) - system.predict(xrays)).abs().max() <= 1e-4
 
 
 def test_weights_of_a_network_without_the_channel_are_refused(root, tmp_path):

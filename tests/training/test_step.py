@@ -22,7 +22,7 @@ from tests.helpers.dispatch import OperatorCounter
 from tests.helpers.faults import Run, child, toy
 from tests.helpers.hooks import at_forward
 from tests.helpers.runs import TINY, assert_same_tensors
-from tests.helpers.tiny_data import TINY_REFINEMENT, make_checkpoint, make_dataset
+from tests.helpers.tiny_data import TINY_REFINEMENT, make_checkpoint
 from xray2ct.checkpoints import load_checkpoint
 from xray2ct.files import InputError, write_json
 from xray2ct.metrics import psnr, ssim_3d
@@ -44,11 +44,6 @@ DIRECT = (*TINY, *LOSSES, SIZE, "loss.ssim_weight=0.5", "loss.projection_weight=
 REFINEMENT = (*LOSSES, *(f"model.{key}={json.dumps(value)}" for key, value in TINY_REFINEMENT.items()))
 REFINEMENT += ("patch.size=8", "patch.context=4", "patch.per_volume=2", "guidance_dropout=0.4")
 REFINEMENT += ("training.precision=float32", "augment.elastic_points=3", "loss.ssim_weight=0.5")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("step") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,6 @@ from xray2ct.training.state import parameter_groups
 from xray2ct.training.trainer import Trainer, TrainingError, fit
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("trainer") / "data")
-
-
 # -- plan ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (2, 2), (4, 1)])
 def test_every_number_of_processes_takes_the_same_samples_at_each_step(world, accumulation):

@@ -19,7 +19,6 @@ from importlib.resources import files
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch.nn import functional
 
 from xray2ct.imaging.film_frame import decimated, trim
@@ -116,6 +115,8 @@ def rank_thumbnail(small: np.ndarray) -> np.ndarray:
     known = mean[share > 0]
     if not known.size or np.ptp(known) == 0:
         raise ValueError("the picture holds one value; expected an X-ray")
+    from scipy.stats import rankdata  # a quarter of a command's start: not for those that read no films
+
     out = np.zeros((EDGE, EDGE), np.float32)
     out[share > 0] = (rankdata(known) - 0.5) / known.size * 2 - 1
     return out
