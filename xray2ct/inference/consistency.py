@@ -28,7 +28,7 @@ from xray2ct.models.consistent_step import XrayResidual, consistent_change
 
 STEPS, WEIGHT = 4, 0.12  # chosen on patients that the networks had not seen
 BODY_HU, BODY_SPREAD_HU = 50.0, 140.0  # above air: where the body begins; error there, next to the local contrast
-FIT_NCC = 0.98  # of a measured X-ray with the prediction's: below, it is not used
+FIT_NCC = 0.99  # of a measured X-ray with the prediction's: below, it is not used
 CONSISTENT = "_consistent"  # ends the names of methods of an evaluation
 WHOLLY_SEEN = 0.999  # share of a cell's area
 
