@@ -32,7 +32,7 @@ from xray2ct.checkpoints import check_compatible
 from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.film_chain import FilmChain, FilmConfig
-from xray2ct.evaluation.record import measured, write_result
+from xray2ct.evaluation.record import described, markdown_table, measured, write_result
 from xray2ct.files import InputError, atomic_path, check_writable, run_cli
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.imaging.read_films import FilmWarning
@@ -246,16 +246,14 @@ def table(rows: list[dict], networks: list[Network]) -> list[dict]:
     return entries
 
 
-def markdown(entries: list[dict], networks: list[Network]) -> str:
-    """The table: PSNR, in brackets moved to fit, and films refused."""
-    lines = [
-        f"| film | {' | '.join(network.name for network in networks)} |",
-        f"|---|{'---|' * len(networks)}",
-    ]
-    for entry in entries:
-        cells = (film_cell(entry[network.name]) for network in networks)
-        lines.append(f"| {entry['case']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def markdown(result: dict) -> str:
+    """The table of ``film_benchmark.json``: PSNR, in brackets moved to fit, and films refused; where it comes from."""
+    names = [network["name"] for network in result["networks"]]
+    rows = ([entry["case"], *(film_cell(entry[name]) for name in names)] for entry in result["table"])
+    patients = len({row["patient"] for row in result["rows"]})
+    head = f"film, {patients} {result['split']} patients, pixel spacing {result['spacing']}: PSNR, dB (moved to fit)"
+    sources = dict.fromkeys(described(network["measured"]) for network in result["networks"])
+    return markdown_table([head, *names], rows) + "\n\n" + "".join(f"- {source}\n" for source in sources)
 
 
 def main(argv=None) -> int:
@@ -279,8 +277,7 @@ def main(argv=None) -> int:
         for network in networks
     ]
     result = {**settings, "networks": described, "table": entries, "rows": rows}
-    text = f"PSNR in dB (peak: the HU window); in brackets, moved to fit.\n\n{markdown(entries, networks)}"
-    write_result(args.output, "film_benchmark", result, text)
+    write_result(args.output, "film_benchmark", result, markdown(result))
     return 0
 
 
