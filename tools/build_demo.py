@@ -137,7 +137,7 @@ def build(folder: Path, weights: str, vendored: dict[str, bytes]) -> None:
         raise InputError(
             f"--weights {weights}: expected weights without model.seen_channel, which the page cannot fill"
         )
-    pictures = [example.FOLDER / name for name in example.VIEWS]
+    pictures = [example.FOLDER / name for name in example.VIEWS[example.RENDERED]]
     with replaced_together(folder, lambda: ()) as staging:
         for path in sorted(PAGE.iterdir()):
             shutil.copyfile(path, staging / path.name)
