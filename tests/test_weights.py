@@ -16,7 +16,7 @@ from tests.helpers.runs import build
 from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
 from tools import export_weights
 from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
-from xray2ct.files import InputError, sha256
+from xray2ct.files import InputError, read_csv, sha256
 from xray2ct.inference import example
 from xray2ct.inference.reconstruction import load_pipeline
 from xray2ct.inference.weights_arguments import choose_weights
@@ -234,7 +234,7 @@ def test_shipped_weights_are_whole_small_and_never_saw_a_test_patient(name):
     assert found["bytes"] <= 12e6
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 40e6
     assert found["licence"] == "CC-BY-4.0"
-    table = {row["id"] for row in export_weights.read_table(folder / "patients.csv", export_weights.COLUMNS)}
+    table = {row["id"] for _, row in read_csv(folder / "patients.csv", export_weights.COLUMNS)}
     assert set(checkpoint["train_patients"]) == {row["id"] for row in found["patients"]} <= table
     unseen = {"lidc_0001", *found["split"].get("test", []), *found["split"].get("val", [])}
     assert not unseen & set(checkpoint["train_patients"])

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,12 @@ import torch
 
 from dataset import PatientDataset
 from xray2ct.command_line import Parser
+from xray2ct.evaluation.record import circumstances
 from xray2ct.files import PLAIN_NAME, InputError, atomic_path, check_writable, read_json, run_cli, write_json
 from xray2ct.inference.system import DirectSystem
 from xray2ct.metrics import psnr, ssim_3d
 from xray2ct.training.config import EnhancedConfig, load_config
-from xray2ct.training.provenance import ROOT, describe_environment
+from xray2ct.training.provenance import ROOT
 from xray2ct.training.reporting import LOG
 
 BEGIN, END = "<!-- ablations: begin -->", "<!-- ablations: end -->"
@@ -136,19 +136,8 @@ def run_lever(args: argparse.Namespace, name: str, settings: list[str]) -> None:
         times = {key: value + spent[key] for key, value in timed(words).items()}
         write_json(spent_file, {**times, "epochs": epochs})
         scores = score(folder / "best_model.pt", args.data)
-        write_json(result, {**wanted, "epochs": epochs, **times, **scores, **facts(words)})
-
-
-def facts(words: list[str]) -> dict:
-    about = describe_environment()
-    gpus = [gpu["name"] for gpu in about["gpus"]]
-    return {
-        "command": shlex.join(["python", Path(words[1]).name, *words[2:]]),
-        "machine": ", ".join(gpus) or f"{about['cpu']}, {about['threads']} threads",
-        "torch": about["packages"]["torch"],
-        "commit": about["code"]["commit"],
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
+        command = shlex.join(["python", Path(words[1]).name, *words[2:]])
+        write_json(result, {**wanted, "epochs": epochs, **times, **scores, "command": command, **circumstances()})
 
 
 def score(checkpoint: Path, root: Path) -> dict:

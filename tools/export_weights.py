@@ -30,7 +30,7 @@ from tools.plot_run import LOG, read_log
 from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
 from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST
-from xray2ct.files import InputError, atomic_path, is_plain_name, read_json, run_cli
+from xray2ct.files import InputError, atomic_path, is_plain_name, read_csv, read_json, run_cli
 from xray2ct.training.provenance import RUN_FILE
 from xray2ct.weights_file import DTYPES, HUB_NAME, STATE_KEYS, SUFFIX, write_weights
 
@@ -40,25 +40,12 @@ ALLOWED = re.compile(r"CC BY \d\.\d|CC0( 1\.0)?|public domain", re.IGNORECASE)  
 COLUMNS = ("id", "collection", "patient", "licence", "doi")
 
 
-def read_table(path: str | os.PathLike, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a CSV file with at least these columns; :class:`InputError` naming the file and a column it lacks."""
-    try:
-        with open(path, encoding="utf-8", newline="") as stream:
-            reader = csv.DictReader(stream)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
-            if missing:
-                raise InputError(f"{path}: column {missing[0]} is missing; expected {', '.join(columns)}")
-            return [{name: row[name] or "" for name in columns} for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV file in UTF-8 ({error})") from None
-
-
 def attribution(path: str | os.PathLike, patients: list[str]) -> dict:
     """``patients`` with their source, in order, and how its collections ask to be cited (``citations.csv`` beside).
 
     Raises :class:`InputError` naming the patient that the table lacks, or whose licence CC BY 4.0 weights cannot meet.
     """
-    table = {row["id"]: row for row in read_table(path, COLUMNS)}
+    table = {row["id"]: row for _, row in read_csv(path, COLUMNS)}
     for patient in patients:
         if patient not in table:
             raise InputError(f"{path}: has no row for {patient}, who was trained on; expected every patient's licence")
@@ -66,7 +53,7 @@ def attribution(path: str | os.PathLike, patients: list[str]) -> dict:
             licence = table[patient]["licence"] or "none"
             raise InputError(f"{path}: {patient} has the licence {licence}; weights under {LICENCE} need CC BY or CC0")
     rows, beside = [table[patient] for patient in patients], Path(path).with_name("citations.csv")
-    citations = read_table(beside, ("doi", "citation")) if beside.exists() else []
+    citations = [row for _, row in read_csv(beside, ("doi", "citation"))] if beside.exists() else []
     used = {row["doi"] for row in rows}
     return {"patients": rows, "citations": {row["doi"]: row["citation"] for row in citations if row["doi"] in used}}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
 
@@ -296,6 +297,22 @@ _as_command = False  # see runs_as_command()
 def runs_as_command() -> bool:
     """True in a process that is one of this project's commands: there what concerns the whole process may be set."""
     return _as_command
+
+
+def read_csv(path: str | os.PathLike, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """Line number and texts of ``columns`` of each row of a CSV file in UTF-8 whose first line names them; "" for none.
+
+    Raises :class:`InputError` naming the file and a column that it lacks, and for what is no such file.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            if missing:
+                raise InputError(f"{path}: column {missing[0]!r} is missing; expected {', '.join(columns)}")
+            return [(reader.line_num, {name: row[name] or "" for name in columns}) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV file in UTF-8 ({error}); expected {', '.join(columns)}") from None
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

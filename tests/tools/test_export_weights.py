@@ -10,7 +10,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import make_checkpoint, make_dataset
 from tools import export_weights, film_benchmark
 from xray2ct.checkpoints import load_checkpoint
-from xray2ct.files import InputError, sha256
+from xray2ct.files import InputError, read_csv, sha256
 from xray2ct.weights import resolve
 
 HEAD = "id,collection,patient,licence,doi\n"
@@ -114,7 +114,7 @@ def test_patients_whose_licence_is_missing_or_forbids_it_are_refused(made, tmp_p
     with pytest.raises(InputError, match=re.escape(f"l.csv: {words}")):
         export_weights.main([str(made[0]), "tiny", "--licences", str(tmp_path / "l.csv"), "--output", str(tmp_path)])
     (tmp_path / "l.csv").write_text("id,collection\n")
-    with pytest.raises(InputError, match="column patient is missing"):
+    with pytest.raises(InputError, match="column 'patient' is missing"):
         export_weights.main([str(made[0]), "tiny", "--licences", str(tmp_path / "l.csv"), "--output", str(tmp_path)])
     assert not list(tmp_path.glob("tiny*"))
 
@@ -128,7 +128,7 @@ def test_the_hubs_layout_loads_again(made, tmp_path):
 
 
 def test_the_committed_table_covers_the_citations():
-    rows = export_weights.read_table(ROOT / "weights" / "patients.csv", export_weights.COLUMNS)
-    found = export_weights.attribution(ROOT / "weights" / "patients.csv", [row["id"] for row in rows])
+    rows = read_csv(ROOT / "weights" / "patients.csv", export_weights.COLUMNS)
+    found = export_weights.attribution(ROOT / "weights" / "patients.csv", [row["id"] for _, row in rows])
     assert {row["doi"] for row in found["patients"]} == found["citations"].keys()
     assert all(len(text) > 60 for text in found["citations"].values())

@@ -15,16 +15,20 @@ from xray2ct.training.provenance import describe_environment
 
 
 def measured(module: str, argv: Sequence[str], predictor: Predictor | None = None) -> dict:
-    """Command, date (UTC), machine, versions and commit of a measurement, and the weights it was made with.
+    """The command of ``python -m MODULE`` and :func:`circumstances`."""
+    return {"command": shlex.join(["python", "-m", module, *argv]), **circumstances(predictor)}
 
-    module: as in ``python -m MODULE``. commit: None outside a checkout; ``dirty``: whether files differ from it.
+
+def circumstances(predictor: Predictor | None = None) -> dict:
+    """Date (UTC), machine, versions and commit of a measurement, and the weights it was made with.
+
+    commit: None outside a checkout; ``dirty``: whether files differ from it.
     """
     facts = describe_environment()
     code, gpus = facts["code"], facts["gpus"]
     machine = ", ".join(dict.fromkeys(gpu["name"] for gpu in gpus)) or f"{facts['cpus']} cores of {facts['cpu']}"
     weights = [] if predictor is None else [_fingerprints(loaded.weights) for loaded in predictor.checkpoints()]
     return {
-        "command": shlex.join(["python", "-m", module, *argv]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine,
         "torch": facts["packages"]["torch"],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xray2ct.data.archive.collections import is_non_commercial, person
 from xray2ct.data.archive.selection import KINDS, Series
-from xray2ct.files import InputError, atomic_path, check_patient_id, shown
+from xray2ct.files import InputError, atomic_path, check_patient_id, read_csv, shown
 from xray2ct.imaging.find_cts import SOURCES
 
 FIELDS = ("id", "kind", "collection", "patient", "study_uid", "series_uid", "files", "megabytes", "licence", "doi")
@@ -46,17 +46,7 @@ def read_sources(folder: Path) -> list[dict[str, str]]:
     path = folder / SOURCES
     if not path.exists():
         return []
-    try:
-        with open(path, encoding="utf-8", newline="") as stream:
-            reader = csv.DictReader(stream)
-            missing = [name for name in FIELDS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise InputError(f"{path}: column {missing[0]!r} is missing; expected the file that get_data.py writes")
-            return [_checked(row, f"{path}, line {reader.line_num}") for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: not a CSV file in UTF-8 ({error}); expected the file that get_data.py writes"
-        ) from None
+    return [_checked(row, f"{path}, line {line}") for line, row in read_csv(path, FIELDS)]
 
 
 def _checked(row: dict, origin: str) -> dict[str, str]:
@@ -64,7 +54,7 @@ def _checked(row: dict, origin: str) -> dict[str, str]:
     if row["kind"] not in KINDS:
         raise InputError(f"{origin}: kind is {shown(row['kind'])}; expected {', '.join(KINDS)}")
     for name, form in _FORMS.items():
-        if not form.fullmatch(row[name] or ""):
+        if not form.fullmatch(row[name]):
             raise InputError(f"{origin}: {name} is {shown(row[name])}; expected what get_data.py writes")
     return row
 
