@@ -18,6 +18,7 @@ from hybrid_vit_cascade.cascade import Cascade, Stage, to_signed, to_unit
 from hybrid_vit_cascade.diffusion import Schedule, draw_noise, resolution_shift, sample
 from hybrid_vit_cascade.system import CascadeSystem
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import run
 from tests.helpers.tiny_cascade import make_cascade
 from tests.helpers.tiny_data import make_checkpoint
 from xray2ct.checkpoints import load_checkpoint, save_checkpoint, weights_fingerprint
@@ -465,13 +466,14 @@ def test_the_pipeline_takes_arrays_and_can_be_called_again(root, folder):
 
 def test_it_runs_from_its_own_folder_and_as_a_module_from_the_root(root, folder, tmp_path):
     output = tmp_path / "out.nii.gz"
-    run = {"capture_output": True, "text": True, "timeout": 120}
     module = [sys.executable, "-m", "hybrid_vit_cascade.inference"]
-    subprocess.run([*module, *command(root, folder, output, "--max-stages", "1")], cwd=ROOT, check=True, **run)
+    done = run([*module, *command(root, folder, output, "--max-stages", "1")])
+    assert done.returncode == 0, done.stderr
     assert nib.load(output).shape == (16, 16, 16)
     # From its folder, up to the loading of checkpoints; an error is one line and exit status 2, as everywhere.
     script = [sys.executable, "inference.py", *command(root, tmp_path / "nowhere", output)]
-    failed = subprocess.run(script, cwd=ROOT / "hybrid_vit_cascade", **run)
+    options = {"capture_output": True, "text": True, "timeout": 120}
+    failed = subprocess.run(script, cwd=ROOT / "hybrid_vit_cascade", check=False, **options)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ")
     assert len(failed.stderr.splitlines()) == 1

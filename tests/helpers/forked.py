@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
-# The second is imported by any optimizer.
+# torch._dynamo is imported by any optimizer.
 PRELOADED = ("tests.helpers.faults", "torch._dynamo", "train_enhanced_4gpu", "train_refinement_4gpu")
 PRELOADED += ("hybrid_vit_cascade.training.chain",)
 

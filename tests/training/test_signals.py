@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.helpers.faults import REPORT, Run, around, child
+from tests.helpers.faults import REPORT, SECONDS, Run, around, child
 from tests.helpers.paths import ROOT
 from tools import launch
 from xray2ct.checkpoints import load_checkpoint
@@ -207,7 +207,7 @@ def by_the_launcher(words, console, fault, pipe):
 def test_a_signal_to_launcher_and_torchrun_leaves_the_state(tmp_path):
     output = tmp_path / "run"
     run = Run(output, overrides=(*TWO, "training.num_epochs=100000"), target=by_the_launcher)
-    log, deadline = output / "log.jsonl", time.monotonic() + 120
+    log, deadline = output / "log.jsonl", time.monotonic() + SECONDS
     while not (log.exists() and '"step"' in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     to_group(run, signal.SIGINT)

@@ -115,7 +115,7 @@ def rank_thumbnail(small: np.ndarray) -> np.ndarray:
     known = mean[share > 0]
     if not known.size or np.ptp(known) == 0:
         raise ValueError("the picture holds one value; expected an X-ray")
-    from scipy.stats import rankdata  # a quarter of a command's start: not for those that read no films
+    from scipy.stats import rankdata  # a fifth of a command's start: not for those that read no films
 
     out = np.zeros((EDGE, EDGE), np.float32)
     out[share > 0] = (rankdata(known) - 0.5) / known.size * 2 - 1

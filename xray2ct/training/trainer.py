@@ -142,7 +142,7 @@ class Trainer(RunEpochs):
         self.optimizer.zero_grad(set_to_none=True)
         losses, ids = [], []
         for micro in range(self.plan.micro_batches):
-            raw = self._read(iterator)
+            raw = self._next_micro_batch(iterator)
             hold = self.processes.world_size > 1 and micro < self.plan.micro_batches - 1
             with self.runner.no_sync() if hold else contextlib.nullcontext():
                 losses.append(self._backward(self.runner, raw))
@@ -164,7 +164,7 @@ class Trainer(RunEpochs):
         self.precision.scaler.scale(guarded / self.plan.micro_batches).backward()
         return {"loss": total, **parts}
 
-    def _read(self, iterator) -> dict:
+    def _next_micro_batch(self, iterator) -> dict:
         """The next micro-batch; what goes wrong in a data worker becomes one sentence naming patient and file."""
         try:
             return next(iterator)
@@ -220,7 +220,7 @@ class Trainer(RunEpochs):
             self._check(step)
             for name, value in step.losses.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
-        signals = [number for number, share in zip(STOPPING, received) if share > 0]
+        signals = [number for number, arrived in zip(STOPPING, received) if arrived > 0]
         return Reading(steps[-1].losses if steps else {}, max(signals, default=0), save > 0)
 
     def _check(self, step: StepRecord) -> None:
