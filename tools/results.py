@@ -75,12 +75,15 @@ def load_system(system: dict, device: str) -> Predictor:
     return DirectSystem(system["base"], system.get("refinement"), device, precision)
 
 
-def measure(system: dict, data: str, folder: Path, argv: list[str], device: str, cache_dir: str | None) -> None:
-    """Evaluate one system into its folder, and write where the figures come from beside them."""
-    predictor = load_system(system, device)
-    record = measured("tools.results", argv, predictor)  # before the new files change the working tree
-    options = {"pictures": 2, "cache_dir": cache_dir, "consistency": system.get("consistency", "off")}
-    evaluate(predictor, data, folder, system.get("split", "test"), **options)
+def measure(system: dict, args: argparse.Namespace, circumstances: dict) -> None:
+    """Evaluate one system into its folder, and write where the figures come from beside them.
+
+    circumstances: of :func:`measured`, from before the first system's files changed the working tree.
+    """
+    predictor, folder = load_system(system, args.device), Path(system["folder"])
+    record = {**circumstances, "weights": measured("tools.results", [], predictor)["weights"]}
+    options = {"pictures": 2, "cache_dir": args.cache_dir, "consistency": system.get("consistency", "off")}
+    evaluate(predictor, args.data, folder, system.get("split", "test"), **options)
     write_json(folder / RECORD, record)
 
 
@@ -293,10 +296,10 @@ def main(argv=None) -> int:
     pages = tables_by_page(systems["tables"], args.text)
     for page, tables in pages.items():
         check_parts(page.read_text(encoding="utf-8"), tables, page)
+    circumstances = measured("tools.results", sys.argv[1:] if argv is None else argv)
     for system in able if args.data else []:
         if not args.only or system["name"] in args.only:
-            words = sys.argv[1:] if argv is None else list(argv)
-            measure(system, args.data, Path(system["folder"]), words, args.device, args.cache_dir)
+            measure(system, args, circumstances)
     for page, tables in pages.items():
         text = rendered(page.read_text(encoding="utf-8"), systems, tables, page)
         with atomic_path(page) as temporary:
