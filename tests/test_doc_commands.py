@@ -65,7 +65,7 @@ OTHERS = {
     r"^pip install ": "downloads packages",
     r"^(python -m )?pytest( |$)|^bash launch_4gpu\.sh test$": "the tests themselves",
     r"^(ruff|ty) ": "linter and type checker, which continuous integration runs",
-    r"^tensorboard ": "a server",
+    r"^tensorboard |^python -m http\.server ": "a server",
     r"^hf download ": "downloads gigabytes",
     r"^export ": "a variable of torchrun, which is not started",
 }

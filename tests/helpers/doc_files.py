@@ -33,9 +33,10 @@ class Files:
         self.folder = folder
 
     def copy_weights(self, target: Path) -> Path:
-        """A folder of weights in ``target``: chest64, and stage 2 as mine."""
+        """A folder of weights in ``target``: the shipped ones' names, and stage 2 as mine."""
         if not self.weights.exists():
-            for name, path in (("chest64", self.base), ("mine", self.refinement)):
+            stages = {"chest64": self.base, "chest64-film": self.base, "chest256": self.refinement}
+            for name, path in (stages | {"mine": self.refinement}).items():
                 about = {"name": name}
                 write_weights(self.weights / f"{name}.safetensors", load_checkpoint(path), "float32", about)
         return Path(shutil.copytree(self.weights, target / "weights"))
