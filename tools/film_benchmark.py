@@ -267,7 +267,7 @@ def main(argv=None) -> int:
     entries = table(rows, networks)
     settings = {"data": str(args.data), "split": args.split, "seed": args.seed, "spacing": args.spacing}
     argv = sys.argv[1:] if argv is None else argv
-    described = [
+    entered = [
         {
             "name": network.name,
             "checkpoint": Path(network.path).name,
@@ -276,7 +276,7 @@ def main(argv=None) -> int:
         }
         for network in networks
     ]
-    result = {**settings, "networks": described, "table": entries, "rows": rows}
+    result = {**settings, "networks": entered, "table": entries, "rows": rows}
     write_result(args.output, "film_benchmark", result, markdown(result))
     return 0
 

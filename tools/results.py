@@ -25,7 +25,7 @@ from hybrid_vit_cascade.system import load_cascade_system
 from tools import film_benchmark, learning_curve, robustness
 from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
 from xray2ct.command_line import Parser
-from xray2ct.evaluation.record import described, markdown_table, mean_sd, measured, with_interval
+from xray2ct.evaluation.record import described, fingerprints, markdown_table, mean_sd, measured, with_interval
 from xray2ct.evaluation.run import evaluate
 from xray2ct.files import InputError, atomic_path, counted, read_json, run_cli, shown, write_json
 from xray2ct.inference.predictor import Predictor
@@ -81,7 +81,7 @@ def measure(system: dict, args: argparse.Namespace, circumstances: dict) -> None
     circumstances: of :func:`measured`, from before the first system's files changed the working tree.
     """
     predictor, folder = load_system(system, args.device), Path(system["folder"])
-    record = {**circumstances, "weights": measured("tools.results", [], predictor)["weights"]}
+    record = {**circumstances, "weights": fingerprints(predictor)}
     options = {"pictures": 2, "cache_dir": args.cache_dir, "consistency": system.get("consistency", "off")}
     evaluate(predictor, args.data, folder, system.get("split", "test"), **options)
     write_json(folder / RECORD, record)

@@ -79,9 +79,9 @@ def random_displacement(config: AugmentConfig, fov_mm: float, random: SampleRand
 class PairMaker:
     """Source volumes -> training batches ``{"xrays", "ct_volume", "mask"}`` on their device.
 
-    ``__call__(volumes (B, 1, S, S, S) in [0, 1] or uint16, masks, seeds)``: one seed per sample. Returns xrays
-    ``(B, 2, xray_size, xray_size)``, ct_volume and mask ``(B, 1, *volume_size)``; no mask for masks None. with_seen:
-    also ``"seen"``, of the X-rays' shape: 1 where they show the patient, 0 where a film does not.
+    ``__call__(volumes (B, 1, S, S, S) in [0, 1] or uint16, masks, seeds, bodies)``: one seed per sample. Returns xrays
+    ``(B, 2, xray_size, xray_size)``, ct_volume and mask ``(B, 1, *volume_size)``; no mask for masks None. bodies: of
+    the volumes' shape, 1 in the patient; films, and some clean pairs, then show no couch. with_seen: also ``"seen"``, of the X-rays' shape: 1 where they show the patient, 0 where a film does not.
     Volumes coarser than ``volume_size`` raise :class:`InputError`.
     """
 
@@ -95,13 +95,15 @@ class PairMaker:
         self.deformations = load_deformations(config.anatomy.file) if wanted else None
 
     @torch.no_grad()
-    def __call__(self, volumes, masks, seeds) -> dict[str, torch.Tensor]:
+    def __call__(self, volumes, masks, seeds, bodies=None) -> dict[str, torch.Tensor]:
         if any(have < want for have, want in zip(volumes.shape[2:], self.volume_size)):
             raise InputError(
                 f"augment.source_size is {self.config.source_size}, the source volumes have {tuple(volumes.shape[2:])}"
                 f" voxels; expected at least the {self.volume_size} that training wants"
             )
         random = SampleRandom(seeds, volumes.device)
+        if bodies is not None:
+            volumes = self.film.without_couch(volumes, bodies, random)
         masks = masks.float() if masks is not None else None
         with torch.autocast(volumes.device.type, enabled=False):
             if self.config.enabled:

@@ -27,18 +27,19 @@ def circumstances(predictor: Predictor | None = None) -> dict:
     facts = describe_environment()
     code, gpus = facts["code"], facts["gpus"]
     machine = ", ".join(dict.fromkeys(gpu["name"] for gpu in gpus)) or f"{facts['cpus']} cores of {facts['cpu']}"
-    weights = [] if predictor is None else [_fingerprints(loaded.weights) for loaded in predictor.checkpoints()]
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine,
         "torch": facts["packages"]["torch"],
         **{key: code[key] for key in ("commit", "dirty", "source_hash")},
-        "weights": [text for one in weights for text in one],
+        "weights": [] if predictor is None else fingerprints(predictor),
     }
 
 
-def _fingerprints(weights: str | dict[str, str]) -> list[str]:
-    return list(weights.values()) if isinstance(weights, dict) else [weights]
+def fingerprints(predictor: Predictor) -> list[str]:
+    """Of the weights of all its checkpoints, in their order."""
+    found = (loaded.weights for loaded in predictor.checkpoints())
+    return [text for one in found for text in (one.values() if isinstance(one, dict) else [one])]
 
 
 def described(record: dict) -> str:

@@ -185,12 +185,10 @@ class PatientTask(Task):
 
     def make_batch(self, raw, seeds, device) -> dict:
         """``xrays`` (B, 2, H, W) and ``ct_volume`` (B, 1, D, H, W) in [0, 1]; ``mask`` and ``seen`` where used."""
-        batch = {k: raw[k].to(device, non_blocking=True) for k in ("ct_volume", "mask", "xrays", "seen") if k in raw}
-        if self.makes_films:
-            body = raw["body"].to(device, non_blocking=True)
-            batch["ct_volume"] = self.pairs.film.without_couch(batch["ct_volume"], body, SampleRandom(seeds, device))
+        wanted = ("ct_volume", "mask", "xrays", "seen", *["body"] * self.makes_films)
+        batch = {k: raw[k].to(device, non_blocking=True) for k in wanted if k in raw}
         if self.renders:
-            batch = self.pairs(batch["ct_volume"], batch.get("mask"), seeds)
+            batch = self.pairs(batch["ct_volume"], batch.get("mask"), seeds, batch.get("body"))
         return batch
 
     def network_xrays(self, batch: dict) -> torch.Tensor:

@@ -9,7 +9,6 @@ import torch
 
 from dataset import PatientDataset
 from xray2ct.data.augment import AugmentConfig, PairMaker
-from xray2ct.data.sample_random import SampleRandom
 
 FILMS = 3  # of each patient
 
@@ -31,8 +30,7 @@ class ValidationFilms:
         volume, body = (item[name].unsqueeze(0).to(device) for name in ("ct_volume", "body"))
         mask = item["mask"].unsqueeze(0).to(device) if "mask" in item else None
         for seed in range(FILMS * index, FILMS * (index + 1)):
-            bare = self.pairs.film.without_couch(volume, body, SampleRandom([seed], device))
-            yield self.pairs(bare, mask, [seed])
+            yield self.pairs(volume, mask, [seed], body)
 
 
 def unchanged(config: AugmentConfig) -> AugmentConfig:
