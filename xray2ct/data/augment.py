@@ -81,7 +81,8 @@ class PairMaker:
 
     ``__call__(volumes (B, 1, S, S, S) in [0, 1] or uint16, masks, seeds, bodies)``: one seed per sample. Returns xrays
     ``(B, 2, xray_size, xray_size)``, ct_volume and mask ``(B, 1, *volume_size)``; no mask for masks None. bodies: of
-    the volumes' shape, 1 in the patient; films, and some clean pairs, then show no couch. with_seen: also ``"seen"``, of the X-rays' shape: 1 where they show the patient, 0 where a film does not.
+    the volumes' shape, 1 in the patient; films, and some clean pairs, then show no couch. with_seen: also ``"seen"``,
+    of the X-rays' shape: 1 where they show the patient, 0 where a film does not.
     Volumes coarser than ``volume_size`` raise :class:`InputError`.
     """
 
