@@ -51,6 +51,9 @@ from xray2ct.models.working_weights import full_precision, with_cast_weights
 __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_base_model", "load_refinement"]
 
 
+UPSAMPLING = ("trilinear", "learned")
+
+
 # ------------------------------------------------------------------------------------------------
 # Blocks
 
@@ -58,17 +61,21 @@ __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_bas
 class DecoderStage(nn.Module):
     """Upsampled coarser volume + lifted X-ray features -> residual blocks -> a volume of its own scale."""
 
-    def __init__(self, coarse_channels, image_channels, lift_channels, channels, blocks):
+    def __init__(self, coarse_channels, image_channels, lift_channels, channels, blocks, upsampling="trilinear"):
         super().__init__()
         self.lift = Lifting(image_channels, lift_channels, channels)
-        self.reduce = nn.Conv3d(coarse_channels, channels, 1)
+        self.learned = upsampling == "learned"
+        if self.learned:
+            self.reduce = nn.ConvTranspose3d(coarse_channels, channels, 2, stride=2)
+        else:
+            self.reduce = nn.Conv3d(coarse_channels, channels, 1)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, 3) for _ in range(blocks)])
         self.norm = group_norm(channels)
         self.head = full_precision(zero_init(nn.Conv3d(channels, 1, 1)))
 
     def forward(self, coarse, features, geometry, size):
-        x = upsample_trilinear(self.reduce(coarse), size)
-        x = x + self.lift(features, geometry, size)
+        x = self.reduce(coarse)
+        x = (x if self.learned else upsample_trilinear(x, size)) + self.lift(features, geometry, size)
         x = self.blocks(x)
         return x, in_full_precision(self.head, norm_silu(x, self.norm))
 
@@ -97,6 +104,7 @@ class EnhancedDirectModel(CoarseModel):
     freeze_first_pass: train the second pass alone; the first one runs without gradients.
     layout_head: "half" or "full": in training also predict which region fills each voxel at that resolution (logits
         ``aux["layout"]``, see :mod:`xray2ct.models.layout`); inference does without.
+    upsampling: of the decoder's features, "trilinear" or "learned" (transposed convolutions).
 
     The output is the sum of the upsampled predictions of the three decoder scales, each of which is
     supervised (multi-scale loss); in eval mode it is clamped to [0, 1].
@@ -117,10 +125,13 @@ class EnhancedDirectModel(CoarseModel):
         passes: int = 1,
         freeze_first_pass: bool = False,
         layout_head: str = "off",
+        upsampling: str = "trilinear",
     ):
         super().__init__(volume_size, geometry, xray_size)
         check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks)
         check_passes(passes, freeze_first_pass)
+        if upsampling not in UPSAMPLING:
+            raise InputError(f"model.upsampling is {upsampling!r}; expected one of {', '.join(UPSAMPLING)}")
         self.passes, self.freeze_first_pass = passes, freeze_first_pass
         self.activation_checkpointing, self.seen_channel = activation_checkpointing, seen_channel
         c = base_channels
@@ -139,9 +150,9 @@ class EnhancedDirectModel(CoarseModel):
         # coarse channels, image channels, lifted channels per view, channels, blocks
         self.decoder = nn.ModuleList(
             [
-                DecoderStage(4 * c, widths[3], c, 2 * c, decoder_blocks[0]),  # 1/4: 128 channels at 16^3
-                DecoderStage(2 * c, widths[2], c // 2, c, decoder_blocks[1]),  # 1/2: 64 channels at 32^3
-                DecoderStage(c, widths[1], c // 4, c // 2, decoder_blocks[2]),  # full: 32 channels at 64^3
+                DecoderStage(4 * c, widths[3], c, 2 * c, decoder_blocks[0], upsampling),  # 1/4: 128 channels at 16^3
+                DecoderStage(2 * c, widths[2], c // 2, c, decoder_blocks[1], upsampling),  # 1/2: 64 channels at 32^3
+                DecoderStage(c, widths[1], c // 4, c // 2, decoder_blocks[2], upsampling),  # full: 32 channels at 64^3
             ]
         )
         # A volume of lungs and soft tissue averages about 0.2; air starts at 0.

@@ -4,12 +4,13 @@
         --epochs 12 --seeds 0 1
     python -m tools.ablations --levers configs/levers.json --output ablations --report
 
-The JSON file holds ``{name: [settings]}``, settings as ``--set`` takes them; the first one is what the others are
-compared with. Each lever trains as often as there are seeds, one after the other, with equal data, ``--epochs`` (equal
-steps) or ``--minutes`` (epochs that fit, timed by one epoch of each lever beforehand: for a machine of one's own). Each
-run's ``best_model.pt`` is then scored. The same command goes on where it was stopped: what is done is kept in
-``OUTPUT/NAME-seedN.json``, from which the table between the marks in ``--table`` is written. ``--report`` writes it
-alone.
+The JSON file holds ``{name: [settings]}``, settings as ``--set`` takes them, or ``--init=WEIGHTS`` to begin from
+trained ones; the first one is what the others are compared with. ``{output}`` and ``{seed}`` in them are this folder
+and the run's seed: ``--init={output}/plain-seed{seed}/best_model.pt`` goes on from another lever's run. Each lever
+trains as often as there are seeds, one after the other, with equal data, ``--epochs`` (equal steps) or ``--minutes``
+(epochs that fit, timed by one epoch of each lever beforehand: for a machine of one's own). Each run's ``best_model.pt``
+is then scored. The same command goes on where it was stopped: what is done is kept in ``OUTPUT/NAME-seedN.json``, from
+which the table between the marks in ``--table`` is written. ``--report`` writes it alone.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from dataset import PatientDataset
 from xray2ct.command_line import Parser
 from xray2ct.evaluation.record import circumstances
 from xray2ct.files import PLAIN_NAME, InputError, atomic_path, check_writable, read_json, run_cli, write_json
+from xray2ct.inference.consistency import STEPS, make_consistent
 from xray2ct.inference.system import DirectSystem
 from xray2ct.metrics import psnr, ssim_3d
 from xray2ct.training.config import EnhancedConfig, load_config
 from xray2ct.training.provenance import ROOT
 from xray2ct.training.reporting import LOG
 
+SCORES = ("psnr", "ssim_3d", "projection_error", "psnr_consistent")
 BEGIN, END = "<!-- ablations: begin -->", "<!-- ablations: end -->"
 
 
@@ -77,9 +80,15 @@ def read_levers(path: Path, only=None) -> dict[str, list[str]]:
             raise InputError(f"{path}: {name!r} is no name for a folder; expected letters, digits, dots, _ and -")
         if not isinstance(settings, list) or not all(isinstance(s, str) and "=" in s for s in settings):
             raise InputError(f"{path}: {name} is {settings!r}; expected a list of settings such as model.passes=2")
+        if options := [s for s in settings if s.startswith("-") and not s.startswith("--init=")]:
+            raise InputError(f"{path}: {name} has {options[0]!r}; expected settings, or --init=WEIGHTS")
     if unknown := sorted({*(only or ())} - levers.keys()):
         raise InputError(f"--only {unknown[0]}: not in {path}; it has {', '.join(levers)}")
     return {name: settings for name, settings in levers.items() if only is None or name in only}
+
+
+def without_init(settings: Iterable[str]) -> list[str]:
+    return [text for text in settings if not text.startswith("--init=")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -88,8 +97,10 @@ def read_levers(path: Path, only=None) -> dict[str, list[str]]:
 
 def training_command(args: argparse.Namespace, settings: Iterable[str], seed: int, epochs: int, output) -> list[str]:
     words = [sys.executable, str(ROOT / "train_enhanced_4gpu.py"), "--config", args.config, "--data", str(args.data)]
-    for text in (*args.set, *settings, f"training.seed={seed}", f"training.num_epochs={epochs}"):
+    settings = [text.format(output=args.output, seed=seed) for text in settings]
+    for text in (*args.set, *without_init(settings), f"training.seed={seed}", f"training.num_epochs={epochs}"):
         words += ["--set", text]
+    words += [text for text in settings if text not in without_init(settings)]
     return [*words, "--output", str(output)]
 
 
@@ -109,7 +120,7 @@ def epochs_that_fit(args: argparse.Namespace, settings: list[str], folder: Path)
     timed(training_command(args, settings, args.seeds[0], 1, folder))
     events = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
     pace = next(event["samples_per_second"] for event in reversed(events) if event["event"] == "epoch")
-    data = load_config(EnhancedConfig, args.config, [*args.set, *settings]).data
+    data = load_config(EnhancedConfig, args.config, [*args.set, *without_init(settings)]).data
     patients = len(PatientDataset(args.data, "train", 1, None, max_patients=data.max_patients))
     return max(1, int(60 * args.minutes * pace / (patients * data.repeats)))
 
@@ -144,7 +155,8 @@ def score(checkpoint: Path, root: Path) -> dict:
     """Means over the validation patients, and each one's row.
 
     psnr: dB, peak 1 of the HU window; ssim_3d; projection_error: norm of the difference of the volume's rendering and
-    the X-rays, of the X-rays' norm, both views.
+    the X-rays, of the X-rays' norm, both views; psnr_consistent: with the X-rays
+    enforced as by default.
     """
     system = DirectSystem(checkpoint, None, "cuda" if torch.cuda.is_available() else "cpu")
     data = PatientDataset(root, "val", system.volume_size[0], system.xray_size, seen=system.seen_channel)
@@ -154,11 +166,11 @@ def score(checkpoint: Path, root: Path) -> dict:
         volume = system.predict(system.item_xrays(item)).float().cpu()
         rendered = data.acquisition.render(volume, item["xrays"].shape[-2:])[0]
         error = (rendered - item["xrays"]).norm() / item["xrays"].norm()
-        pair = (volume[0, 0], item["ct_volume"][0])
-        rows.append(
-            {"id": item["id"], "psnr": psnr(*pair), "ssim_3d": ssim_3d(*pair), "projection_error": error.item()}
-        )
-    means = {name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "ssim_3d", "projection_error")}
+        consistent, _ = make_consistent(system, volume, system.item_xrays(item), STEPS, measured=False)
+        truth = item["ct_volume"][0]
+        scores = psnr(volume[0, 0], truth), ssim_3d(volume[0, 0], truth), error.item(), psnr(consistent[0, 0], truth)
+        rows.append({"id": item["id"], **dict(zip(SCORES, scores))})
+    means = {name: float(np.mean([row[name] for row in rows])) for name in SCORES}
     return {**means, "best_epoch": system.checkpoint["epoch"], "patients": rows}
 
 
@@ -170,25 +182,37 @@ def table(levers: dict[str, list[str]], results: list[dict]) -> str:
     """The comparison in Markdown: a line for each lever with results, means over its seeds."""
     lines = [
         "| lever | settings | runs | PSNR, dB | gain | SSIM 3D | projection error"
-        " | epochs | CPU minutes | machine | date |",
+        " | PSNR with the X-rays enforced | gain | epochs | CPU minutes |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    first = {r["seed"]: r["psnr"] for r in results if r["lever"] == next(iter(levers))}
+    first = {r["seed"]: r for r in results if r["lever"] == next(iter(levers))}
+
+    def gains(runs, score):
+        values = [r[score] - first[r["seed"]][score] for r in runs if r["seed"] in first]
+        return "-" if runs[0]["lever"] == next(iter(levers)) or not values else " / ".join(f"{v:+.2f}" for v in values)
+
     for name, settings in levers.items():
         runs = [r for r in results if r["lever"] == name]
         if not runs:
             continue
-        mean = {key: float(np.mean([r[key] for r in runs])) for key in ("psnr", "ssim_3d", "projection_error")}
-        gains = [r["psnr"] - first[r["seed"]] for r in runs if r["seed"] in first]
-        gain = "-" if name == next(iter(levers)) or not gains else " / ".join(f"{g:+.2f}" for g in gains)
+        mean = {key: float(np.mean([r[key] for r in runs])) for key in SCORES}
         epochs, minutes = (_each(runs, key) for key in ("epochs", "cpu_seconds"))
-        cells = [name, " ".join(f"`{s}`" for s in settings) or "-", str(len(runs)), f"{mean['psnr']:.2f}", gain]
-        cells += [f"{mean['ssim_3d']:.3f}", f"{100 * mean['projection_error']:.1f} %", epochs, minutes]
-        cells += ["; ".join(sorted({r["machine"] for r in runs})), max(r["date"] for r in runs)]
+        cells = [
+            name,
+            " ".join(f"`{s}`" for s in settings) or "-",
+            str(len(runs)),
+            f"{mean['psnr']:.2f}",
+            gains(runs, "psnr"),
+        ]
+        cells += [f"{mean['ssim_3d']:.3f}", f"{100 * mean['projection_error']:.1f} %"]
+        cells += [f"{mean['psnr_consistent']:.2f}", gains(runs, "psnr_consistent"), epochs, minutes]
         lines.append(f"| {' | '.join(cells)} |")
     runs = sorted(results, key=lambda r: (list(levers).index(r["lever"]), r["seed"]))
     commands = [f"{r['command']}  # {r['lever']}" for r in runs]
-    return "\n".join([*lines, "", "Commands:", "", "```bash", *commands, "```"])
+    machines = "; ".join(sorted({r["machine"] for r in results}))
+    dates = sorted({r["date"] for r in results})
+    where = f"{machines}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
+    return "\n".join([*lines, "", f"{where}. Commands:", "", "```bash", *commands, "```"])
 
 
 def _each(runs: list[dict], key: str) -> str:
@@ -221,7 +245,7 @@ def main(argv=None) -> int:
     levers = read_levers(args.levers, args.only)
     if not args.report:
         for settings in levers.values():  # before the first run
-            load_config(EnhancedConfig, args.config, [*args.set, *settings])
+            load_config(EnhancedConfig, args.config, [*args.set, *without_init(settings)])
         for name, settings in levers.items():
             run_lever(args, name, settings)
     report(args)

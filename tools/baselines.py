@@ -136,6 +136,8 @@ def read_config(args) -> EnhancedConfig:
         raise InputError("model.seen_channel is true; a baseline reads pixels alone: expected false")
     if config.model.passes > 1:
         raise InputError(f"model.passes is {config.model.passes}; a baseline has a single pass: expected 1")
+    if config.model.upsampling != "trilinear":
+        raise InputError(f"model.upsampling is {config.model.upsampling}; a baseline has its own: expected trilinear")
     if config.model.layout_head != "off":
         raise InputError(f"model.layout_head is {config.model.layout_head}; a baseline has no such head: expected off")
     if args.baseline == "mean":

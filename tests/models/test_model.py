@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from losses import EnhancedLoss
@@ -317,3 +318,19 @@ def test_without_the_seen_channel_weights_and_shapes_stay():
     for shape in ((1, 2, 3, 64, 64), (1, 3, 64, 64), (2, 64, 64)):
         with pytest.raises(ValueError, match=r"expected \(B, 2, H, W\).*or \(B, 2, 2, H, W\): of each view pixels"):
             other(torch.rand(shape))
+
+
+def test_learned_upsampling_is_a_network_of_its_own():
+    torch.manual_seed(0)
+    fixed, learned = (EnhancedDirectModel(**TINY_MODEL, upsampling=name) for name in ("trilinear", "learned"))
+    xrays = torch.rand(1, 2, 64, 64)
+    volume, aux = learned(xrays)
+    assert volume.shape == fixed(xrays)[0].shape
+    assert [tuple(v.shape) for v in aux.values()] == [tuple(v.shape) for v in fixed(xrays)[1].values()]
+    coarse = torch.randn(1, learned.decoder[0].reduce.in_channels, 2, 2, 2)
+    moved = learned.decoder[0].reduce(F.pad(coarse, (1, 0) * 3))[..., 2:, 2:, 2:]  # a coarse cell further: two cells
+    assert torch.allclose(moved, learned.decoder[0].reduce(coarse), atol=1e-5)
+    volume.sum().backward()
+    assert all(stage.reduce.weight.grad is not None for stage in learned.decoder)
+    with pytest.raises(InputError, match=r"model\.upsampling is 'cubic'; expected one of trilinear, learned"):
+        EnhancedDirectModel(**TINY_MODEL, upsampling="cubic")

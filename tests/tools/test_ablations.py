@@ -10,7 +10,7 @@ from model_enhanced import load_base_model
 from tests.helpers.runs import TINY
 from tests.helpers.tiny_data import make_dataset
 from tools import ablations
-from xray2ct.checkpoints import load_checkpoint
+from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
 from xray2ct.files import InputError, read_json, write_json
 from xray2ct.metrics import psnr
 
@@ -23,13 +23,16 @@ def page(folder):
 
 def test_levers_train_at_equal_budget_are_scored_and_go_on(tmp_path):
     root, levers, output = make_dataset(tmp_path / "data"), tmp_path / "levers.json", tmp_path / "out"
-    write_json(levers, {"plain": [], "layout": ["model.layout_head=half", "loss.layout_weight=0.1"]})
+    from_plain = "--init={output}/plain-seed{seed}/best_model.pt"
+    write_json(
+        levers, {"plain": [], "layout": ["model.layout_head=half", "loss.layout_weight=0.1"], "on": [from_plain]}
+    )
     write_json(tmp_path / "config.json", {})
     settings = [word for text in [s for s in TINY if "num_epochs" not in s] for word in ("--set", text)]
     words = ["--levers", str(levers), "--data", str(root), "--config", str(tmp_path / "config.json"), *settings]
     words += ["--output", str(output), "--table", str(page(tmp_path)), "--set", "world_size=1", "--epochs", "1"]
     assert ablations.main(words) == 0
-    results = {name: read_json(output / f"{name}-seed0.json") for name in ("plain", "layout")}
+    results = {name: read_json(output / f"{name}-seed0.json") for name in ("plain", "layout", "on")}
     assert load_checkpoint(output / "layout-seed0" / "best_model.pt")["model_config"]["layout_head"] == "half"
     model, _ = load_base_model(output / "plain-seed0" / "best_model.pt")
     item = PatientDataset(root, "val", 16, 64)[0]
@@ -39,6 +42,11 @@ def test_levers_train_at_equal_budget_are_scored_and_go_on(tmp_path):
     rendered = PatientDataset(root, "val", 16, 64).acquisition.render(volume, (64, 64))[0]
     error = ((rendered - item["xrays"]).square().sum() / item["xrays"].square().sum()).sqrt().item()
     assert results["plain"]["projection_error"] == pytest.approx(error, rel=1e-3)
+    assert f"--init={output}/plain-seed0/best_model.pt" in results["on"]["command"]
+    start = load_checkpoint(output / "plain-seed0" / "best_model.pt")
+    begun = load_checkpoint(output / "on-seed0" / "best_model.pt")["init"]
+    assert begun["fingerprint"].startswith(weights_fingerprint(start["model_state_dict"])[:8])
+    assert results["plain"]["psnr_consistent"] > results["plain"]["psnr"]
     assert results["layout"]["cpu_seconds"] > 0
     assert "layout_head=half" in results["layout"]["command"]
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
@@ -55,7 +63,14 @@ def test_levers_train_at_equal_budget_are_scored_and_go_on(tmp_path):
 
 
 def result(lever, seed, value):
-    scores = {"psnr": value, "ssim_3d": 0.5, "projection_error": 0.034, "epochs": 3, "cpu_seconds": 90.0}
+    scores = {
+        "psnr": value,
+        "ssim_3d": 0.5,
+        "projection_error": 0.034,
+        "psnr_consistent": value + 1,
+        "epochs": 3,
+        "cpu_seconds": 90.0,
+    }
     about = {"machine": "CPU", "date": "2026-11-28", "command": f"python train {lever} {seed}"}
     return {"lever": lever, "seed": seed, **scores, **about}
 
@@ -69,9 +84,10 @@ def test_the_report_pairs_seeds_and_writes_the_table_alone(tmp_path):
     lines = table.read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert rows[2:] == [
-        "| plain | - | 2 | 20.50 | - | 0.500 | 3.4 % | 3 / 3 | 2 / 2 | CPU | 2026-11-28 |",
-        "| other | `a.b=1` | 2 | 20.70 | +0.50 / -0.10 | 0.500 | 3.4 % | 3 / 3 | 2 / 2 | CPU | 2026-11-28 |",
+        "| plain | - | 2 | 20.50 | - | 0.500 | 3.4 % | 21.50 | - | 3 / 3 | 2 / 2 |",
+        "| other | `a.b=1` | 2 | 20.70 | +0.50 / -0.10 | 0.500 | 3.4 % | 21.70 | +0.50 / -0.10 | 3 / 3 | 2 / 2 |",
     ]
+    assert "CPU; 2026-11-28. Commands:" in lines
     assert "python train other 1  # other" in lines
 
 
@@ -81,6 +97,7 @@ def test_the_report_pairs_seeds_and_writes_the_table_alone(tmp_path):
         ([], "expected an object of at least one lever"),
         ({"../x": []}, "is no name for a folder"),
         ({"x": "model.passes=2"}, "expected a list of settings"),
+        ({"x": ["--output=x"]}, "x has '--output=x'; expected settings, or --init=WEIGHTS"),
     ],
 )
 def test_levers_that_are_none_are_named(tmp_path, content, message):

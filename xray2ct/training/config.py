@@ -37,6 +37,7 @@ class ModelConfig:
     freeze_first_pass: bool = False  # train the second pass alone, on the weights of --init
     # Training alone: tell air, lung, fat, soft tissue and bone apart, at half or full resolution (loss.layout_weight)
     layout_head: str = setting("off", choices=("off", "half", "full"))
+    upsampling: str = setting("trilinear", choices=("trilinear", "learned"))  # of the decoder's features
 
 
 @dataclass
