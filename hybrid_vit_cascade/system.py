@@ -15,6 +15,7 @@ from xray2ct.checkpoints import weights_fingerprint
 from xray2ct.evaluation.statistics import expected_coverage
 from xray2ct.inference.precision import CHECKED, fall_back_where_wrong, precision_name
 from xray2ct.inference.predictor import TRILINEAR, LoadedCheckpoint, Method, Predictor
+from xray2ct.inference.sample_calibration import NAME, SampleCalibration, read_sample_calibration
 from xray2ct.inference.system import pick_device
 from xray2ct.models.blocks import upsample
 
@@ -24,7 +25,8 @@ class CascadeSystem(Predictor):
 
     samples: None for the one-step posterior mean, else the number of samples to average, of ``steps`` steps each.
     After :meth:`predict`, ``std`` is the standard deviation (B, 1, D, H, W) of two or more samples in units of [0, 1],
-    else None. The same seed gives the same volume. progress: wraps the iterable of steps.
+    else None, as the samples have it: :meth:`sample_calibration` says by how much it is off. The same seed gives the
+    same volume. progress: wraps the iterable of steps.
     """
 
     name = "the cascade"
@@ -93,6 +95,21 @@ class CascadeSystem(Predictor):
     def item_generator(self, item: dict) -> torch.Generator:
         """Generator that follows from the seed and the patient's id alone."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(str(item.get("id", "")).encode()))
+
+    def sampling(self) -> dict:
+        """How samples are drawn, as far as their spread depends on it; JSON-ready."""
+        return {"steps": self.steps}
+
+    def sample_calibration(self, consistency: dict | None) -> SampleCalibration | None:
+        if self.samples is None or self.samples < 2:
+            return None
+        path, weights = Path(self.cascade.origin) / NAME, self.checkpoints()[0].weights
+        assert isinstance(weights, dict)
+        found, why = read_sample_calibration(path, weights, self.samples, self.sampling(), consistency)
+        note = f"the standard deviation is not calibrated: {why}"
+        if found is None and note not in self.notes:
+            self.notes.append(note)
+        return found
 
     def checkpoints(self) -> list[LoadedCheckpoint]:
         weights = {stage.name: weights_fingerprint(stage.model.state_dict()) for stage in self.cascade.stages}

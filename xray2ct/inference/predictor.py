@@ -11,6 +11,7 @@ from torch import nn
 
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry
+from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.training.precision import Precision
 
 # Turns a data set's item into a volume (D, H, W) in [0, 1], on the CPU. One that has a standard deviation, too, leaves
@@ -65,6 +66,13 @@ class Predictor(ABC):
     def own_methods(self, methods: dict[str, Method]) -> list[str]:
         """Which of :meth:`methods` are the system's own volumes; the others are its parts and ceilings."""
         return list(methods)[:1]
+
+    def sample_calibration(self, consistency: dict | None) -> SampleCalibration | None:
+        """The calibration of ``std`` for volumes of this consistency (:func:`consistency.how_of`), where there is one.
+
+        Why there is none is added to ``notes``. Raises :class:`InputError` naming the file for one of other weights.
+        """
+        return None
 
     def predict_item(self, item: dict) -> torch.Tensor:
         """:meth:`predict` for a data set's item."""

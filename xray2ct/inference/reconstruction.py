@@ -21,8 +21,9 @@ from xray2ct.imaging.film_sides import FilmOptions
 from xray2ct.imaging.read_films import FilmWarning, read_films
 from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.imaging.xray_scale import OWN_LEVELS, REFERENCE_PERCENTILES
-from xray2ct.inference.consistency import make_consistent, steps_of
+from xray2ct.inference.consistency import how_of, make_consistent, steps_of
 from xray2ct.inference.predictor import Predictor, check_view_count
+from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.inference.system import DirectSystem
 from xray2ct.weights import DEFAULT, both_stages
 
@@ -122,11 +123,20 @@ class Pipeline:
         hu = np.rint(unit_to_hu(volume.numpy(), self.hu_window)).astype(np.int16)
         return hu, cube_affine((0.0, 0.0, 0.0), self.system.geometry.fov_mm, hu.shape[0])
 
+    @cached_property
+    def calibration(self) -> SampleCalibration | None:
+        """Of the standard deviation of samples, where the checkpoint has one for volumes made like these."""
+        return self.system.sample_calibration(how_of(self.consistency_steps))
+
     def std_hu(self) -> np.ndarray:
-        """Standard deviation of the last prediction in HU, float32 (D, H, W), of a system that has one."""
+        """Standard deviation of the last prediction in HU, float32 (D, H, W), of a system that has one.
+
+        Times the factor of ``calibration``, where there is one.
+        """
         assert self.system.std is not None, "the last prediction has no standard deviation"
         low, high = self.hu_window
-        return (self.system.std[0, 0] * (high - low)).numpy()
+        factor = 1.0 if self.calibration is None else self.calibration.factor
+        return (self.system.std[0, 0] * ((high - low) * factor)).numpy()
 
     def __call__(self, pa: XraySource, lateral: XraySource | None = None, **options) -> tuple[np.ndarray, np.ndarray]:
         """X-rays -> ``(HU int16 (D, H, W), affine)``; options as in :meth:`read`.
