@@ -16,7 +16,7 @@ from dataset import PatientDataset
 from hybrid_vit_cascade import inference
 from hybrid_vit_cascade.cascade import Cascade, Stage, to_signed, to_unit
 from hybrid_vit_cascade.diffusion import Schedule, draw_noise, resolution_shift, sample
-from hybrid_vit_cascade.system import CascadeSystem
+from hybrid_vit_cascade.system import CascadeSystem, load_cascade_system
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import run
 from tests.helpers.tiny_cascade import make_cascade
@@ -25,6 +25,7 @@ from xray2ct.checkpoints import load_checkpoint, save_checkpoint, weights_finger
 from xray2ct.evaluation.statistics import coverage, expected_coverage
 from xray2ct.files import InputError, read_json, write_json
 from xray2ct.geometry.projector import Geometry
+from xray2ct.inference.sample_calibration import SampleCalibration
 
 
 @pytest.fixture(scope="module")
@@ -383,6 +384,34 @@ def test_the_mean_and_standard_deviation_of_samples_are_written(root, folder, xr
     assert nib.load(spread).get_data_dtype() == np.float32
     assert np.array_equal(nib.load(spread).affine, nib.load(output).affine)
     assert "mean of 3 samples of 2 steps, seed 5" in capsys.readouterr().out
+
+
+def test_a_calibrated_standard_deviation_is_the_samples_times_its_factor(root, tmp_path, capsys):
+    folder = make_cascade(tmp_path / "cascade", root, stages=1)
+    options = ("--samples", "4", "--steps", "2", "--save-std", str(tmp_path / "std.nii.gz"))
+    inference.main(command(root, folder, tmp_path / "out.nii.gz", *options))
+    output, notes = capsys.readouterr()
+    assert "(as the samples have it)" in output
+    assert "note: the standard deviation is not calibrated: there is no" in notes
+    plain = nib.load(tmp_path / "std.nii.gz").get_fdata()
+    weights = load_cascade_system(folder).checkpoints()[0].weights
+    calibration = SampleCalibration(4, 1.5, 2.4, 1.2, {"steps": 2}, None, weights)
+    write_json(folder / "std_calibration.json", calibration.to_dict())
+    inference.main(command(root, folder, tmp_path / "out.nii.gz", *options))
+    output, notes = capsys.readouterr()
+    assert "(1.50 times that of the samples, as calibrated); 95 % of errors lie within 2.40 of them" in output
+    assert "not calibrated" not in notes
+    assert np.allclose(nib.load(tmp_path / "std.nii.gz").get_fdata(), 1.5 * plain, rtol=1e-5)
+    pipeline = inference.load_cascade_pipeline(folder, samples=2, steps=2, device="cpu")
+    pipeline(*files(root))
+    low, high = pipeline.hu_window
+    factor = calibration.for_samples(2).factor
+    assert np.allclose(pipeline.std_hu(), pipeline.system.std[0, 0].numpy() * (high - low) * factor, rtol=1e-5)
+    write_json(folder / "std_calibration.json", {**calibration.to_dict(), "weights": {"low": "others"}})
+    with pytest.raises(InputError, match="is of other weights of stage low"):
+        inference.main(command(root, folder, tmp_path / "refused.nii.gz", *options))
+    assert not (tmp_path / "refused.nii.gz").exists()
+    inference.main(command(root, folder, tmp_path / "mean.nii.gz"))  # which has no standard deviation
 
 
 def test_a_single_sample_follows_from_its_seed(root, folder, tmp_path):

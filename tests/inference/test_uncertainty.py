@@ -5,12 +5,20 @@ import json
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 import reconstruct
+from dataset import PatientDataset
 from tests.helpers.tiny_data import make_checkpoint, make_dataset
 from tools import calibrate
+from xray2ct.evaluation.protocols import scanned_body
 from xray2ct.files import InputError, read_json, write_json
+from xray2ct.geometry.projector import unit_to_hu
+from xray2ct.inference.consistency import STEPS, how_of
+from xray2ct.inference.reconstruction import Pipeline
+from xray2ct.inference.system import DirectSystem
 from xray2ct.inference.uncertainty import Calibration, calibration_path, fit, local_contrast, read_calibration
+from xray2ct.weights import find
 
 
 def test_contrast_is_the_standard_deviation_of_27_voxels():
@@ -83,6 +91,33 @@ def test_calibrate_and_reconstruct(trained, tmp_path, capsys):
     assert set(np.unique(std)) <= set(np.float32(np.asarray(found["std_hu"])).ravel())
 
 
+def test_the_shipped_table_is_of_the_volumes_that_are_written_by_default():
+    record = read_json(find("chest64").with_suffix(".json"))
+    assert read_calibration("chest64", [record["fingerprint"]], how_of(STEPS)).factor95 > 2
+
+
+def test_the_table_is_of_volumes_with_the_consistency_asked_for(trained, tmp_path):
+    root, base = trained
+    options = ["--base", str(base), "--data", str(root), "--splits", "test", "--consistency"]
+    paths = {steps: tmp_path / f"{steps}.json" for steps in ("off", "auto", "3")}
+    for steps, path in paths.items():
+        calibrate.main([*options, steps, "--output", str(path)])
+    found = {steps: read_json(path) for steps, path in paths.items()}
+    assert found["off"]["consistency"] is found["auto"]["consistency"] is None  # 16^3: not validated
+    assert found["3"]["consistency"] == how_of(3)
+    assert found["off"]["std_hu"] == found["auto"]["std_hu"] != found["3"]["std_hu"]
+    data = PatientDataset(root, "test", 16, 64)
+    pipeline, errors = Pipeline(DirectSystem(base), 3), []
+    for item in data:
+        body = scanned_body(item["ct_volume"][0], item["mask"][0], data.hu_window, 360.0)
+        volume = unit_to_hu(pipeline.predict(item["xrays"]), data.hu_window)
+        std = Calibration(**{key: found["3"][key] for key in Calibration.__dataclass_fields__}).std(volume.numpy())
+        errors.append(
+            ((volume - unit_to_hu(item["ct_volume"][0], data.hu_window)).abs() <= torch.from_numpy(std))[body]
+        )
+    assert torch.cat(errors).double().mean() == pytest.approx(0.6827, abs=0.001)
+
+
 def test_wrong_calibrations_and_options_are_refused(trained, tmp_path):
     _, base = trained
     path = tmp_path / "base.pt"
@@ -99,6 +134,13 @@ def test_wrong_calibrations_and_options_are_refused(trained, tmp_path):
     refused("is of the weights other, these are abc", weights=["other"])
     refused("is not what tools/calibrate.py writes", std_hu=[[1.0, 2.0]])
     refused("is not what tools/calibrate.py writes", format=2)
+    refused(r"is of volumes with projection consistency \(steps 4, weight 0.12, .*one of plain", consistency=how_of(4))
+    write_json(calibration_path(path), {key: value for key, value in good.items() if key != "consistency"})
+    assert read_calibration(path, ["abc"]).consistency is None  # as files before there was a choice
+    with pytest.raises(
+        InputError, match=r"is of plain predictions, this would be one of volumes with.*--consistency 4"
+    ):
+        read_calibration(path, ["abc"], how_of(4))
     calibration_path(path).write_text(json.dumps([1]))
     with pytest.raises(InputError, match="is not what"):
         read_calibration(path, ["abc"])

@@ -104,9 +104,10 @@ def read_sample_calibration(
     found = read_json(path)
     try:
         entries = {key: found[key] for key in SampleCalibration.__dataclass_fields__}
-        numbers = [float(entries[key]) for key in ("samples", "factor", "factor95")] + [1 + entries["spread_ratio"]]
+        numbers = entries["factor"], entries["factor95"], 1 + entries["spread_ratio"]
         usable = found["format"] == FORMAT and all(0 < number < math.inf for number in numbers)
-        usable = usable and isinstance(entries["weights"], dict) and int(entries["samples"]) >= 2
+        usable &= isinstance(entries["weights"], dict) and isinstance(entries["sampling"], dict)
+        usable &= isinstance(entries["samples"], int) and entries["samples"] >= 2
     except (KeyError, TypeError, ValueError):
         usable = False
     if not usable:
