@@ -22,10 +22,12 @@ from tests.helpers.runs import run
 from tests.helpers.tiny_cascade import make_cascade
 from tests.helpers.tiny_data import make_checkpoint
 from xray2ct.checkpoints import load_checkpoint, save_checkpoint, weights_fingerprint
+from xray2ct.evaluation.spectrum import compare_spectra
 from xray2ct.evaluation.statistics import coverage, expected_coverage
 from xray2ct.files import InputError, read_json, write_json
 from xray2ct.geometry.projector import Geometry
 from xray2ct.inference.sample_calibration import SampleCalibration
+from xray2ct.metrics import psnr
 
 
 @pytest.fixture(scope="module")
@@ -608,6 +610,19 @@ def test_the_pages_options_exist_and_its_figures_are_right(capsys):
         for cell, (shift, sd) in zip(cells, product((1.0, resolution_shift(128)), (0.05, 0.25))):
             error = spread_of_samples(int(steps.split()[0]), shift, sd) / sd - 1
             assert float(cell.removesuffix(" %")) == pytest.approx(100 * error, abs=0.6)
+
+
+def test_the_page_s_price_of_sharpness_is_that_of_a_perfect_model():
+    """Detail of which the X-rays say nothing: truth and samples are independent, the posterior mean is empty."""
+    noise = torch.randn(17, 48, 48, 48, generator=torch.Generator().manual_seed(0)) / 100
+    truth, draws = noise[0], noise[1:]
+    rows = table_of((ROOT / "hybrid_vit_cascade" / "INFERENCE.md").read_text(encoding="utf-8"), "mean of")
+    assert len(rows) == 4
+    for name, cells in rows.items():
+        mean = draws[: int(name.split()[0])].mean(dim=0)
+        price = psnr(mean, truth) - psnr(torch.zeros_like(truth), truth)
+        assert float(cells[0]) == pytest.approx(price, abs=0.05)
+        assert float(cells[1]) == pytest.approx(compare_spectra(mean, truth)["fine_power_db"], abs=0.15)
 
 
 def spread_of_samples(steps, shift, sd):
