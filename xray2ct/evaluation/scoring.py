@@ -131,7 +131,8 @@ class Observer:
             self._draw(item, volume, scores)
         if self.report is not None:
             self.report.observe(method, item, volume, scores)
-        std = getattr(self.methods[method.removesuffix(CONSISTENT)], "std", None)
+        plain = self.methods.get(method.removesuffix(CONSISTENT))  # none for cubic_consistent, an upsampling
+        std = getattr(plain, "std", None)
         if std is not None and self.data.xrays != "film":  # whose volumes have no voxel-wise truth
             # In the air around the body every sample is right, which would flatter the standard deviation.
             shares = self._coverage(method, volume, std, item["ct_volume"][0], item["body"])
