@@ -114,6 +114,8 @@ def main(argv=None) -> int:
         std = pipeline.std_hu()
         write_volume(args.save_std, std, affine, origin=pipeline.origin)
         print(f"{args.save_std}: standard deviation, {std.mean():.1f} HU on average{_calibrated(calibration)}")
+        if pipeline.measured:
+            print(f"note: {args.save_std} does not hold what films and scouts add to the errors", file=sys.stderr)
     return 0
 
 

@@ -84,10 +84,16 @@ def test_calibrate_and_reconstruct(trained, tmp_path, capsys):
     assert [row["id"] for row in found["checked"]["rows"]] == ["p5"]
     capsys.readouterr()
     assert reconstruct.main(options) == 0
-    printed = capsys.readouterr().out
+    printed, notes = capsys.readouterr()
+    assert "films and scouts" not in notes  # renderings, as the table's
     std, ct = (np.asarray(nibabel.load(tmp_path / f"{name}.nii.gz").dataobj) for name in ("std", "ct"))
     assert std.shape == ct.shape == (16, 16, 16)
     assert f"std.nii.gz: standard deviation, {std.mean():.1f} HU on average" in printed
+    with pytest.raises(InputError, match=r"is of plain predictions, .*; expected --consistency off, or run tools"):
+        reconstruct.main([*options[:-3], str(tmp_path / "other.nii.gz"), *options[-2:], "--consistency", "3"])
+    assert not (tmp_path / "other.nii.gz").exists()
+    assert reconstruct.main([*options, "--xray-normalization", "percentile"]) == 0
+    assert "std.nii.gz does not hold what films and scouts add" in capsys.readouterr().err
     assert set(np.unique(std)) <= set(np.float32(np.asarray(found["std_hu"])).ravel())
 
 
@@ -134,12 +140,14 @@ def test_wrong_calibrations_and_options_are_refused(trained, tmp_path):
     refused("is of the weights other, these are abc", weights=["other"])
     refused("is not what tools/calibrate.py writes", std_hu=[[1.0, 2.0]])
     refused("is not what tools/calibrate.py writes", format=2)
-    refused(r"is of volumes with projection consistency \(steps 4, weight 0.12, .*one of plain", consistency=how_of(4))
+    refused("is not what tools/calibrate.py writes", consistency="auto")
+    refused(r"is of volumes with projection consistency \(steps 4, weight 0.12, .*not of plain", consistency=how_of(4))
+    write_json(calibration_path(path), {**good, "consistency": {**how_of(4), "weight": 0.5}})
+    with pytest.raises(InputError, match=r"body_spread_hu 140.0\); run tools/calibrate\.py --consistency 4 for these"):
+        read_calibration(path, ["abc"], how_of(4))
     write_json(calibration_path(path), {key: value for key, value in good.items() if key != "consistency"})
     assert read_calibration(path, ["abc"]).consistency is None  # as files before there was a choice
-    with pytest.raises(
-        InputError, match=r"is of plain predictions, this would be one of volumes with.*--consistency 4"
-    ):
+    with pytest.raises(InputError, match=r"is of plain predictions, not of volumes with.*expected --consistency off"):
         read_calibration(path, ["abc"], how_of(4))
     calibration_path(path).write_text(json.dumps([1]))
     with pytest.raises(InputError, match="is not what"):

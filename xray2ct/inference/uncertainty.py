@@ -126,6 +126,7 @@ def read_calibration(checkpoint, weights: list[str], consistency: dict | None = 
         shape = np.asarray(entries["std_hu"], dtype=np.float64).shape
         expected = tuple(len(entries[key]) + 1 for key in ("value_edges", "contrast_edges"))
         usable = found["format"] == FORMAT and shape == expected and float(entries["factor95"]) > 0
+        usable &= entries["consistency"] is None or entries["consistency"]["steps"] > 0
     except (KeyError, TypeError, ValueError):
         usable = False
     if not usable:
@@ -138,9 +139,10 @@ def read_calibration(checkpoint, weights: list[str], consistency: dict | None = 
             " tools/calibrate.py for them"
         )
     if entries["consistency"] != consistency:
-        wanted = "off" if consistency is None else consistency["steps"]
+        made, wanted = (one["steps"] if one else "off" for one in (entries["consistency"], consistency))
+        hint = f"expected --consistency {made}, or run" if made != wanted else "run"
         raise InputError(
-            f"{path}: is of {_volumes(entries['consistency'])}, this would be one of {_volumes(consistency)};"
-            f" expected the same --consistency, or run tools/calibrate.py with --consistency {wanted}"
+            f"{path}: is of {_volumes(entries['consistency'])}, not of {_volumes(consistency)};"
+            f" {hint} tools/calibrate.py --consistency {wanted} for these"
         )
     return Calibration(**entries)
