@@ -18,7 +18,7 @@ from xray2ct.evaluation.scoring import BASELINE, Observer, differences, mean_met
 from xray2ct.evaluation.statistics import summarise
 from xray2ct.evaluation.tables import note_other_truth, read_rows, write_rows
 from xray2ct.files import InputError, is_plain_name, read_json, replaced_together, write_json
-from xray2ct.inference.consistency import CONSISTENT, how_of, steps_of, with_consistent
+from xray2ct.inference.consistency import CONSISTENT, how_of, refuse_measured, steps_of, with_consistent
 from xray2ct.inference.predictor import LoadedCheckpoint, Predictor
 from xray2ct.training.config import config_hash
 from xray2ct.training.run_identity import VOLUMES
@@ -51,9 +51,10 @@ def evaluate(
     for note in predictor.notes:
         print(f"note: {note}")
     data, training, seen, notes = open_data(predictor, root, split, cache_dir, allow_seen, xrays)
+    measured = xrays != "drr" or not data.has_manifest
+    refuse_measured(predictor, measured)
     methods = predictor.methods()
     if steps:
-        measured = xrays != "drr" or not data.has_manifest
         methods = with_consistent(predictor, methods, steps, measured)
     first = next(iter(methods))
     plain = None if compare_method else first.removesuffix(CONSISTENT)  # all that earlier files have
