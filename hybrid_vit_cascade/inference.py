@@ -36,6 +36,7 @@ from xray2ct.inference.batch import (
     reconstruct_folder,
     reconstruct_one,
 )
+from xray2ct.inference.consistency import add_data_consistency_argument
 from xray2ct.inference.reconstruction import Pipeline
 from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.progress import progress_bar
@@ -45,8 +46,9 @@ def load_cascade_pipeline(checkpoint, *args, consistency: int | str = "auto", **
     """Load a cascade's checkpoint folder for reconstruction: ``volume_hu, affine = pipeline("PA.png", "LAT.png")``.
 
     PA alone for a cascade of one view. Options: ``samples``, ``steps``, ``seed``, ``max_stages``, ``device``,
-    ``precision``, as :func:`system.load_cascade_system`; ``consistency`` as :class:`Pipeline`. With ``samples`` of 2 or
-    more ``pipeline.std_hu()`` is the standard deviation, calibrated where ``pipeline.calibration`` is there.
+    ``precision``, ``data_consistency``, as :func:`system.load_cascade_system`; ``consistency`` as :class:`Pipeline`.
+    With ``samples`` of 2 or more ``pipeline.std_hu()`` is the standard deviation, calibrated where
+    ``pipeline.calibration`` is there.
     """
     return Pipeline(load_cascade_system(checkpoint, *args, **options), consistency)
 
@@ -64,6 +66,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples' noise (default %(default)s)")
     parser.add_argument("--max-stages", type=int, help="stop after this many stages")
+    add_data_consistency_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -101,7 +104,14 @@ def main(argv=None) -> int:
     check_args(args)
     steps = DEFAULT_STEPS if args.steps is None else args.steps
     system = load_cascade_system(
-        args.checkpoint, args.samples, steps, args.seed, args.max_stages, args.device, args.precision
+        args.checkpoint,
+        args.samples,
+        steps,
+        args.seed,
+        args.max_stages,
+        args.device,
+        args.precision,
+        args.data_consistency,
     )
     system.progress = partial(progress_bar, desc="Sampling", unit="steps", leave=False)
     pipeline = Pipeline(system, args.consistency)

@@ -33,7 +33,14 @@ from xray2ct.evaluation.statistics import expected_coverage, summarise
 from xray2ct.files import InputError, check_writable, run_cli, write_json
 from xray2ct.geometry.projector import unit_to_hu
 from xray2ct.inference import sample_calibration, uncertainty
-from xray2ct.inference.consistency import add_consistency_argument, how_of, make_consistent, steps_of
+from xray2ct.inference.consistency import (
+    add_consistency_argument,
+    add_data_consistency_argument,
+    how_of,
+    make_consistent,
+    refuse_measured,
+    steps_of,
+)
 from xray2ct.inference.predictor import Predictor
 from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.inference.system import DirectSystem
@@ -73,7 +80,7 @@ class CascadeCalibrator:
     """The cascade's calibration: a factor on the standard deviation of its samples."""
 
     def __init__(self, args: argparse.Namespace):
-        options = {"max_stages": args.max_stages, "device": args.device}
+        options = {"max_stages": args.max_stages, "device": args.device, "data_consistency": args.data_consistency}
         self.system = load_cascade_system(args.cascade, args.samples, args.steps, args.seed, **options)
         self.system.progress = partial(progress_bar, desc="Sampling", unit="steps", leave=False)
         self.output = Path(args.cascade) / sample_calibration.NAME
@@ -144,6 +151,7 @@ def coverage_of(ratio: np.ndarray, factor95: float) -> dict[str, float]:
 def voxels_of(calibrator, split: str, steps: int, args: argparse.Namespace, title: str) -> dict[str, np.ndarray]:
     """:func:`body_voxels` of each patient of a split, by id."""
     data = open_split(calibrator.system, args.data, split, args.cache_dir)
+    refuse_measured(calibrator.system, not data.has_manifest)
     bar = progress_bar(range(len(data)), desc=f"{title} on {split}", unit="patients")
     return {data.ids[index]: body_voxels(calibrator, data, index, steps) for index in bar}
 
@@ -173,6 +181,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="cascade: of the samples' noise (default %(default)s)")
     parser.add_argument("--max-stages", type=int, help="cascade: stop after this many stages")
+    add_data_consistency_argument(parser)
     args = parser.parse_args(argv)
     if args.check in args.splits:
         parser.error(f"--check {args.check}: is one of --splits; expected patients that are not calibrated on")
@@ -180,6 +189,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--refinement belongs to --base, not to --cascade")
     if args.samples < 2:
         parser.error(f"--samples {args.samples}: one sample has no standard deviation; expected at least 2")
+    if args.data_consistency and not args.cascade:
+        parser.error("--data-consistency belongs to --cascade")
     return args
 
 

@@ -98,10 +98,12 @@ def test_coverage_of_calibrated_standard_deviations(root, tmp_path, capsys):
         assert calibrate.main([*calibration, "--consistency", consistency]) == 0
         found = read_json(folder / "std_calibration.json")
         assert found["patients"] == ["p4", "p5"]
+        assert found["sampling"] == {"steps": 2, "data_consistency": 0}
         assert found["checked"]["rows"][0]["id"] == "p3"
         capsys.readouterr()
         run(root, folder, tmp_path / "scored", *options, "--consistency", consistency)
         printed = capsys.readouterr().out
+        assert "note: the standard deviation was calibrated on p4, p5: its coverage says nothing" in printed
         result = json.loads((tmp_path / "scored" / "summary.json").read_text())["coverage"]
         assert result["method"] == method
         assert result["calibration"] == {"factor": found["factor"], "factor95": found["factor95"]}

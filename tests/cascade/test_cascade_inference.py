@@ -16,6 +16,7 @@ from dataset import PatientDataset
 from hybrid_vit_cascade import inference
 from hybrid_vit_cascade.cascade import Cascade, Stage, to_signed, to_unit
 from hybrid_vit_cascade.diffusion import Schedule, draw_noise, resolution_shift, sample
+from hybrid_vit_cascade.inference import load_cascade_pipeline
 from hybrid_vit_cascade.system import CascadeSystem, load_cascade_system
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import run
@@ -25,7 +26,9 @@ from xray2ct.checkpoints import load_checkpoint, save_checkpoint, weights_finger
 from xray2ct.evaluation.spectrum import compare_spectra
 from xray2ct.evaluation.statistics import coverage, expected_coverage
 from xray2ct.files import InputError, read_json, write_json
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import Geometry
+from xray2ct.inference.consistency import consistent
 from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.metrics import psnr
 
@@ -128,6 +131,42 @@ def test_the_spread_is_right_and_covers_the_truth():
     expected = expected_coverage(8)
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, abs=0.03)
+
+
+@pytest.mark.parametrize("views", [2, 1])
+def test_data_consistency_moves_every_estimate_towards_the_x_rays(views):
+    torch.manual_seed(0)
+    cascade = gaussian_cascade()
+    acquisition = Acquisition(cascade.geometry, cascade.hu_window, cascade.xray_scale)
+    truth = 0.3 + 0.3 * torch.rand(1, 1, 8, 8, 8)
+    xrays = acquisition.render(truth, (8, 8))[:, :views]
+    for stage in cascade.stages:
+        stage.model.num_views = views
+
+    def error(volume):
+        return (acquisition.render(volume, (8, 8))[:, :views] - xrays).norm() / xrays.norm()
+
+    def draw(steps):
+        return cascade.sample(xrays, steps, torch.Generator().manual_seed(0))
+
+    plain, mean = draw(20), cascade.posterior_mean(xrays, stages=1)
+    cascade.data_consistency = 4
+    guided = draw(20)
+    assert error(guided) < 0.2 * error(plain)
+    # A single step from pure noise has one estimate: its correction is that of the finished volume.
+    expected = consistent(mean, xrays, acquisition, 4)
+    assert torch.allclose(cascade.posterior_mean(xrays, stages=1), expected, atol=1e-6)
+    assert not torch.allclose(guided, consistent(plain, xrays, acquisition, 4), atol=1e-3)
+
+
+def test_films_are_no_x_rays_to_enforce_on_the_way(root, folder, tmp_path):
+    pipeline = load_cascade_pipeline(folder, data_consistency=2)
+    xrays = pipeline.read(*files(root))
+    assert pipeline.predict(xrays).isfinite().all()
+    with pytest.raises(InputError, match="--data-consistency is 2, but the X-rays are scouts or films"):
+        pipeline.predict(xrays, measured=True)
+    with pytest.raises(InputError, match="--data-consistency is -1; expected 0"):
+        load_cascade_pipeline(folder, data_consistency=-1)
 
 
 def test_samples_follow_from_the_seed(xrays, folder):
@@ -397,7 +436,7 @@ def test_a_calibrated_standard_deviation_is_the_samples_times_its_factor(root, t
     assert "note: the standard deviation is not calibrated: there is no" in notes
     plain = nib.load(tmp_path / "std.nii.gz").get_fdata()
     weights = load_cascade_system(folder).checkpoints()[0].weights
-    calibration = SampleCalibration(4, 1.5, 2.4, 1.2, {"steps": 2}, None, weights)
+    calibration = SampleCalibration(4, 1.5, 2.4, 1.2, {"steps": 2, "data_consistency": 0}, None, weights)
     write_json(folder / "std_calibration.json", calibration.to_dict())
     inference.main(command(root, folder, tmp_path / "out.nii.gz", *options))
     output, notes = capsys.readouterr()

@@ -84,7 +84,7 @@ def test_a_file_is_used_for_what_it_is_of_alone(tmp_path):
     with pytest.raises(InputError, match=r"other weights of stage high \(def, these are new\)"):
         read(weights={"low": "abc", "high": "new"})
     wrong = ({"format": 2}, {"factor": 0}, {"factor95": "wide"}, {"spread_ratio": None}, {"samples": 1})
-    for changes in (*wrong, {"weights": ["abc"]}, {"sampling": 25}):
+    for changes in (*wrong, {"weights": ["abc"]}, {"sampling": 25}, {"patients": 3}):
         write_json(path, {**good, **changes})
         with pytest.raises(InputError, match=r"is not what tools/calibrate\.py --cascade writes"):
             read_sample_calibration(path, WEIGHTS, 8, SAMPLING, None)

@@ -17,8 +17,9 @@ from xray2ct.evaluation.report import ReportCollector, choose_cases
 from xray2ct.evaluation.scoring import BASELINE, Observer, differences, mean_method, score_patients, summary_of
 from xray2ct.evaluation.tables import note_other_truth, read_rows, write_rows
 from xray2ct.files import InputError, is_plain_name, read_json, replaced_together, write_json
-from xray2ct.inference.consistency import CONSISTENT, how_of, steps_of, with_consistent
+from xray2ct.inference.consistency import CONSISTENT, how_of, refuse_measured, steps_of, with_consistent
 from xray2ct.inference.predictor import LoadedCheckpoint, Predictor
+from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.training.config import config_hash
 from xray2ct.training.run_identity import VOLUMES
 
@@ -51,10 +52,12 @@ def evaluate(
     for note in predictor.notes:
         print(f"note: {note}")
     data, training, seen, notes = open_data(predictor, root, split, cache_dir, allow_seen, xrays)
+    measured = xrays != "drr" or not data.has_manifest
+    refuse_measured(predictor, measured)
+    notes += calibration_notes(calibration, data)
     methods = predictor.methods()
     own = predictor.own_methods(methods)
     if steps:
-        measured = xrays != "drr" or not data.has_manifest
         methods = with_consistent(predictor, methods, steps, measured)
     first = next(iter(methods))
     plain = None if compare_method else first.removesuffix(CONSISTENT)  # all that earlier files have
@@ -128,6 +131,15 @@ def check_patients(data: PatientDataset, loaded: LoadedCheckpoint, split: str, a
             f" {len(seen)} were in its training set, but some may have chosen its best epoch"
         )
     return seen
+
+
+def calibration_notes(calibration: SampleCalibration | None, data: PatientDataset) -> list[str]:
+    """Which of the patients the standard deviation was calibrated on (printed)."""
+    known = [patient for patient in data.ids if calibration is not None and patient in calibration.patients]
+    text = f"the standard deviation was calibrated on {some(known)}: its coverage says nothing about other patients"
+    if known:
+        print(f"note: {text}")
+    return [text] if known else []
 
 
 def volume_notes(data: PatientDataset, loaded: LoadedCheckpoint) -> list[str]:

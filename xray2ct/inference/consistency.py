@@ -219,3 +219,24 @@ def add_consistency_argument(parser: argparse.ArgumentParser) -> None:
         help="conjugate-gradient steps towards a volume whose X-rays are the given ones, for scouts and films as far as"
         f" they fit; auto: {STEPS} for 64^3 volumes of the direct system, off for others (default auto)",
     )
+
+
+def add_data_consistency_argument(parser: argparse.ArgumentParser) -> None:
+    """``--data-consistency N``, of the cascade."""
+    parser.add_argument(
+        "--data-consistency",
+        type=int,
+        default=0,
+        metavar="N",
+        help="cascade: N conjugate-gradient steps towards the X-rays at each step of sampling, for X-rays as trained"
+        " with, not for films (default 0, off)",
+    )
+
+
+def refuse_measured(system: Predictor, measured: bool) -> None:
+    """:class:`InputError` where a system enforces X-rays on the way that are no renderings of its own geometry."""
+    if measured and system.data_consistency:
+        raise InputError(
+            f"--data-consistency is {system.data_consistency}, but the X-rays are scouts or films, which no volume"
+            " explains exactly; expected renderings, or --consistency, which weighs each view by how well it fits"
+        )

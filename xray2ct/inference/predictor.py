@@ -50,6 +50,7 @@ class Predictor(ABC):
     notes: list[str]  # for the user
     std: torch.Tensor | None = None  # standard deviation of the last predict (B, 1, D, H, W), where it has one
     expected_coverage: dict[str, float] | None = None  # of ``std``, for a perfect model
+    data_consistency: int = 0  # steps towards the X-rays within the prediction itself: the cascade's sampling
     consistency_validated: bool = False  # whether projection consistency made its volumes better: docs/consistency.md
 
     @abstractmethod

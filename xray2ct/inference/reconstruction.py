@@ -21,7 +21,7 @@ from xray2ct.imaging.film_sides import FilmOptions
 from xray2ct.imaging.read_films import FilmWarning, read_films
 from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.imaging.xray_scale import OWN_LEVELS, REFERENCE_PERCENTILES
-from xray2ct.inference.consistency import how_of, make_consistent, steps_of
+from xray2ct.inference.consistency import how_of, make_consistent, refuse_measured, steps_of
 from xray2ct.inference.predictor import Predictor, check_view_count
 from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.inference.system import DirectSystem
@@ -109,8 +109,9 @@ class Pipeline:
         measured: whether they are scouts or films and not renderings (None: as those read last). What projection
         consistency did is left in ``consistency_notes``.
         """
-        xrays = xrays.unsqueeze(0)
-        volume, measured = self.system.predict(xrays), self.measured if measured is None else measured
+        xrays, measured = xrays.unsqueeze(0), self.measured if measured is None else measured
+        refuse_measured(self.system, measured)
+        volume = self.system.predict(xrays)
         volume, self.consistency_notes = make_consistent(self.system, volume, xrays, self.consistency_steps, measured)
         return volume[0, 0]
 

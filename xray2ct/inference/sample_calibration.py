@@ -17,7 +17,7 @@ and c follows.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ class SampleCalibration:
     samples: K, of the calibration. factor: of K samples' standard deviation. factor95: multiple of the standard
     deviation, factor included, that covers 95.45 %. spread_ratio: c, see above. sampling: how samples are drawn (steps
     and the like). consistency: of their mean, as :func:`consistency.how_of` says it; None: as it is. weights:
-    fingerprint of each stage.
+    fingerprint of each stage. patients: whose errors were looked at.
     """
 
     samples: int
@@ -47,6 +47,7 @@ class SampleCalibration:
     sampling: dict
     consistency: dict | None
     weights: dict[str, str]
+    patients: list[str] = field(default_factory=list)
 
     def for_samples(self, samples: int) -> SampleCalibration:
         """The calibration of another number of samples: by c and Student's t."""
@@ -107,7 +108,9 @@ def read_sample_calibration(
         numbers = entries["factor"], entries["factor95"], 1 + entries["spread_ratio"]
         usable = found["format"] == FORMAT and all(0 < number < math.inf for number in numbers)
         usable &= isinstance(entries["weights"], dict) and isinstance(entries["sampling"], dict)
-        usable &= isinstance(entries["samples"], int) and entries["samples"] >= 2
+        usable &= (
+            isinstance(entries["patients"], list) and isinstance(entries["samples"], int) and found["samples"] >= 2
+        )
     except (KeyError, TypeError, ValueError):
         usable = False
     if not usable:
