@@ -81,9 +81,7 @@ OTHERS = {
 }
 # What makes a Python block small, and the pages whose block does not run here, with the reason.
 PYTHON_SMALLER = {"samples=8, steps=25": "samples=2, steps=2"}
-PYTHON_ELSEWHERE = {
-    "docs/onnx.md": "is docs/onnx_inference.py (test_readme.py), which the commands above it run"
-}
+PYTHON_ELSEWHERE = {"docs/onnx.md": "is docs/onnx_inference.py (test_readme.py), which the commands above it run"}
 COLLECTIONS = ("lidc_idri", "nlst", "covid_19_ny_sbu", "mediastinal_lymph_node_seg", "acrin_nsclc_fdg_pet")
 COLLECTIONS += ("nsclc_radiogenomics", "lung_pet_ct_dx", "ldct_and_projection_data")
 BLOCKS = blocks()
