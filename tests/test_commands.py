@@ -126,6 +126,6 @@ def test_what_commands_write_where_the_pages_say_is_not_committed():
     made = ["checkpoints_enhanced/best_model.pt", "checkpoints_refinement/last.pt", "demo_output/reconstruction.png"]
     made += ["hybrid_vit_cascade/checkpoints/quick_2stage/config.json", "evaluation_256/report.html", "curves.png"]
     made += ["film_benchmark/report.json", "phantom_run/curves.png", "ct.nii.gz", "cascade.onnx", "data/dataset.json"]
-    made += ["example_ct.png", "example_film_ct.png"]
+    made += ["example_ct.png", "example_film_ct.png", "CTS/sources.csv"]
     found = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True)
     assert found.stdout.splitlines() == made
