@@ -2,7 +2,7 @@
 
     python evaluate.py --data data --weights chest64 --output evaluation
     python evaluate.py --data data --split test --base checkpoints_enhanced/best_model.pt --output evaluation
-    python evaluate.py --data data --base checkpoints_enhanced/best_model.pt \
+    python evaluate.py --data data --base checkpoints_enhanced/best_model.pt \\
         --refinement checkpoints_refinement/best_refinement.pt --output evaluation_256
     python evaluate.py --data data/scouts --xrays scout --base checkpoints_scout/best_model.pt --output scouts
     python evaluate.py --data data --cascade hybrid_vit_cascade/checkpoints/quick_2stage --samples 8 --output evaluation
@@ -43,7 +43,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--xrays",
         default="drr",
         choices=("drr", *REAL_XRAYS),
-        help="rendered, scouts of the CT's session, or films, for which no voxels are scored (default %(default)s)",
+        help="drr: rendered; scout: of the CT's session; film: no voxels are scored (default %(default)s)",
     )
     parser.add_argument("--split", default="test", choices=(*SPLITS, "all"), help="patients to score")
     what = parser.add_mutually_exclusive_group()

@@ -2,10 +2,10 @@
 
 python reconstruct.py --example                                 # the X-rays and weights that come with the project
 python reconstruct.py --pa PA.png --lateral LATERAL.png --output ct.nii.gz
-python reconstruct.py --pa PA.png --lateral LATERAL.png --weights chest64+mine --output ct.nii.gz
-python reconstruct.py --pa PA.png --lateral LATERAL.png --base best_model.pt --refinement best_refinement.pt \
+python reconstruct.py --pa PA.png --lateral LATERAL.png --weights chest64+chest256 --output ct.nii.gz
+python reconstruct.py --pa PA.png --lateral LATERAL.png --base best_model.pt --refinement best_refinement.pt \\
         --output ct.nii.gz
-python reconstruct.py --pa PA.dcm --lateral LAT.dcm --base best_model.pt --output ct.nii.gz \
+python reconstruct.py --pa PA.dcm --lateral LAT.dcm --base best_model.pt --output ct.nii.gz \\
         --xray-normalization percentile
 python reconstruct.py --pa PA.png --lateral LATERAL.png --base best_model.pt --output ct.nii.gz --std std.nii.gz
 python reconstruct.py --folder XRAYS --base best_model.pt --output VOLUMES      # every ID_pa.*, ID_lat.* below XRAYS
@@ -45,10 +45,10 @@ from xray2ct.inference.weights_arguments import add_weights_argument, choose_wei
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_weights_argument(parser)
-    parser.add_argument("--base", help="stage-1 checkpoint")
+    parser.add_argument("--base", help="stage-1 checkpoint, or a name as for --weights")
     parser.add_argument("--refinement", help="stage-2 checkpoint: the volume has 256^3 voxels instead of 64^3")
     add_tile_argument(parser)
-    parser.add_argument("--compile", action="store_true", help="stage 1 by torch.compile: pays for many pairs")
+    parser.add_argument("--compile", action="store_true", help="compile stage 1 (torch.compile): for many pairs")
     add_example_argument(parser)
     parser.add_argument("--std", metavar="FILE", help="also write the calibrated standard deviation in HU, NIfTI")
     add_common_arguments(parser)

@@ -30,16 +30,16 @@ RENDERERS = {"built-in": render_xrays, "nanodrr": render_xrays_nanodrr}
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--ct", required=True, help="a prepared cube or any CT (NIfTI, MetaImage, NRRD, DICOM folder)")
     parser.add_argument(
         "--sizes",
         nargs="+",
         default=["128:128:2", "256:512:1"],
         metavar="CUBE:XRAY:BATCH",
-        help="what to time (default: %(default)s)",
+        help="what to time",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest of so many counts (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest of so many counts (default %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     return parser.parse_args(argv)
 

@@ -5,6 +5,7 @@ import importlib
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,8 @@ def test_every_command_tells_its_version_and_its_options(command, capsys):
     text = output_of(command, "--help", capsys)
     assert "--version" in text
     assert not re.findall(r"--\w+_\w+", text.partition("options:")[2])
+    assert not re.findall(r"\w {8,}--\w", text)  # a continued line of an example that became one with the next
+    assert str(ROOT) not in text  # defaults are shown from the repository on
 
 
 def options():
@@ -72,6 +75,7 @@ def parser() -> Parser:
     made.add_argument("--rotate", nargs="+", default=[0, 90], help="turns")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
     made.add_argument("--cache-dir", help="folder")
+    made.add_argument("--config", default=ROOT / "configs" / "cpu.json", help="settings")
     made.add_argument("--size", default=8, help="edge (default: by memory)")
     made.add_argument("--dry-run", action="store_true", help="stop")
     made.add_argument("words", nargs="*", help="anything")
@@ -109,10 +113,11 @@ def test_help_shows_every_default_once(capsys):
         "of films (default auto)",
         "100 % is all (default 0.5)",
         "turns (default 0 90)",
+        f"settings (default {Path('configs', 'cpu.json')})",
         "edge (default: by memory)",
     ):
         assert line in text
-    assert text.count("(default") == 5  # none for a folder, a switch, a list that is empty
+    assert text.count("(default") == 6  # none for a folder, a switch, a list that is empty
 
 
 def test_what_commands_write_where_the_pages_say_is_not_committed():
@@ -121,5 +126,6 @@ def test_what_commands_write_where_the_pages_say_is_not_committed():
     made = ["checkpoints_enhanced/best_model.pt", "checkpoints_refinement/last.pt", "demo_output/reconstruction.png"]
     made += ["hybrid_vit_cascade/checkpoints/quick_2stage/config.json", "evaluation_256/report.html", "curves.png"]
     made += ["film_benchmark/report.json", "phantom_run/curves.png", "ct.nii.gz", "cascade.onnx", "data/dataset.json"]
+    made += ["example_ct.png", "example_film_ct.png", "CTS/sources.csv"]
     found = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True)
     assert found.stdout.splitlines() == made

@@ -1,13 +1,23 @@
-"""Every command line of README and docs runs, made small; what cannot run here is parsed, and the reason is written."""
+"""Every command line and Python block of README and docs runs, made small; where one cannot, the reason is written."""
 
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.archive_cases import row, write_index
-from tests.helpers.doc_commands import Command, assert_parses, blocks, commands_of, main_of, programs, run_script
+from tests.helpers.doc_commands import (
+    Command,
+    assert_parses,
+    blocks,
+    commands_of,
+    main_of,
+    programs,
+    python_blocks,
+    run_script,
+)
 from tests.helpers.doc_files import Files
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_cascade import TINY as TINY_CASCADE
@@ -69,9 +79,14 @@ OTHERS = {
     r"^hf download ": "downloads gigabytes",
     r"^export ": "a variable of torchrun, which is not started",
 }
+# What makes a Python block small, and the pages whose block does not run here, with the reason.
+PYTHON_SMALLER = {"samples=8, steps=25": "samples=2, steps=2"}
+PYTHON_ELSEWHERE = {"docs/onnx.md": "is docs/onnx_inference.py (test_readme.py), which the commands above it run"}
 COLLECTIONS = ("lidc_idri", "nlst", "covid_19_ny_sbu", "mediastinal_lymph_node_seg", "acrin_nsclc_fdg_pet")
 COLLECTIONS += ("nsclc_radiogenomics", "lung_pet_ct_dx", "ldct_and_projection_data")
 BLOCKS = blocks()
+PYTHON_BLOCKS = python_blocks()
+RUN_PYTHON = [block for block in PYTHON_BLOCKS if block.page not in PYTHON_ELSEWHERE]
 COMMANDS = [command for block in BLOCKS for command in block.commands]
 
 
@@ -127,6 +142,71 @@ def test_commands_of_a_block_run_one_after_the_other(block, files, index, tmp_pa
             arguments = [*arguments, *(word for more in rows(SMALLER, line) for word in more)]
             files.provide(arguments, command.folder)
             run(path, arguments, index, monkeypatch)
+
+
+def check_volume(hu):
+    assert hu.ndim == 3
+    assert hu.std() > 0
+
+
+def check_affine(affine):
+    assert affine.shape == (4, 4)
+
+
+def check_film_pair(pair):
+    assert pair.pa.pixels.shape == pair.lateral.pixels.shape == pair.pa.seen.shape == (512, 512)
+    assert pair.notes
+
+
+def check_fine(volume):
+    """Of the tiny network: four times as many voxels along each axis as its stage 1 has."""
+    assert volume.shape == (1, 1, 64, 64, 64)
+    assert 0 <= volume.min() < volume.max() <= 1
+
+
+def check_checkpoint(checkpoint):
+    assert checkpoint["model_config"]["volume_size"] == TINY_MODEL["volume_size"]
+
+
+def check_splits(_):
+    """Three patients on three sides, both scans of one of them on the same."""
+    for name, scans in (("lidc", "a b"), ("ctrate", "valid_1_a_1 valid_1_b_1")):
+        split = json.loads(Path(f"{name}_split.json").read_text())
+        assert scans.split() in split.values()
+        assert sorted(map(len, split.values())) == [1, 1, 2]
+
+
+RESULTS = {
+    "hu": check_volume,
+    "volume_hu": check_volume,
+    "std_hu": check_volume,
+    "affine": check_affine,
+    "fine": check_fine,
+    "pair": check_film_pair,
+    "checkpoint": check_checkpoint,
+    "patient_split": check_splits,
+}
+
+
+@pytest.mark.parametrize("block", RUN_PYTHON, ids=lambda block: f"{block.page}:{block.line}")
+def test_python_blocks_run(block, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XRAY2CT_WEIGHTS", str(files.copy_weights(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    for word in block.strings:
+        files.provide([word], ".")
+    names: dict = {}
+    exec(compile(block.replaced(PYTHON_SMALLER), f"{block.page}:{block.line}", "exec"), names)
+    found = RESULTS.keys() & names
+    assert found
+    for name in found:
+        RESULTS[name](names[name])
+
+
+def test_every_python_exemption_and_change_is_still_needed():
+    assert set(PYTHON_ELSEWHERE) <= {block.page for block in PYTHON_BLOCKS}
+    assert [text for text in PYTHON_SMALLER if not any(text in block.code for block in RUN_PYTHON)] == []
+    assert [name for name in RESULTS if not any(re.search(rf"\b{name}\b", block.code) for block in RUN_PYTHON)] == []
+    assert len(RUN_PYTHON) > 5
 
 
 def test_every_command_is_this_project_s_or_listed():

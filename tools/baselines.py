@@ -3,7 +3,7 @@
     python -m tools.baselines unet --config configs/cpu.json --data ROOT --output runs/unet
     python -m tools.baselines x2ct --config configs/cpu.json --data ROOT --output runs/x2ct
     python -m tools.baselines mean --data ROOT --output runs/mean
-    python evaluate.py --data ROOT --base runs/unet/best_model.pt --output evaluation/unet \
+    python evaluate.py --data ROOT --base runs/unet/best_model.pt --output evaluation/unet \\
         --compare evaluation/direct/per_patient.csv
 
 All take the configuration, data, augmentation, validation and checkpoints of ``train_enhanced_4gpu.py``; their

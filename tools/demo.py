@@ -30,7 +30,7 @@ from dataset import PatientDataset
 from tools import make_phantoms
 from xray2ct.command_line import Parser
 from xray2ct.evaluation import scoring
-from xray2ct.files import InputError, read_json, run_cli, write_json
+from xray2ct.files import InputError, counted, read_json, run_cli, write_json
 from xray2ct.geometry.projector import hu_to_unit
 from xray2ct.imaging.figures import save_panel
 
@@ -128,7 +128,7 @@ class Demo:
         model, coarse, mean = (methods[name]["psnr_strict"] for name in names)
         patient = self.split["test"][0]
         print(
-            f"\nDone in {seconds / 60:.1f} min. PSNR (strict) of {model['n']} held-out phantoms:"
+            f"\nDone in {seconds / 60:.1f} min. PSNR (strict) of {counted(model['n'], 'held-out phantom')}:"
             f" {model['mean']:.2f} dB; mean-volume predictor: {mean['mean']:.2f} dB;"
             f" gain: {model['mean'] - mean['mean']:+.2f} dB"
             f" (stage 1, only interpolated: {coarse['mean']:.2f} dB)"

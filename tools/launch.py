@@ -116,7 +116,7 @@ def works(python: Path, call=subprocess.call) -> bool:
 def download_estimate(platform: str = sys.platform) -> str:
     """Size and time of what ``requirements.txt`` downloads: the wheels of the versions in constraints.txt, added up."""
     if platform == "linux":
-        size, note = 2.8, " with torch's CUDA libraries (0.3 GB without: docs/training_time.md)"
+        size, note = 2.8, " with torch's CUDA libraries (0.3 GB without: docs/training.md)"
     else:
         size, note = 0.3, ""
     minutes = math.ceil(size * 8e3 / 100 / 60)

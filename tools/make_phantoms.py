@@ -15,6 +15,7 @@ from pathlib import Path
 
 from xray2ct.command_line import Parser
 from xray2ct.data.phantoms import encode, make_phantom
+from xray2ct.data.prepare_folder import start_worker
 from xray2ct.files import InputError, atomic_path, check_writable, run_cli
 from xray2ct.progress import progress_bar
 
@@ -67,9 +68,12 @@ def main(argv=None) -> int:
             job(index)
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-            for done in bar(as_completed([pool.submit(job, index) for index in range(args.count)])):
-                done.result()
+        with ProcessPoolExecutor(args.workers, mp_context=context, initializer=start_worker) as pool:
+            try:
+                for done in bar(as_completed([pool.submit(job, index) for index in range(args.count)])):
+                    done.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
     print(f"{args.count} phantoms in {args.output} (seed {args.seed})")
     return 0
 

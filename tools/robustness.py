@@ -1,7 +1,7 @@
 """How much a trained system loses when X-rays are not taken as it expects: a table, and a picture of the worst case.
 
     python -m tools.robustness --weights chest64 --data data --output robustness
-    python -m tools.robustness --base best_model.pt --data data --patients lidc_0001 lung1_003 --output robustness \
+    python -m tools.robustness --base best_model.pt --data data --patients lidc_0001 lung1_003 --output robustness \\
         --only "view angle" "source distance"
 
 Writes ``robustness.json``, ``robustness.md`` and ``worst.png``: X-rays and volumes of the largest loss. All X-rays are

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from xray2ct import __version__
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as written; each option with its default, unless its text speaks of one."""
+    """Descriptions as written; each option with its default, unless its text speaks of one.
+
+    Paths in the repository are shown from there.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
         if default in (None, [], (), "", argparse.SUPPRESS) or isinstance(default, bool) or "default" in text:
             return text
         values = default if isinstance(default, list | tuple) else [default]
-        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+        shown = " ".join(f"{v:g}" if isinstance(v, float) else str(v).removeprefix(f"{ROOT}{os.sep}") for v in values)
         return f"{text} (default {shown.replace('%', '%%')})".strip()
 
 

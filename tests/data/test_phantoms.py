@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import os
+import signal
+import subprocess
+import sys
+import time
 from functools import lru_cache
 
 import nibabel as nib
@@ -10,6 +15,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from tests.helpers.paths import ROOT
 from tools.make_phantoms import main
 from xray2ct.data.phantoms import make_phantom
 from xray2ct.files import InputError
@@ -238,3 +244,23 @@ def test_output_that_is_a_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--output .*cannot be written \(Not a directory\)"):
         run(path / "phantoms")
     assert path.read_text() == "kept"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="process groups of POSIX")
+def test_workers_end_with_a_command_that_was_killed(tmp_path):
+    words = ["--output", str(tmp_path), "--count", "60", "--spacing-mm", "8", "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "tools.make_phantoms", *words], cwd=ROOT, start_new_session=True)
+    while not list(tmp_path.glob("*.nii.gz")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    try:
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+    except ProcessLookupError:
+        return
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("its workers were still there after a minute")

@@ -1,11 +1,14 @@
-"""The command lines of the pages: found in their shell blocks, resolved to the programs that they start."""
+"""What the pages' blocks hold: command lines, resolved to the programs that they start, and Python."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
 import sys
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -51,14 +54,42 @@ def commands_of(block: str) -> tuple[Command, ...]:
     return tuple(found)
 
 
-def blocks() -> list[Block]:
-    """Every shell block of the pages, in order."""
-    found = []
+@dataclass(frozen=True)
+class PythonBlock:
+    page: str
+    line: int
+    code: str
+
+    @property
+    def strings(self) -> list[str]:
+        """Its string literals: among them the names of the files that it reads."""
+        constants = (node.value for node in ast.walk(ast.parse(self.code)) if isinstance(node, ast.Constant))
+        return [value for value in constants if isinstance(value, str)]
+
+    def replaced(self, table: dict[str, str]) -> str:
+        """Its code with every text of the table replaced."""
+        code = self.code
+        for text, other in table.items():
+            code = code.replace(text, other)
+        return code
+
+
+def fenced(languages: str) -> Iterator[tuple[str, int, str]]:
+    """``(page, line, text)`` of every fenced block of the pages in one of the ``languages``, ``|`` between them."""
     for page in PAGES:
         text, name = page.read_text(encoding="utf-8"), page.relative_to(ROOT).as_posix()
-        for match in re.finditer(r"^( *)```(?:bash|sh|shell|console)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
-            found.append(Block(name, text.count("\n", 0, match.start()) + 1, commands_of(match[2])))
-    return found
+        for match in re.finditer(rf"^( *)```(?:{languages})\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+            yield name, text.count("\n", 0, match.start()) + 1, match[2]
+
+
+def blocks() -> list[Block]:
+    """Every shell block of the pages, in order."""
+    return [Block(page, line, commands_of(text)) for page, line, text in fenced("bash|sh|shell|console")]
+
+
+def python_blocks() -> list[PythonBlock]:
+    """Every Python block of the pages, in order."""
+    return [PythonBlock(page, line, textwrap.dedent(text)) for page, line, text in fenced("python|py")]
 
 
 def programs(command: Command) -> list[tuple[str, list[str]]]:

@@ -23,6 +23,11 @@ from xray2ct.weights_file import write_weights
 
 TRAINED_ON = "somebody"  # no patient of the data: any of them may be scored
 WRITTEN = ("--output", "--checkpoint-dir", "--std", "--save-std", "--huggingface", "--local-dir")
+# CTs as public collections name them, by the name of their folder; two of them are of one patient.
+COLLECTIONS = {
+    "LIDC": [f"LIDC-IDRI-000{patient}/{series}.nii.gz" for patient, series in ((1, "a"), (1, "b"), (2, "c"), (3, "d"))],
+    "dataset": [f"{scan}_1.nii.gz" for scan in ("train_1_a", "valid_1_a", "valid_1_b", "valid_2_a")],  # of CT-RATE
+}
 LICENCES = f"id,collection,patient,licence,doi\n{TRAINED_ON},lidc_idri,LIDC-IDRI-0001,CC BY 3.0,10.7937/x\n"
 
 
@@ -74,6 +79,14 @@ class Files:
             save_nifti(self.folder / "cts" / f"p{seed}.nii.gz", CtImage(hu, affine, "thorax"))
         return self.folder / "cts"
 
+    def collection(self, name: str) -> Path:
+        """CTs under the names of a public collection."""
+        ct = next(self.cts.iterdir())
+        for scan in COLLECTIONS[name]:
+            (self.folder / name / scan).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ct, self.folder / name / scan)
+        return self.folder / name
+
     @cached_property
     def split(self) -> Path:
         write_json(self.folder / "split.json", {"train": ["p0"], "val": ["p1"], "test": ["p2"]})
@@ -106,10 +119,12 @@ class Files:
         views = {"PA.png": "pa", "LATERAL.png": "lat", "LAT.png": "lat"}
         if option == "--data":
             return self.data
-        if option in ("--cascade", "--checkpoint") and not PurePosixPath(word).suffix:
+        if name == "quick_2stage" or (option in ("--cascade", "--checkpoint") and not PurePosixPath(word).suffix):
             return self.cascade
         if option == "--input":
             return self.cts
+        if option == "" and name in COLLECTIONS:
+            return self.collection(name)
         if name == "PA.dcm":
             return self.dicom
         if name in views:

@@ -252,7 +252,7 @@ def _pool(todo, output, settings, workers):
     """Yield ``(source, result)`` of the CTs that are done; all, unless a worker process dies."""
     # spawn: forking a process in which torch has started threads can deadlock
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         futures = {}
         with contextlib.suppress(BrokenProcessPool):
             for source in todo:
@@ -265,7 +265,8 @@ def _pool(todo, output, settings, workers):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start_worker():
+def start_worker():
+    """Initializer of a pool's process: it ignores Ctrl-C, and ends when the command does, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the command stops handing out CTs, this one is finished
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

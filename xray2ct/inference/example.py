@@ -35,6 +35,8 @@ def use_example(args: argparse.Namespace, folder: Path = FOLDER) -> None:
     given = next((name for name in ("pa", "lateral", "folder") if getattr(args, name)), None)
     if given:
         raise InputError(f"--example brings its own X-rays; expected it without --{given}")
+    here = Path.cwd()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder  # short in what is printed
     args.pa, args.lateral = (folder / name for name in VIEWS[args.example])
     missing = next((path for path in (args.pa, args.lateral) if not path.is_file()), None)
     if missing:

@@ -20,7 +20,7 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
         "--weights",
         action="append",
         metavar="NAME|PATH",
-        help="shipped weights or files, instead of --base and --refinement: chest64, chest64+mine, or the option"
+        help="shipped weights or files, instead of --base and --refinement: chest64, chest64+chest256, or the option"
         f" once for each stage (default: {DEFAULT}, where no checkpoint is given)",
     )
 
