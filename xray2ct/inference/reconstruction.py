@@ -90,9 +90,9 @@ class Pipeline:
         check_view_count(self.system.name, self.system.num_views, len(sources))
         films = films or FilmOptions(invert=invert, check=check)
         found = _read_xrays(self.system, sources, normalization, exposure, films)
+        self.notes, self.measured = [*self.system.notes, *found.notes], found.measured
         for doubt in found.doubts:
             warnings.warn(doubt, FilmWarning, stacklevel=2)
-        self.notes, self.measured = [*self.system.notes, *found.notes], found.measured
         return found.xrays
 
     def predict(self, xrays: torch.Tensor, measured: bool | None = None) -> torch.Tensor:
