@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from xray2ct.files import InputError, read_json
 from xray2ct.weights import find
@@ -56,8 +56,8 @@ class Calibration:
 def local_contrast(hu: np.ndarray) -> np.ndarray:
     """Standard deviation over 3 x 3 x 3 voxels, float32, of a volume ``(D, H, W)``; its edge is continued outside."""
     values = hu.astype(np.float64)
-    mean = ndimage.uniform_filter(values, WINDOW, mode="nearest")
-    variance = ndimage.uniform_filter(values * values, WINDOW, mode="nearest") - mean * mean
+    mean = scipy.ndimage.uniform_filter(values, WINDOW, mode="nearest")
+    variance = scipy.ndimage.uniform_filter(values * values, WINDOW, mode="nearest") - mean * mean
     return np.sqrt(variance.clip(0)).astype(np.float32)
 
 
