@@ -9,8 +9,8 @@ bounds on the share of its squared values that stage 2 could remove, over patien
   part in the span of the rays. Nothing linear that knows only X-rays and the coarse volume's averages gets further;
   what more there is must come from knowing how bodies look.
 - what a coarse volume tells of it: a convolutional network (ESPCN: Shi et al., CVPR 2016, in 3D) is fitted to predict
-  it from mixtures ``(1 - share) prediction + share truth`` at 64^3, on the validation patients, and scored on the test
-  patients. Share 0 is what stage 2 is given; the curve says how right a 64^3 volume must be before its detail follows.
+  it from stage 1's volume, which is what stage 2 is given, and another from the true 64^3 volume, on the validation
+  patients; both are scored on the test patients.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from xray2ct.models.upsampling import upsample_spline
 from xray2ct.progress import progress_bar
 
 SCALE = 4
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+GIVEN = ("predicted", "true")  # coarse volumes that detail is predicted from: the first two of a Case
 RAY_STEPS, RAY_WEIGHT = 24, 1e-4  # of the least squares; a weight this small shrinks nothing that the rays resolve
 WIDTH, CROP, BATCH, LEARNING_RATE = 32, 24, 2, 2e-3  # of the fitted network
 
@@ -88,20 +88,18 @@ class DetailNetwork(nn.Module):
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # predicted and true coarse volume, detail
 
 
-def mixed(case: Case, share: float) -> torch.Tensor:
-    predicted, true, _ = case
-    return (1 - share) * predicted + share * true
+def fit_detail(cases: list[Case], given: str, steps: int, seed: int = 0) -> DetailNetwork:
+    """A network fitted by squared error to random crops of the cases, mirrored at random left to right.
 
-
-def fit_detail(cases: list[Case], share: float, steps: int, seed: int = 0) -> DetailNetwork:
-    """A network fitted by squared error to random crops of the cases, mirrored at random left to right."""
+    given: which coarse volume it sees, of :data:`GIVEN`.
+    """
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     network = DetailNetwork()
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for _ in range(steps):
-        pairs = [_crop(cases[generator.integers(len(cases))], share, generator) for _ in range(BATCH)]
+        pairs = [_crop(cases[generator.integers(len(cases))], given, generator) for _ in range(BATCH)]
         coarse, detail = (torch.cat(parts) for parts in zip(*pairs))
         loss = (network(coarse) - detail).square().mean() / detail.square().mean()
         optimizer.zero_grad()
@@ -111,8 +109,8 @@ def fit_detail(cases: list[Case], share: float, steps: int, seed: int = 0) -> De
     return network.eval()
 
 
-def _crop(case: Case, share: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    coarse, detail = mixed(case, share), case[2]
+def _crop(case: Case, given: str, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    coarse, detail = case[GIVEN.index(given)], case[2]
     size = min(CROP, coarse.shape[2])
     starts = [int(generator.integers(n - size + 1)) for n in coarse.shape[2:]]
     box = [slice(start, start + size) for start in starts]
@@ -122,10 +120,10 @@ def _crop(case: Case, share: float, generator) -> tuple[torch.Tensor, torch.Tens
 
 
 @torch.no_grad()
-def share_predicted(network: DetailNetwork, case: Case, share: float) -> float:
+def share_predicted(network: DetailNetwork, case: Case, given: str) -> float:
     """Share of a case's squared detail that the network removes."""
-    detail = case[2]
-    return 1 - ((network(mixed(case, share)) - detail).square().mean() / detail.square().mean()).item()
+    coarse, detail = case[GIVEN.index(given)], case[2]
+    return 1 - ((network(coarse) - detail).square().mean() / detail.square().mean()).item()
 
 
 def read_cases(system: DirectSystem, root, split: str, fine_size: int) -> tuple[list[str], list[Case]]:
@@ -151,16 +149,13 @@ def measure(system: DirectSystem, args: argparse.Namespace) -> dict:
         share_in_rays(case[2], system.geometry, args.xray_size, args.ray_steps)
         for case in progress_bar(test, desc="What the X-rays hold", unit="patients")
     ]
-    curve = []
-    for share in SHARES:
-        network = fit_detail(training, share, args.steps)
-        removed = [share_predicted(network, case, share) for case in test]
-        errors = [(mixed(case, share) - case[1]).square().mean().item() for case in test]
-        psnr = float(np.mean([-10 * np.log10(max(error, 1e-12)) for error in errors]))
-        curve.append({"share_of_truth": share, "psnr_64": None if share == 1 else psnr, "removed": removed})
-        print(f"{share:.2f} of the truth: {np.mean(removed):.3f} of the detail", flush=True)
+    removed = {}
+    for given in GIVEN:
+        network = fit_detail(training, given, args.steps)
+        removed[given] = [share_predicted(network, case, given) for case in test]
+        print(f"from the {given} volume: {np.mean(removed[given]):.3f} of the detail", flush=True)
     about = {"steps": args.steps, "ray_steps": args.ray_steps, "xray_size": args.xray_size, "fitted_on": fitted_on}
-    return {**about, "patients": patients, "in_the_rays": rays, "curve": curve}
+    return {**about, "patients": patients, "in_the_rays": rays, "removed": removed}
 
 
 def table(result: dict) -> str:
@@ -169,14 +164,13 @@ def table(result: dict) -> str:
     def cell(values):
         return f"{100 * np.mean(values):.1f} % ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
-    rays = f"the detail's own line integrals, two X-rays of {result['xray_size']}^2 pixels"
-    rows = [[rays, "-", cell(result["in_the_rays"])]]
-    for point in result["curve"]:
-        share, psnr = point["share_of_truth"], point["psnr_64"]
-        known = {0.0: "the predicted 64^3 volume", 1.0: "the true 64^3 volume"}
-        name = known.get(share, f"{100 * share:.0f} % of the way from the predicted to the true 64^3 volume")
-        rows.append([name, "-" if psnr is None else f"{psnr:.1f}", cell(point["removed"])])
-    head = ["from what", "PSNR at 64^3, dB", f"detail removed, mean (least to most) of {len(result['patients'])}"]
+    lines = {
+        f"the detail's own line integrals, two X-rays of {result['xray_size']}^2 pixels": result["in_the_rays"],
+        "the predicted 64^3 volume": result["removed"]["predicted"],
+        "the true 64^3 volume": result["removed"]["true"],
+    }
+    rows = [[what, cell(values)] for what, values in lines.items()]
+    head = ["from what", f"detail removed, mean (least to most) of {len(result['patients'])} test patients"]
     return f"{markdown_table(head, rows)}\n\n- {described(result)}\n"
 
 
