@@ -17,7 +17,7 @@ from xray2ct.evaluation.report import ReportCollector, choose_cases
 from xray2ct.evaluation.scoring import BASELINE, Observer, differences, mean_method, score_patients, summary_of
 from xray2ct.evaluation.statistics import summarise
 from xray2ct.evaluation.tables import note_other_truth, read_rows, write_rows
-from xray2ct.files import InputError, counted, is_plain_name, read_json, replaced_together, write_json
+from xray2ct.files import InputError, is_plain_name, read_json, replaced_together, write_json
 from xray2ct.inference.consistency import CONSISTENT, how_of, steps_of, with_consistent
 from xray2ct.inference.predictor import LoadedCheckpoint, Predictor
 from xray2ct.training.config import config_hash
@@ -124,8 +124,8 @@ def check_patients(data: PatientDataset, loaded: LoadedCheckpoint, split: str, a
         print(f"note: {path} was trained on {which}: these scores mean nothing for new patients")
     if checkpoint["split_hash"] != data.split_hash:
         print(
-            f"note: {path} was trained with another split of its data; of the {counted(len(data), 'patient')} scored"
-            f" here {len(seen)} were in its training set, but some may have chosen its best epoch"
+            f"note: {path} was trained with another split of its data; of the {len(data)} patients scored here"
+            f" {len(seen)} were in its training set, but some may have chosen its best epoch"
         )
     return seen
 
