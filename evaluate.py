@@ -29,7 +29,7 @@ from xray2ct.data.splits import SPLITS
 from xray2ct.evaluation.run import FILES, evaluate
 from xray2ct.evaluation.tables import print_coverage, print_table
 from xray2ct.files import InputError, check_writable, counted, run_cli
-from xray2ct.inference.consistency import add_consistency_argument, steps_of
+from xray2ct.inference.consistency import add_consistency_argument, add_data_consistency_argument, steps_of
 from xray2ct.inference.predictor import Predictor
 from xray2ct.inference.system import DirectSystem, add_tile_argument
 from xray2ct.inference.weights_arguments import add_weights_argument, choose_weights
@@ -76,9 +76,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=0, help="cascade: also one sample, and the mean of this many")
     parser.add_argument("--seed", type=int, default=0, help="cascade: of the samples' noise (default %(default)s)")
     parser.add_argument("--max-stages", type=int, help="cascade: stop after this many stages")
+    add_data_consistency_argument(parser)
     args = parser.parse_args(argv)
     if args.refinement and args.cascade:
         parser.error("--refinement belongs to --base, not to --cascade")
+    if args.data_consistency and not args.cascade:
+        parser.error("--data-consistency belongs to --cascade")
     if args.samples < 0 or args.steps < 1:
         parser.error(f"--samples is {args.samples}, --steps {args.steps}; expected at least 0 and 1")
     if args.compare_method and not args.compare:
@@ -103,9 +106,8 @@ def load_predictor(args) -> Predictor:
     """The direct system of ``--base`` and ``--refinement``, or the cascade of ``--cascade``."""
     if args.base:
         return DirectSystem(args.base, args.refinement, args.device, args.precision, args.tile)
-    system = load_cascade_system(
-        args.cascade, args.samples or None, args.steps, args.seed, args.max_stages, args.device, args.precision
-    )
+    settings = (args.samples or None, args.steps, args.seed, args.max_stages, args.device, args.precision)
+    system = load_cascade_system(args.cascade, *settings, args.data_consistency)
     system.progress = partial(progress_bar, desc="Sampling", unit="steps", leave=False)
     return system
 

@@ -36,7 +36,7 @@ from xray2ct.models.blocks import (
     upsample,
     zero_init,
 )
-from xray2ct.models.coarse import CoarseModel, check_shape
+from xray2ct.models.coarse import CoarseModel, check_choice, check_shape
 from xray2ct.models.guidance import Guidance
 from xray2ct.models.layout import SCALES, LayoutHead
 from xray2ct.models.loading import load_base_model, load_refinement
@@ -51,9 +51,6 @@ from xray2ct.models.working_weights import full_precision, with_cast_weights
 __all__ = ["EnhancedDirectModel", "EnhancedLoss", "RefinementNetwork", "load_base_model", "load_refinement"]
 
 
-UPSAMPLING = ("trilinear", "learned")
-
-
 # ------------------------------------------------------------------------------------------------
 # Blocks
 
@@ -65,10 +62,8 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.lift = Lifting(image_channels, lift_channels, channels)
         self.learned = upsampling == "learned"
-        if self.learned:
-            self.reduce = nn.ConvTranspose3d(coarse_channels, channels, 2, stride=2)
-        else:
-            self.reduce = nn.Conv3d(coarse_channels, channels, 1)
+        kind, size = (nn.ConvTranspose3d, 2) if self.learned else (nn.Conv3d, 1)
+        self.reduce = kind(coarse_channels, channels, size, stride=size)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, 3) for _ in range(blocks)])
         self.norm = group_norm(channels)
         self.head = full_precision(zero_init(nn.Conv3d(channels, 1, 1)))
@@ -130,8 +125,7 @@ class EnhancedDirectModel(CoarseModel):
         super().__init__(volume_size, geometry, xray_size)
         check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks)
         check_passes(passes, freeze_first_pass)
-        if upsampling not in UPSAMPLING:
-            raise InputError(f"model.upsampling is {upsampling!r}; expected one of {', '.join(UPSAMPLING)}")
+        check_choice("upsampling", upsampling, ("trilinear", "learned"))
         self.passes, self.freeze_first_pass = passes, freeze_first_pass
         self.activation_checkpointing, self.seen_channel = activation_checkpointing, seen_channel
         c = base_channels
@@ -160,8 +154,7 @@ class EnhancedDirectModel(CoarseModel):
         self.requires_grad_(not freeze_first_pass)
         self.second_pass = SecondPass(c, activation_checkpointing) if passes > 1 else None
 
-        if layout_head not in SCALES:
-            raise InputError(f"model.layout_head is {layout_head!r}; expected one of {', '.join(SCALES)}")
+        check_choice("layout_head", layout_head, SCALES)
         if layout_head != "off" and freeze_first_pass:
             raise InputError(f"model.layout_head is {layout_head!r}, but the first pass is frozen: expected 'off'")
         self.layout_stage = SCALES[layout_head]

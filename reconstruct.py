@@ -21,6 +21,7 @@ import xray2ct.installed  # noqa: F401  (first: says what is missing)
 
 # isort: split
 import argparse
+import sys
 from pathlib import Path
 
 from xray2ct.command_line import Parser
@@ -33,6 +34,7 @@ from xray2ct.inference.batch import (
     reconstruct_folder,
     reconstruct_one,
 )
+from xray2ct.inference.consistency import how_of
 from xray2ct.inference.example import add_example_argument, use_example
 from xray2ct.inference.reconstruction import load_pipeline
 from xray2ct.inference.system import add_tile_argument
@@ -78,7 +80,8 @@ def main(argv=None) -> int:
     if args.folder:
         return reconstruct_folder(pipeline, args)
     weights = [str(loaded.weights) for loaded in pipeline.system.checkpoints()] if args.std else []
-    calibration = read_calibration(args.refinement or args.base, weights) if args.std else None
+    made = how_of(pipeline.consistency_steps)
+    calibration = read_calibration(args.refinement or args.base, weights, made) if args.std else None
     hu, affine = reconstruct_one(pipeline, args.pa, args.lateral, args.output, args.picture, args)
     print(describe_volume(pipeline, args.output, hu))
     if args.picture:
@@ -88,6 +91,8 @@ def main(argv=None) -> int:
         write_volume(args.std, std, affine, origin=pipeline.origin)
         wide = f"95 % of errors lie within {calibration.factor95:.2f} of them"
         print(f"{args.std}: standard deviation, {std.mean():.1f} HU on average; {wide}")
+        if pipeline.measured:
+            print(f"note: {args.std} does not hold what films and scouts add to the errors", file=sys.stderr)
     return 0
 
 

@@ -41,9 +41,9 @@ class Bench:
                 file.write(line + "\n")
 
     def measure(self, part: str, what: str, batch: int, function, budget_seconds: float = 1.0) -> None:
-        """Record the median time of ``function()``, which handles ``batch`` samples: 2 to 10 calls after a warm-up.
+        """Record the median time of ``function()``, which handles ``batch`` samples: 2 to 10 calls after two others.
 
-        Of tiny sizes always 2: their times are of no use.
+        Of tiny sizes that of the second call: their times are of no use.
         """
         if self.seconds_left <= 0:
             self.record(part=part, what=what, batch=batch, skipped="deadline")
@@ -53,8 +53,8 @@ class Bench:
             once = self._run(function)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            calls = 2 if self.small else max(2, min(10, int(budget_seconds / once)))
-            times = [self._run(function) for _ in range(calls)]
+            calls = 0 if self.small else max(2, min(10, int(budget_seconds / once)))
+            times = [self._run(function) for _ in range(calls)] or [once]
         except (RuntimeError, ValueError) as error:  # out of memory, say: other cases still have something to say
             reason = (
                 "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from xray2ct.autocast import without_autocast
 from xray2ct.geometry.projector import Geometry, hat_weights
 from xray2ct.models.blocks import ResidualBlock, attend, lift_views, mlp, split_heads, zero_init
 from xray2ct.models.normalisation import norm_silu, normalise
@@ -128,7 +129,7 @@ class DepthPrior(nn.Module):
 
         The probability of the voxel's depth, relative to an even spread, on the ray through its centre.
         """
-        with torch.autocast(self.depth_prior.device.type, enabled=False):
+        with without_autocast(self.depth_prior.device):
             density = PRIOR_BINS * self.distribution()
             return torch.stack([self._view(density[v], geometry, v, size) for v in range(len(density))])
 

@@ -23,7 +23,9 @@ import torch
 from hybrid_vit_cascade.diffusion import draw_noise
 from hybrid_vit_cascade.stages import KIND, Stage, load_stages
 from xray2ct.files import InputError
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import Geometry
+from xray2ct.inference.consistency import consistent
 from xray2ct.inference.predictor import check_view_count
 from xray2ct.inference.system import check_finite
 from xray2ct.training.precision import Precision, keep_freed_memory, set_memory_format
@@ -49,10 +51,14 @@ class Cascade:
     stages: one :class:`Stage` each, the first unconditioned, every other conditioned on the one before.
     header: what the checkpoints share (``COMMON_KEYS``); with ``split_hash`` and ``train_patients`` (of all stages)
     when loaded. precision: ``float32`` (or whatever autocast surrounds a call), ``bfloat16``, ``float16`` or ``auto``.
+    ``data_consistency``: each estimate of the clean volume on the way of a sample is moved towards its X-rays by as
+    many conjugate-gradient steps (:func:`xray2ct.inference.consistency.consistent`; decomposed diffusion sampling,
+    Chung et al., ICLR 2024); 0 for none. For X-rays as trained with, not for films.
     """
 
     def __init__(self, stages: Sequence[Stage], header: dict, device="cpu", precision: str = "float32"):
         self.stages, self.header, self.origin = list(stages), header, "the cascade"
+        self.data_consistency = 0  # steps towards the X-rays at each step of sampling
         self.checked = True  # whether NaN in a volume is refused; training notices it by itself
         self.device = torch.device(device)
         self.precision = Precision(precision, self.device)
@@ -191,16 +197,21 @@ class Cascade:
         count = len(self.stages) if stages is None else stages
         if not 1 <= count <= len(self.stages):
             raise InputError(f"{count} stages wanted; this cascade has {len(self.stages)}")
-        volume = None
+        volume, correct = None, self._towards(xrays) if self.data_consistency else None
         for stage in self.stages[:count]:
             noise = draw_noise((len(xrays), *stage.noise_shape), generator, self.device)
             # An autocast that is switched off would also switch off one around the call (training's).
             with self.precision.autocast() if self.precision.name != "float32" else contextlib.nullcontext():
                 condition = stage.model.encode(xrays, volume)
-                volume = stage.generate(condition, noise, steps, method, progress)
+                volume = stage.generate(condition, noise, steps, method, progress, correct)
             if self.checked:
                 check_finite(volume, f"{self.origin}: stage {stage.name}", self.precision.name)
         return volume
+
+    def _towards(self, xrays) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A volume in [-1, 1] -> one nearby that agrees with the X-rays."""
+        acquisition = Acquisition(self.geometry, self.hu_window, self.xray_scale)
+        return lambda x0: to_signed(consistent(to_unit(x0), xrays, acquisition, self.data_consistency))
 
     def _check_xrays(self, xrays):
         if xrays.ndim == 5 and xrays.shape[2] == 1:

@@ -259,7 +259,7 @@ def sample(
     eta: float = 0.0,
     generator: torch.Generator | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
-    clip_x0: bool = False,
+    correct: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Draw x0 from noise; float32 (B, 1, D, H, W), nominally in [-1, 1] but not clipped at the end.
 
@@ -269,8 +269,8 @@ def sample(
 
     method: "dpmpp_2m", DPM-Solver++(2M) (Lu et al., 2022), second order, deterministic;
     "ddim" (Song et al., 2021), first order; ``eta`` adds fresh noise from ``generator`` at each step, 1 is ancestral
-    sampling (DDPM). progress: wraps the iterable of steps (tqdm). clip_x0: clamp each estimate of x0 to [-1, 1]; for
-    noise prediction, whose x0 is unsteady at the noisiest steps.
+    sampling (DDPM). progress: wraps the iterable of steps (tqdm). correct: changes each estimate of x0 before the step
+    is taken, such as to agree with measurements (Chung et al., ICLR 2024, algorithm 1: decomposed diffusion sampling).
 
     Raises ``ValueError`` for an unknown method, an eta outside [0, 1] or one that DPM-Solver++ does not have.
     """
@@ -284,8 +284,8 @@ def sample(
     for index in progress(indices) if progress else indices:
         t = torch.full((len(x),), points[index], dtype=torch.long, device=x.device)
         x0 = schedule.to_x0(denoise(x, t).float(), x, t, prediction)
-        if clip_x0:
-            x0 = x0.clamp(-1.0, 1.0)
+        if correct is not None:
+            x0 = correct(x0)
         now, to = schedule.level(points[index]), schedule.level(points[index + 1])
         if method == "ddim":
             fresh = draw_noise(x.shape, generator, x.device) if eta and points[index + 1] != CLEAN else None

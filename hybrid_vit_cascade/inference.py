@@ -36,7 +36,9 @@ from xray2ct.inference.batch import (
     reconstruct_folder,
     reconstruct_one,
 )
+from xray2ct.inference.consistency import add_data_consistency_argument
 from xray2ct.inference.reconstruction import Pipeline
+from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.progress import progress_bar
 
 
@@ -44,7 +46,9 @@ def load_cascade_pipeline(checkpoint, *args, consistency: int | str = "auto", **
     """Load a cascade's checkpoint folder for reconstruction: ``volume_hu, affine = pipeline("PA.png", "LAT.png")``.
 
     PA alone for a cascade of one view. Options: ``samples``, ``steps``, ``seed``, ``max_stages``, ``device``,
-    ``precision``, as :func:`system.load_cascade_system`; ``consistency`` as :class:`Pipeline`.
+    ``precision``, ``data_consistency``, as :func:`system.load_cascade_system`; ``consistency`` as :class:`Pipeline`.
+    With ``samples`` of 2 or more ``pipeline.std_hu()`` is the standard deviation, calibrated where
+    ``pipeline.calibration`` is there.
     """
     return Pipeline(load_cascade_system(checkpoint, *args, **options), consistency)
 
@@ -55,9 +59,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_common_arguments(parser)
     parser.add_argument("--steps", type=int, help=f"network steps per stage and sample (default {DEFAULT_STEPS})")
     parser.add_argument("--samples", type=int, help="mean of K samples, 1: a single one (default: one-step mean)")
-    parser.add_argument("--save-std", metavar="FILE", help="voxel-wise standard deviation in HU, NIfTI")
+    parser.add_argument(
+        "--save-std",
+        metavar="FILE",
+        help="voxel-wise standard deviation in HU, NIfTI; calibrated where the checkpoint has that",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the samples' noise (default %(default)s)")
     parser.add_argument("--max-stages", type=int, help="stop after this many stages")
+    add_data_consistency_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -81,23 +90,42 @@ def check_args(args) -> None:
         )
 
 
+def _calibrated(calibration: SampleCalibration | None) -> str:
+    if calibration is None:
+        return " (as the samples have it)"
+    return (
+        f" ({calibration.factor:.2f} times that of the samples, as calibrated);"
+        f" 95 % of errors lie within {calibration.factor95:.2f} of them"
+    )
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
     check_args(args)
     steps = DEFAULT_STEPS if args.steps is None else args.steps
     system = load_cascade_system(
-        args.checkpoint, args.samples, steps, args.seed, args.max_stages, args.device, args.precision
+        args.checkpoint,
+        args.samples,
+        steps,
+        args.seed,
+        args.max_stages,
+        args.device,
+        args.precision,
+        args.data_consistency,
     )
     system.progress = partial(progress_bar, desc="Sampling", unit="steps", leave=False)
     pipeline = Pipeline(system, args.consistency)
     if args.folder:
         return reconstruct_folder(pipeline, args)
+    calibration = pipeline.calibration if args.save_std else None  # of other weights: refused before sampling
     hu, affine = reconstruct_one(pipeline, args.pa, args.lateral, args.output, args.picture, args)
     print(f"{describe_volume(pipeline, args.output, hu)}; {system}")
     if args.save_std:
         std = pipeline.std_hu()
         write_volume(args.save_std, std, affine, origin=pipeline.origin)
-        print(f"{args.save_std}: standard deviation, {std.mean():.1f} HU on average")
+        print(f"{args.save_std}: standard deviation, {std.mean():.1f} HU on average{_calibrated(calibration)}")
+        if pipeline.measured:
+            print(f"note: {args.save_std} does not hold what films and scouts add to the errors", file=sys.stderr)
     return 0
 
 

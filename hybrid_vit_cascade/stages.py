@@ -59,26 +59,24 @@ class Stage:
         steps: int,
         method: str = "dpmpp_2m",
         progress: Callable[[Iterable], Iterable] | None = None,
+        correct: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Volume ``(B, 1, D, H, W)`` in [-1, 1], float32, from noise of that shape; one step: the posterior mean.
 
         condition: from ``model.encode``. The network runs under whatever autocast is active, the sampler in float32.
-        The result is clamped to [-1, 1]; estimates on the way only for noise prediction, whose x0 is unsteady at first.
+        correct: as :func:`diffusion.sample`, of estimates in [-1, 1]. The result is clamped to [-1, 1]; estimates on
+        the way only for it and for noise prediction, whose x0 is unsteady at first.
         """
 
         def denoise(x_t, t):
             return self.model.denoise(x_t, self.schedule.position(t), condition)
 
-        x0 = sample(
-            denoise,
-            self.schedule,
-            noise,
-            steps,
-            method,
-            self.prediction,
-            progress=progress,
-            clip_x0=self.prediction == "noise",
-        )
+        def clipped(x0):
+            x0 = x0.clamp(-1.0, 1.0)
+            return x0 if correct is None else correct(x0)
+
+        change = None if correct is None and self.prediction != "noise" else clipped
+        x0 = sample(denoise, self.schedule, noise, steps, method, self.prediction, progress=progress, correct=change)
         return x0.clamp(-1.0, 1.0).where(x0.isfinite(), x0)  # infinity stays an error that can be seen
 
 

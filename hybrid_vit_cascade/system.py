@@ -13,8 +13,10 @@ from hybrid_vit_cascade.cascade import DEFAULT_STEPS, Cascade
 from hybrid_vit_cascade.one_step import OneStepPath
 from xray2ct.checkpoints import weights_fingerprint
 from xray2ct.evaluation.statistics import expected_coverage
+from xray2ct.files import InputError
 from xray2ct.inference.precision import CHECKED, fall_back_where_wrong, precision_name
 from xray2ct.inference.predictor import TRILINEAR, LoadedCheckpoint, Method, Predictor
+from xray2ct.inference.sample_calibration import NAME, SampleCalibration, read_sample_calibration
 from xray2ct.inference.system import pick_device
 from xray2ct.models.blocks import upsample
 
@@ -24,13 +26,22 @@ class CascadeSystem(Predictor):
 
     samples: None for the one-step posterior mean, else the number of samples to average, of ``steps`` steps each.
     After :meth:`predict`, ``std`` is the standard deviation (B, 1, D, H, W) of two or more samples in units of [0, 1],
-    else None. The same seed gives the same volume. progress: wraps the iterable of steps.
+    else None, as the samples have it: :meth:`sample_calibration` says by how much it is off. The same seed gives the
+    same volume. progress: wraps the iterable of steps. data_consistency: as :class:`Cascade`, of all these ways.
     """
 
     name = "the cascade"
 
-    def __init__(self, cascade: Cascade, samples: int | None = None, steps: int = DEFAULT_STEPS, seed: int = 0):
+    def __init__(
+        self,
+        cascade: Cascade,
+        samples: int | None = None,
+        steps: int = DEFAULT_STEPS,
+        seed: int = 0,
+        data_consistency: int = 0,
+    ):
         self.cascade, self.samples, self.steps, self.seed = cascade, samples, steps, seed
+        self.data_consistency = cascade.data_consistency = data_consistency
         self.geometry, self.hu_window, self.xray_scale = cascade.geometry, cascade.hu_window, cascade.xray_scale
         self.xray_size, self.num_views, self.volume_size = cascade.xray_size, cascade.num_views, cascade.volume_size
         settings = cascade.header.get("cascade_config", {}).get("data", {})
@@ -94,6 +105,21 @@ class CascadeSystem(Predictor):
         """Generator that follows from the seed and the patient's id alone."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(str(item.get("id", "")).encode()))
 
+    def sampling(self) -> dict:
+        """How samples are drawn, as far as their spread depends on it; JSON-ready."""
+        return {"steps": self.steps, "data_consistency": self.data_consistency}
+
+    def sample_calibration(self, consistency: dict | None) -> SampleCalibration | None:
+        if self.samples is None or self.samples < 2:
+            return None
+        path, weights = Path(self.cascade.origin) / NAME, self.checkpoints()[0].weights
+        assert isinstance(weights, dict)
+        found, why = read_sample_calibration(path, weights, self.samples, self.sampling(), consistency)
+        note = f"the standard deviation is not calibrated: {why}"
+        if found is None and note not in self.notes:
+            self.notes.append(note)
+        return found
+
     def checkpoints(self) -> list[LoadedCheckpoint]:
         weights = {stage.name: weights_fingerprint(stage.model.state_dict()) for stage in self.cascade.stages}
         return [LoadedCheckpoint(self.cascade.origin, self.cascade.header, weights)]
@@ -107,6 +133,7 @@ class CascadeSystem(Predictor):
             "steps": self.steps,
             "samples": self.samples or 0,
             "seed": self.seed,
+            "data_consistency": self.data_consistency,
         }
 
     def export_module(self) -> nn.Module:
@@ -136,6 +163,7 @@ def load_cascade_system(
     max_stages: int | None = None,
     device: str = "auto",
     precision: str = "float32",
+    data_consistency: int = 0,
 ) -> CascadeSystem:
     """Load a cascade's checkpoint folder; arguments as those of inference.py's command line.
 
@@ -143,7 +171,9 @@ def load_cascade_system(
     """
     where = pick_device(device)
     cascade = Cascade.load(checkpoint, where, max_stages, precision_name(precision, where))
-    system = CascadeSystem(cascade, samples, steps, seed)
+    if data_consistency < 0:
+        raise InputError(f"--data-consistency is {data_consistency}; expected 0 (off) or a number of steps")
+    system = CascadeSystem(cascade, samples, steps, seed, data_consistency)
     if precision == CHECKED:
         fall_back_where_wrong(system)
     return system

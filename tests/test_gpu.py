@@ -204,7 +204,7 @@ def test_a_step_does_not_wait_for_the_gpu(root, tmp_path, precision):
         trainer.step(iter(raw))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert trainer.read(SignalCatcher()).losses["loss"] > 0
+    assert trainer.collect(SignalCatcher()).losses["loss"] > 0
 
 
 def test_a_gpu_computes_as_much_of_a_step_at_once_as_fits(root, tmp_path):

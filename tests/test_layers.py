@@ -11,6 +11,7 @@ from tests.helpers.paths import ROOT
 
 LAYERS = (  # lowest first; docs/architecture.md shows them
     (
+        "xray2ct.autocast",
         "xray2ct.command_line",
         "xray2ct.conventions",
         "xray2ct.files",

@@ -101,9 +101,9 @@ def test_the_training_notebook_trains_and_scores(tmp_path):
     book = nbformat.read(TRAINING, as_version=4)
     (settings,) = (cell for cell in book.cells if cell.metadata.get("tags") == ["parameters"])
     tiny = {f"model.{key}": value for key, value in TINY_MODEL.items()} | {"model.volume_size": [32, 32, 32]}
-    tiny |= {"data.repeats": 1, "training.batch_size": 2}
+    tiny |= {"data.repeats": 2, "training.batch_size": 2}
     words = [f"{key}={json.dumps(value)}".replace(" ", "") for key, value in tiny.items()]
-    settings.source = f"PHANTOMS, EPOCHS, OUTPUT, SETTINGS = 4, 1, {str(tmp_path / 'run')!r}, {words!r}"
+    settings.source = f"PHANTOMS, EPOCHS, OUTPUT, SETTINGS = 3, 1, {str(tmp_path / 'run')!r}, {words!r}"
     nbclient.NotebookClient(
         book, timeout=None, startup_timeout=600, resources={"metadata": {"path": str(TRAINING.parent)}}
     ).execute()

@@ -27,12 +27,12 @@ from PIL import Image
 
 from dataset import PatientDataset
 from tools.film_cases import CASES, VIEWS, Rendering, make_case
-from tools.model_card import film_cell
+from tools.model_card import film_table
 from xray2ct.checkpoints import check_compatible
 from xray2ct.command_line import Parser
 from xray2ct.conventions import MANIFEST
 from xray2ct.data.film_chain import FilmChain, FilmConfig
-from xray2ct.evaluation.record import described, markdown_table, measured, write_result
+from xray2ct.evaluation.record import described, measured, write_result
 from xray2ct.files import InputError, atomic_path, check_writable, run_cli
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.imaging.read_films import FilmWarning
@@ -249,11 +249,11 @@ def table(rows: list[dict], networks: list[Network]) -> list[dict]:
 def markdown(result: dict) -> str:
     """The table of ``film_benchmark.json``: PSNR, in brackets moved to fit, and films refused; where it comes from."""
     names = [network["name"] for network in result["networks"]]
-    rows = ([entry["case"], *(film_cell(entry[name]) for name in names)] for entry in result["table"])
     patients = len({row["patient"] for row in result["rows"]})
     head = f"film, {patients} {result['split']} patients, pixel spacing {result['spacing']}: PSNR, dB (moved to fit)"
     sources = dict.fromkeys(described(network["measured"]) for network in result["networks"])
-    return markdown_table([head, *names], rows) + "\n\n" + "".join(f"- {source}\n" for source in sources)
+    cases = {entry["case"]: entry for entry in result["table"]}
+    return film_table(head, names, cases) + "\n\n" + "".join(f"- {source}\n" for source in sources)
 
 
 def main(argv=None) -> int:

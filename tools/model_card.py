@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from xray2ct.evaluation.record import markdown_table
 from xray2ct.models.registry import REFINEMENT_KIND
 
 SHOWN = ("psnr_strict", "ssim_3d", "mae_hu", "psnr_x2ct", "ssim_slices", "projection_relative")  # scores of the table
@@ -140,21 +143,23 @@ def _film_scores(weights: dict) -> str:
     films = weights.get("film_scores")
     if not films:
         return ""
-    lines = [
+    return (
         f"## Simulated films\n\nPSNR in dB on films of {len(films['patients'])} test patients by other physics than"
         f" training draws (`python -m tools.film_benchmark`), pixel spacing {films['spacing']}; in brackets, moved to"
-        " where the volume fits best.",
-        "",
-        f"| film | {' | '.join(films['networks'])} |",
-        f"|---|{'---|' * len(films['networks'])}",
-    ]
-    for case, entry in films["cases"].items():
-        cells = (film_cell(entry[name]) for name in films["networks"])
-        lines.append(f"| {case} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        f" where the volume fits best.\n\n{film_table('film', films['networks'], films['cases'])}"
+    )
 
 
-def film_cell(entry: dict) -> str:
+def film_table(corner: str, networks: Sequence[str], cases: Mapping[str, dict]) -> str:
+    """Markdown of a film benchmark: one row per case, one column per network; ``corner`` heads the names of the cases.
+
+    cases: for each case the entry of each network, see ``tools/film_benchmark.py``: ``table``.
+    """
+    rows = ([case, *(_film_cell(entries[name]) for name in networks)] for case, entries in cases.items())
+    return markdown_table([corner, *networks], rows)
+
+
+def _film_cell(entry: dict) -> str:
     """A case's mean scores with a network: ``21.69 (22.02); 1 of 8 refused``."""
     refused = f"{entry['refused']} of {entry['patients']} refused" if entry["refused"] else ""
     found = "" if entry["psnr"] is None else f"{entry['psnr']:.2f} ({entry['psnr_moved']:.2f})"

@@ -380,7 +380,7 @@ def test_the_denoiser_sees_every_time_step_once_and_progress_wraps_them():
     assert result.dtype == torch.float32
 
 
-def test_clipping_bounds_each_estimate_only_when_asked():
+def test_estimates_are_corrected_before_each_step_only_when_asked():
     schedule = Schedule(1000)
 
     def overshooting(x, t):
@@ -389,7 +389,14 @@ def test_clipping_bounds_each_estimate_only_when_asked():
     noise = draw_noise((1, 1, 4, 4, 4), torch.Generator().manual_seed(0))
     options = {"steps": 5, "prediction": "x0"}
     assert sample(overshooting, schedule, noise, **options).max().item() == pytest.approx(1.7)
-    assert sample(overshooting, schedule, noise, clip_x0=True, **options).max().item() == pytest.approx(1.0)
+    corrected = []
+
+    def correct(x0):
+        corrected.append(x0.max().item())
+        return x0.clamp(-1, 1)
+
+    assert sample(overshooting, schedule, noise, correct=correct, **options).max().item() == pytest.approx(1.0)
+    assert corrected == pytest.approx([1.7] * 5)
 
 
 def test_unknown_methods_and_noise_levels_are_refused():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from dataset import PatientDataset
 from hybrid_vit_cascade.cascade import Cascade
 from hybrid_vit_cascade.system import CascadeSystem
 from tests.helpers.tiny_cascade import make_cascade
+from tools import calibrate
+from xray2ct.evaluation.spectrum import compare_spectra
 from xray2ct.evaluation.statistics import coverage
-from xray2ct.files import InputError
+from xray2ct.files import InputError, read_json, write_json
 from xray2ct.geometry.projector import unit_to_hu
 from xray2ct.imaging.body import body_mask
 from xray2ct.metrics import psnr
@@ -58,8 +61,70 @@ def test_posterior_mean_sample_and_mean_of_samples_are_compared_with_the_baselin
         body = torch.from_numpy(body_mask(unit_to_hu(target, cascade.hu_window).numpy(), 360 / 32))
         shares.append(coverage(volume, mean_of.std, target, body & (item["mask"][0] > 0))["coverage_2sd"])
     assert summary["coverage"]["coverage_2sd"]["mean"] == pytest.approx(sum(shares) / 2, abs=1e-6)
-    assert "for a perfect model" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "for a perfect model" in printed
+    check_sharpness(printed, summary, rows, item, cascade)
     assert (tmp_path / "pictures" / "p4.png").exists()
+
+
+def check_sharpness(printed, summary, rows, item, cascade):
+    """The table has each way's sharpness and PSNR, and what the one costs of the other, of the same volumes."""
+    ways = ("cascade_mean", "cascade_mean_of_3", "cascade_sample")
+    for column in ("psnr_strict", "fine_power_db"):
+        line = next(line for line in printed.splitlines() if line[15:].startswith(column))
+        cells = re.findall(r"(\S+) \+- \S+", line)
+        assert cells[:3] == [f"{summary['methods'][way][column]['mean']:.2f}" for way in ways]
+    draw = CascadeSystem(cascade, 3, 2).methods()["cascade_sample"](item)
+    assert float(rows["cascade_sample", "p5"]["fine_power_db"]) == pytest.approx(
+        compare_spectra(draw, item["ct_volume"][0])["fine_power_db"], abs=1e-3
+    )
+    for way in ways[1:]:
+        costs = {
+            column: sum(float(rows[way, i][column]) - float(rows["cascade_mean", i][column]) for i in ("p4", "p5")) / 2
+            for column in ("psnr_strict", "fine_power_db")
+        }
+        line = next(line for line in printed.splitlines() if line.startswith(f"  {way} "))
+        found = {
+            column: float(value) for column, value in re.findall(r"(psnr_strict|fine_power_db) ([+-][\d.]+)", line)
+        }
+        assert found == pytest.approx(costs, abs=0.006)
+
+
+def test_coverage_of_calibrated_standard_deviations(root, tmp_path, capsys):
+    """Calibrated on two patients and scored on them: of all their voxels 68.27 and 95.45 % are covered."""
+    folder, options = make_cascade(tmp_path / "cascade", root, stages=1), ("--steps", "2", "--samples", "3")
+    calibration = [*options, "--cascade", str(folder), "--data", str(root), "--splits", "test", "--check", "val"]
+    for consistency, method in (("off", "cascade_mean_of_3"), ("2", "cascade_mean_of_3_consistent")):
+        assert calibrate.main([*calibration, "--consistency", consistency]) == 0
+        found = read_json(folder / "std_calibration.json")
+        assert found["patients"] == ["p4", "p5"]
+        assert found["sampling"] == {"steps": 2, "data_consistency": 0}
+        assert found["checked"]["rows"][0]["id"] == "p3"
+        capsys.readouterr()
+        run(root, folder, tmp_path / "scored", *options, "--consistency", consistency)
+        printed = capsys.readouterr().out
+        assert "note: the standard deviation was calibrated on p4, p5: its coverage says nothing" in printed
+        result = json.loads((tmp_path / "scored" / "summary.json").read_text())["coverage"]
+        assert result["method"] == method
+        assert result["calibration"] == {"factor": found["factor"], "factor95": found["factor95"]}
+        rows = found["coverage"]["summary"]
+        for key, name in (
+            ("coverage_1sd", "samples_within_1sd"),
+            ("calibrated_1sd", "within_1sd"),
+            ("calibrated_2sd", "within_twice_the_sd"),
+            ("calibrated_factor95", "within_2sd"),
+        ):
+            assert result[key]["mean"] == pytest.approx(rows[name]["mean"], abs=1e-3)
+        assert result["calibrated_1sd"]["mean"] == pytest.approx(0.6827, abs=0.01)
+        assert result["calibrated_factor95"]["mean"] == pytest.approx(0.9545, abs=0.01)
+        assert f"calibrated_1sd      {result['calibrated_1sd']['mean']:.3f}; the standard deviation times" in printed
+    assert "calibrated_1sd" not in result["others"]["cascade_mean_of_3"]  # whose errors it was not fitted on
+    run(root, folder, tmp_path / "scored", "--steps", "3", "--samples", "3")
+    assert "is not calibrated: " in capsys.readouterr().out
+    assert "calibrated_1sd" not in json.loads((tmp_path / "scored" / "summary.json").read_text())["coverage"]
+    write_json(folder / "std_calibration.json", {**found, "weights": {"low": "other"}})
+    with pytest.raises(InputError, match="is of other weights of stage low"):
+        run(root, folder, tmp_path / "scored", *options)
 
 
 def test_one_step_alone_needs_no_samples(root, folder, tmp_path):

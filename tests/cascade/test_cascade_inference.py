@@ -16,15 +16,21 @@ from dataset import PatientDataset
 from hybrid_vit_cascade import inference
 from hybrid_vit_cascade.cascade import Cascade, Stage, to_signed, to_unit
 from hybrid_vit_cascade.diffusion import Schedule, draw_noise, resolution_shift, sample
-from hybrid_vit_cascade.system import CascadeSystem
+from hybrid_vit_cascade.inference import load_cascade_pipeline
+from hybrid_vit_cascade.system import CascadeSystem, load_cascade_system
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import run
 from tests.helpers.tiny_cascade import make_cascade
 from tests.helpers.tiny_data import make_checkpoint
 from xray2ct.checkpoints import load_checkpoint, save_checkpoint, weights_fingerprint
+from xray2ct.evaluation.spectrum import compare_spectra
 from xray2ct.evaluation.statistics import coverage, expected_coverage
 from xray2ct.files import InputError, read_json, write_json
+from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import Geometry
+from xray2ct.inference.consistency import consistent
+from xray2ct.inference.sample_calibration import SampleCalibration
+from xray2ct.metrics import psnr
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +131,42 @@ def test_the_spread_is_right_and_covers_the_truth():
     expected = expected_coverage(8)
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, abs=0.03)
+
+
+@pytest.mark.parametrize("views", [2, 1])
+def test_data_consistency_moves_every_estimate_towards_the_x_rays(views):
+    torch.manual_seed(0)
+    cascade = gaussian_cascade()
+    acquisition = Acquisition(cascade.geometry, cascade.hu_window, cascade.xray_scale)
+    truth = 0.3 + 0.3 * torch.rand(1, 1, 8, 8, 8)
+    xrays = acquisition.render(truth, (8, 8))[:, :views]
+    for stage in cascade.stages:
+        stage.model.num_views = views
+
+    def error(volume):
+        return (acquisition.render(volume, (8, 8))[:, :views] - xrays).norm() / xrays.norm()
+
+    def draw(steps):
+        return cascade.sample(xrays, steps, torch.Generator().manual_seed(0))
+
+    plain, mean = draw(20), cascade.posterior_mean(xrays, stages=1)
+    cascade.data_consistency = 4
+    guided = draw(20)
+    assert error(guided) < 0.2 * error(plain)
+    # A single step from pure noise has one estimate: its correction is that of the finished volume.
+    expected = consistent(mean, xrays, acquisition, 4)
+    assert torch.allclose(cascade.posterior_mean(xrays, stages=1), expected, atol=1e-6)
+    assert not torch.allclose(guided, consistent(plain, xrays, acquisition, 4), atol=1e-3)
+
+
+def test_films_are_no_x_rays_to_enforce_on_the_way(root, folder, tmp_path):
+    pipeline = load_cascade_pipeline(folder, data_consistency=2)
+    xrays = pipeline.read(*files(root))
+    assert pipeline.predict(xrays).isfinite().all()
+    with pytest.raises(InputError, match="--data-consistency is 2, but the X-rays are scouts or films"):
+        pipeline.predict(xrays, measured=True)
+    with pytest.raises(InputError, match="--data-consistency is -1; expected 0"):
+        load_cascade_pipeline(folder, data_consistency=-1)
 
 
 def test_samples_follow_from_the_seed(xrays, folder):
@@ -385,6 +427,34 @@ def test_the_mean_and_standard_deviation_of_samples_are_written(root, folder, xr
     assert "mean of 3 samples of 2 steps, seed 5" in capsys.readouterr().out
 
 
+def test_a_calibrated_standard_deviation_is_the_samples_times_its_factor(root, tmp_path, capsys):
+    folder = make_cascade(tmp_path / "cascade", root, stages=1)
+    options = ("--samples", "4", "--steps", "2", "--save-std", str(tmp_path / "std.nii.gz"))
+    inference.main(command(root, folder, tmp_path / "out.nii.gz", *options))
+    output, notes = capsys.readouterr()
+    assert "(as the samples have it)" in output
+    assert "note: the standard deviation is not calibrated: there is no" in notes
+    plain = nib.load(tmp_path / "std.nii.gz").get_fdata()
+    weights = load_cascade_system(folder).checkpoints()[0].weights
+    calibration = SampleCalibration(4, 1.5, 2.4, 1.2, {"steps": 2, "data_consistency": 0}, None, weights)
+    write_json(folder / "std_calibration.json", calibration.to_dict())
+    inference.main(command(root, folder, tmp_path / "out.nii.gz", *options))
+    output, notes = capsys.readouterr()
+    assert "(1.50 times that of the samples, as calibrated); 95 % of errors lie within 2.40 of them" in output
+    assert "not calibrated" not in notes
+    assert np.allclose(nib.load(tmp_path / "std.nii.gz").get_fdata(), 1.5 * plain, rtol=1e-5)
+    pipeline = inference.load_cascade_pipeline(folder, samples=2, steps=2, device="cpu")
+    pipeline(*files(root))
+    low, high = pipeline.hu_window
+    factor = calibration.for_samples(2).factor
+    assert np.allclose(pipeline.std_hu(), pipeline.system.std[0, 0].numpy() * (high - low) * factor, rtol=1e-5)
+    write_json(folder / "std_calibration.json", {**calibration.to_dict(), "weights": {"low": "others"}})
+    with pytest.raises(InputError, match="is of other weights of stage low"):
+        inference.main(command(root, folder, tmp_path / "refused.nii.gz", *options))
+    assert not (tmp_path / "refused.nii.gz").exists()
+    inference.main(command(root, folder, tmp_path / "mean.nii.gz"))  # which has no standard deviation
+
+
 def test_a_single_sample_follows_from_its_seed(root, folder, tmp_path):
     volumes = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -579,6 +649,19 @@ def test_the_pages_options_exist_and_its_figures_are_right(capsys):
         for cell, (shift, sd) in zip(cells, product((1.0, resolution_shift(128)), (0.05, 0.25))):
             error = spread_of_samples(int(steps.split()[0]), shift, sd) / sd - 1
             assert float(cell.removesuffix(" %")) == pytest.approx(100 * error, abs=0.6)
+
+
+def test_the_page_s_price_of_sharpness_is_that_of_a_perfect_model():
+    """Detail of which the X-rays say nothing: truth and samples are independent, the posterior mean is empty."""
+    noise = torch.randn(17, 48, 48, 48, generator=torch.Generator().manual_seed(0)) / 100
+    truth, draws = noise[0], noise[1:]
+    rows = table_of((ROOT / "hybrid_vit_cascade" / "INFERENCE.md").read_text(encoding="utf-8"), "mean of")
+    assert len(rows) == 4
+    for name, cells in rows.items():
+        mean = draws[: int(name.split()[0])].mean(dim=0)
+        price = psnr(mean, truth) - psnr(torch.zeros_like(truth), truth)
+        assert float(cells[0]) == pytest.approx(price, abs=0.05)
+        assert float(cells[1]) == pytest.approx(compare_spectra(mean, truth)["fine_power_db"], abs=0.15)
 
 
 def spread_of_samples(steps, shift, sd):

@@ -55,7 +55,7 @@ def install(fault, pipe):
         }[name]
         around(*where, functools.partial(then_die, Countdown(values[0]), values[1]))
     if "stop_answering" in fault:
-        limited = functools.partial(process_group, timeout_minutes=0.2)
+        limited = functools.partial(process_group, timeout_minutes=0.1)
         cli.process_group = limited
 
 

@@ -106,6 +106,24 @@ def test_a_film_that_does_not_fit_changes_nothing_and_is_noted():
     assert all("not used" in note for note in notes)
 
 
+def test_x_rays_count_where_they_are_seen_in_every_shape_that_a_system_takes():
+    system = SimpleNamespace(geometry=Geometry(), hu_window=WINDOW, xray_scale=10.0, device="cpu")
+    xrays = Acquisition(Geometry(), WINDOW, 10.0).render(block(), (N, N))
+    seen = torch.ones_like(xrays)
+    seen[..., 2:] = 0
+    spoiled = torch.where(seen > 0, xrays, 0.9)
+
+    def moved(*channels):
+        return make_consistent(system, block(0.3), torch.stack(channels, dim=2), 4, measured=False)[0]
+
+    plain, _ = make_consistent(system, block(0.3), xrays, 4, measured=False)
+    assert not torch.equal(plain, block(0.3))
+    for same in (moved(xrays), moved(xrays, torch.ones_like(xrays))):
+        assert torch.equal(same, plain)
+    assert torch.equal(moved(xrays, seen), moved(spoiled, seen))
+    assert not torch.equal(moved(xrays, seen), plain)
+
+
 def test_by_default_only_where_it_was_validated(tmp_path):
     shipped = DirectSystem("chest64", device="cpu")
     assert Pipeline(shipped).consistency_steps == STEPS

@@ -21,10 +21,11 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_cascade import make_cascade
 from tests.helpers.tiny_data import make_checkpoint, make_dataset, make_refinement_checkpoint
 from xray2ct.files import InputError
-from xray2ct.geometry.projector import Geometry
+from xray2ct.geometry.projector import Geometry, line_integrals
 from xray2ct.inference import onnx as onnx_module
 from xray2ct.inference.reconstruction import load_pipeline
 from xray2ct.inference.system import DirectSystem
+from xray2ct.models.normalisation import normalise
 
 SCRIPT = ROOT / "docs" / "onnx_inference.py"
 
@@ -185,6 +186,26 @@ def test_onnx_normalises_large_feature_maps_as_exactly_as_torch():
     found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"xrays": features.numpy()})[0]
     exact = norm.double()(features.double()).detach()
     assert (torch.from_numpy(found) - exact).abs().max() < 1e-5  # onnxruntime's own operator: 4e-5
+
+
+class RenderedTwice(torch.nn.Module):
+    """A volume's X-rays and those of half of it, normalised."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.GroupNorm(1, 2)
+
+    def forward(self, volume):
+        both = [line_integrals(share * volume, Geometry(), (16, 16)) for share in (1.0, 0.5)]
+        return normalise(torch.cat(both), self.norm)
+
+
+def test_a_trace_makes_weights_once_and_knows_no_autocast():
+    graph = onnx_module.trace(RenderedTwice(), (1, 8, 8, 8)).graph
+    called = [str(node.target) for node in graph.nodes]
+    assert called.count("aten.clamp_min.default") == 4  # hats of rows and columns, in both views
+    assert called.count("aten.group_norm.default") == 1
+    assert not [name for name in called if "autocast" in name]
 
 
 class MeanBrightness(torch.nn.Module):

@@ -5,12 +5,20 @@ import json
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 import reconstruct
+from dataset import PatientDataset
 from tests.helpers.tiny_data import make_checkpoint, make_dataset
 from tools import calibrate
+from xray2ct.evaluation.protocols import scanned_body
 from xray2ct.files import InputError, read_json, write_json
+from xray2ct.geometry.projector import unit_to_hu
+from xray2ct.inference.consistency import STEPS, how_of
+from xray2ct.inference.reconstruction import Pipeline
+from xray2ct.inference.system import DirectSystem
 from xray2ct.inference.uncertainty import Calibration, calibration_path, fit, local_contrast, read_calibration
+from xray2ct.weights import find
 
 
 def test_contrast_is_the_standard_deviation_of_27_voxels():
@@ -32,12 +40,12 @@ def errors_of(seed, count=200_000):
 def test_other_gaussian_errors_are_covered_as_they_should():
     calibration = fit(*errors_of(0)[:3], weights=["w"])
     hu, contrast, error, sigma = errors_of(1)
-    shares = calibrate.coverage_of(calibration, hu, contrast, error)
+    std = calibration.look_up(hu, contrast)
+    shares = calibrate.coverage_of(np.abs(error) / std, calibration.factor95)
     assert shares["within_1sd"] == pytest.approx(0.6827, abs=0.005)
     assert shares["within_2sd"] == pytest.approx(0.9545, abs=0.005)
     assert calibration.factor95 == pytest.approx(2.0, abs=0.06)  # little more: cells of a table mix widths
-    bins = np.digitize(hu, calibration.value_edges), np.digitize(contrast, calibration.contrast_edges)
-    ratio = np.asarray(calibration.std_hu)[bins] / sigma
+    ratio = std / sigma
     pure = (hu < 100) | (hu > 300)  # away from the range whose cells hold bone and what is not
     assert np.quantile(ratio[pure], [0.02, 0.98]) == pytest.approx([1.0, 1.0], abs=0.15)
 
@@ -76,11 +84,44 @@ def test_calibrate_and_reconstruct(trained, tmp_path, capsys):
     assert [row["id"] for row in found["checked"]["rows"]] == ["p5"]
     capsys.readouterr()
     assert reconstruct.main(options) == 0
-    printed = capsys.readouterr().out
+    printed, notes = capsys.readouterr()
+    assert "films and scouts" not in notes  # renderings, as the table's
     std, ct = (np.asarray(nibabel.load(tmp_path / f"{name}.nii.gz").dataobj) for name in ("std", "ct"))
     assert std.shape == ct.shape == (16, 16, 16)
     assert f"std.nii.gz: standard deviation, {std.mean():.1f} HU on average" in printed
+    with pytest.raises(InputError, match=r"is of plain predictions, .*; expected --consistency off, or run tools"):
+        reconstruct.main([*options[:-3], str(tmp_path / "other.nii.gz"), *options[-2:], "--consistency", "3"])
+    assert not (tmp_path / "other.nii.gz").exists()
+    assert reconstruct.main([*options, "--xray-normalization", "percentile"]) == 0
+    assert "std.nii.gz does not hold what films and scouts add" in capsys.readouterr().err
     assert set(np.unique(std)) <= set(np.float32(np.asarray(found["std_hu"])).ravel())
+
+
+def test_the_shipped_table_is_of_the_volumes_that_are_written_by_default():
+    record = read_json(find("chest64").with_suffix(".json"))
+    assert read_calibration("chest64", [record["fingerprint"]], how_of(STEPS)).factor95 > 2
+
+
+def test_the_table_is_of_volumes_with_the_consistency_asked_for(trained, tmp_path):
+    root, base = trained
+    options = ["--base", str(base), "--data", str(root), "--splits", "test", "--consistency"]
+    paths = {steps: tmp_path / f"{steps}.json" for steps in ("off", "auto", "3")}
+    for steps, path in paths.items():
+        calibrate.main([*options, steps, "--output", str(path)])
+    found = {steps: read_json(path) for steps, path in paths.items()}
+    assert found["off"]["consistency"] is found["auto"]["consistency"] is None  # 16^3: not validated
+    assert found["3"]["consistency"] == how_of(3)
+    assert found["off"]["std_hu"] == found["auto"]["std_hu"] != found["3"]["std_hu"]
+    data = PatientDataset(root, "test", 16, 64)
+    pipeline, errors = Pipeline(DirectSystem(base), 3), []
+    for item in data:
+        body = scanned_body(item["ct_volume"][0], item["mask"][0], data.hu_window, 360.0)
+        volume = unit_to_hu(pipeline.predict(item["xrays"]), data.hu_window)
+        std = Calibration(**{key: found["3"][key] for key in Calibration.__dataclass_fields__}).std(volume.numpy())
+        errors.append(
+            ((volume - unit_to_hu(item["ct_volume"][0], data.hu_window)).abs() <= torch.from_numpy(std))[body]
+        )
+    assert torch.cat(errors).double().mean() == pytest.approx(0.6827, abs=0.001)
 
 
 def test_wrong_calibrations_and_options_are_refused(trained, tmp_path):
@@ -99,6 +140,15 @@ def test_wrong_calibrations_and_options_are_refused(trained, tmp_path):
     refused("is of the weights other, these are abc", weights=["other"])
     refused("is not what tools/calibrate.py writes", std_hu=[[1.0, 2.0]])
     refused("is not what tools/calibrate.py writes", format=2)
+    refused("is not what tools/calibrate.py writes", consistency="auto")
+    refused(r"is of volumes with projection consistency \(steps 4, weight 0.12, .*not of plain", consistency=how_of(4))
+    write_json(calibration_path(path), {**good, "consistency": {**how_of(4), "weight": 0.5}})
+    with pytest.raises(InputError, match=r"body_spread_hu 140.0\); run tools/calibrate\.py --consistency 4 for these"):
+        read_calibration(path, ["abc"], how_of(4))
+    write_json(calibration_path(path), {key: value for key, value in good.items() if key != "consistency"})
+    assert read_calibration(path, ["abc"]).consistency is None  # as files before there was a choice
+    with pytest.raises(InputError, match=r"is of plain predictions, not of volumes with.*expected --consistency off"):
+        read_calibration(path, ["abc"], how_of(4))
     calibration_path(path).write_text(json.dumps([1]))
     with pytest.raises(InputError, match="is not what"):
         read_calibration(path, ["abc"])

@@ -1,13 +1,12 @@
 """The committed figure is what the networks say today; its shapes are those of a real run."""
 
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import torch
 
 from model_enhanced import EnhancedDirectModel
-from tests.helpers.paths import ROOT
+from tests.helpers.runs import run
 from tools.architecture_figure import HEIGHT, OUTPUT, WIDTH, Drawing, maps, shapes
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -15,8 +14,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def test_the_committed_figure_is_what_the_script_draws(tmp_path):
     # In a process of its own: networks without memory must not leave their weights of the lifting in caches.
-    command = [sys.executable, "-m", "tools.architecture_figure", "--output", str(tmp_path / "figure.svg")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    done = run([sys.executable, "-m", "tools.architecture_figure", "--output", str(tmp_path / "figure.svg")])
+    assert done.returncode == 0, done.stderr
     drawn = (tmp_path / "figure.svg").read_text(encoding="utf-8")
     assert OUTPUT.read_text(encoding="utf-8") == drawn, "run: python -m tools.architecture_figure"
 

@@ -16,7 +16,7 @@ from xray2ct.files import InputError, read_json
 from xray2ct.training.config import EnhancedConfig, RefinementConfig, load_config
 
 TINY = {f"model.{key}": value for key, value in TINY_MODEL.items()}
-TINY |= {"model.volume_size": [32, 32, 32], "training.num_epochs": 1, "data.repeats": 1, "training.batch_size": 2}
+TINY |= {"model.volume_size": [32, 32, 32], "training.num_epochs": 1, "data.repeats": 2, "training.batch_size": 2}
 TINY_STAGE_2 = {f"model.{key}": value for key, value in TINY_REFINEMENT.items()}
 TINY_STAGE_2 |= {"training.num_epochs": 1, "data.repeats": 1, "patch.size": 8, "patch.per_volume": 1}
 
@@ -24,7 +24,7 @@ TINY_STAGE_2 |= {"training.num_epochs": 1, "data.repeats": 1, "patch.size": 8, "
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "out"
-    options = ["--output", str(output), "--patients", "4", "--workers", "1"]
+    options = ["--output", str(output), "--patients", "3", "--workers", "1"]
     for key, value in TINY.items():
         options += ["--set", f"{key}={value}"]
     for key, value in TINY_STAGE_2.items():
@@ -41,7 +41,7 @@ def test_demo_ends_with_scores_a_volume_and_a_picture(options, capsys):
     for method in ("refined", "trilinear", "mean_volume"):
         assert f"{methods[method]['psnr_strict']['mean']:.2f} dB" in text
     assert f"{output / 'results' / 'report.html'}: open it in a browser" in text
-    assert "phantom_0003" in (output / "results" / "report.html").read_text(encoding="utf-8")
+    assert "phantom_0002" in (output / "results" / "report.html").read_text(encoding="utf-8")
     image = nib.load(output / "reconstruction.nii.gz")
     assert image.shape == (128, 128, 128)
     assert np.allclose(image.affine, np.diag([-2.8125, -2.8125, -2.8125, 1]) + _corner(128))

@@ -11,6 +11,7 @@ from tests.helpers.tiny_data import make_checkpoint, make_dataset
 from tools import film_benchmark
 from tools.film_benchmark import best_psnr
 from tools.film_cases import CASES, Rendering, detected, displayed, make_case, moved
+from tools.model_card import film_table
 from xray2ct.files import InputError, read_json
 from xray2ct.metrics import psnr
 
@@ -139,6 +140,18 @@ def test_the_command_scores_networks_side_by_side_and_counts_refusals(root, tmp_
     assert text.endswith(capsys.readouterr().out)
     with Image.open(tmp_path / "films" / "p4_display_pa.png") as picture:
         assert picture.mode == "L"
+
+
+def test_the_table_shows_scores_and_refusals_of_every_network():
+    scores = {"psnr": 21.694, "psnr_moved": 22.021, "refused": 1, "patients": 8}
+    cases = {"log": {"a": scores, "b": {**scores, "refused": 0}}}
+    cases["turned"] = {"a": scores, "b": {"psnr": None, "psnr_moved": None, "refused": 8, "patients": 8}}
+    assert film_table("film", ["b", "a"], cases).splitlines() == [
+        "| film | b | a |",
+        "| --- | --- | --- |",
+        "| log | 21.69 (22.02) | 21.69 (22.02); 1 of 8 refused |",
+        "| turned | 8 of 8 refused | 21.69 (22.02); 1 of 8 refused |",
+    ]
 
 
 def test_clean_is_what_evaluation_scores(root, tmp_path):

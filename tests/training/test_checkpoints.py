@@ -4,13 +4,12 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from tests.helpers.paths import ROOT
+from tests.helpers.runs import run
 from xray2ct.checkpoints import check_compatible, load_checkpoint, save_checkpoint
 from xray2ct.files import InputError, atomic_path, run_cli, write_json
 from xray2ct.geometry.projector import Geometry
@@ -95,20 +94,19 @@ def test_a_failing_write_keeps_the_old_file(good, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file size limits are POSIX")
-def test_a_full_disk_keeps_the_old_file(good):
+def test_a_full_disk_keeps_the_old_file(good, tmp_path_factory):
     """The operating system refuses bytes in the middle of the write, as a full disk does."""
-    code = f"""
+    script = tmp_path_factory.mktemp("script") / "save.py"
+    script.write_text(f"""
 import resource, signal, torch
 from xray2ct.checkpoints import save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 save_checkpoint({str(good)!r}, {{"kind": "enhanced_direct", "weights": torch.zeros(1_000_000), "note": "second"}})
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace"
-    )
-    assert run.returncode != 0
-    assert "could not be written" in run.stderr or "File too large" in run.stderr
+""")
+    done = run([sys.executable, str(script)])
+    assert done.returncode != 0
+    assert "could not be written" in done.stderr or "File too large" in done.stderr
     assert load_checkpoint(good)["note"] == "first"
     assert os.listdir(good.parent) == ["good.pt"]
     assert hasattr(resource, "RLIMIT_FSIZE")

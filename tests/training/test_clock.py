@@ -177,7 +177,7 @@ def train(trainer) -> None:
     with SignalCatcher() as catcher:
         while not trainer.finished:
             trainer.finish_epoch(trainer.train_epoch(catcher))
-            trainer._act_on(trainer.read(catcher))
+            trainer._act_on(trainer.collect(catcher))
     trainer.close()
 
 
@@ -294,7 +294,7 @@ def test_processes_agree_on_the_mean_of_their_clocks(tmp_path):
     trainer = timed_trainer(tmp_path, 1.0, now)
     trainer.processes = Two()
     now.now += 30
-    trainer.read(SignalCatcher())
+    trainer.collect(SignalCatcher())
     assert trainer.clock.share == pytest.approx(0.625)
 
 

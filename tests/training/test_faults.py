@@ -403,7 +403,7 @@ def distributed_environment(rank, port):
 
 @pytest.mark.parametrize(("number", "fault"), [(signal.SIGKILL, ""), (signal.SIGSTOP, "stop_answering")])
 def test_when_one_of_two_ranks_is_gone_the_other_ends_with_an_error(tmp_path, number, fault):
-    """Killed: at once. Silent: after the process group's time limit (here 12 s)."""
+    """Killed: at once. Silent: after the process group's time limit (here 6 s)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

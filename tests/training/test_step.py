@@ -112,8 +112,8 @@ def test_a_step_waits_for_nothing(root, files, tmp_path, make):
         trainer.step(iter(raw))
     assert counter.counts["aten::_fused_adamw_"] == 2  # with and without weight decay
     assert counter.waiting == []
-    reading = trainer.read(SignalCatcher())
-    assert math.isfinite(reading.losses["loss"])
+    collected = trainer.collect(SignalCatcher())
+    assert math.isfinite(collected.losses["loss"])
 
 
 @pytest.mark.parametrize("make", [direct, refinement, stage])
@@ -169,7 +169,7 @@ def spoil_loss(trainer, call):
 @pytest.mark.parametrize(
     ("value", "expected"), [("loss", r"the loss is nan \(MSE nan\)"), ("gradient", r"the gradient norm is (inf|nan)")]
 )
-def test_the_first_bad_step_is_named_at_the_next_reading_and_changes_nothing(tmp_path, value, expected):
+def test_the_first_bad_step_is_named_at_the_next_collection_and_changes_nothing(tmp_path, value, expected):
     """Step 4 of 6 in the second epoch, read at the epoch's end."""
     reference = first_epoch(toy_trainer(tmp_path / "reference"))
     loader = iter(reference.loader(reference.plan.order(2), reference.plan.batches(0)))
@@ -220,7 +220,7 @@ def test_float16_steps_that_overflow_are_skipped_and_too_many_in_a_row_end_the_r
     trainer.step(loader)
     assert not torch.equal(trainer.model[0].weight, before["0.weight"])
     assert trainer.optimizer.state[trainer.model[0].weight]["step"].item() == 1
-    trainer.read(SignalCatcher())
+    trainer.collect(SignalCatcher())
     assert (trainer.skipped, trainer.precision.scaler.get_scale()) == (0, 2.0**14)
     trainer.step_in_epoch = 3
     with pytest.raises(TrainingError, match=r"epoch 1, step 24, .*: 21 float16 steps in a row overflowed"):
@@ -273,9 +273,9 @@ def test_what_another_process_wants_arrives_with_the_losses(tmp_path, other, sig
     trainer = toy_trainer(tmp_path, "world_size=2", processes=processes)
     trainer.runner = trainer.single
     trainer.step(batches(trainer))
-    reading = trainer.read(SignalCatcher())
-    assert (reading.signal, reading.save) == (signal_number, saves)
-    assert 1 <= trainer.pace <= 8  # 0.125 s a step at least: read again within a second
+    collected = trainer.collect(SignalCatcher())
+    assert (collected.signal, collected.save) == (signal_number, saves)
+    assert 1 <= trainer.pace <= 8  # 0.125 s a step at least: collected again within a second
     assert len(trainer.ledger) == 0
 
 
@@ -304,7 +304,7 @@ def test_a_step_is_the_same_in_micro_batches_of_any_size(root, files, tmp_path, 
             )
         )
         trainer.step(batches(trainer))
-        found[-1] = (trainer.read(SignalCatcher()).losses, found[-1])
+        found[-1] = (trainer.collect(SignalCatcher()).losses, found[-1])
     (losses, gradient), (other_losses, other) = found
     assert other_losses == pytest.approx(losses, rel=1e-5)
     assert 0 < (other - gradient).norm() < 1e-4 * gradient.norm()

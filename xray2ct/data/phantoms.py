@@ -11,7 +11,7 @@ import gzip
 import io
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from xray2ct.conventions import AIR_HU, MAX_HU
 from xray2ct.data.phantom_anatomy import (
@@ -125,7 +125,7 @@ def paint_trunk(canvas: Canvas, a: Anatomy):
 def paint_lungs(canvas: Canvas, a: Anatomy, rng):
     """Returns the lungs' share (0 to 1) of each voxel."""
     distance = lung_distance(a, *canvas.at())
-    grain = ndimage.gaussian_filter(rng.standard_normal(canvas.shape, dtype=np.float32), 1.2) * 260.0
+    grain = scipy.ndimage.gaussian_filter(rng.standard_normal(canvas.shape, dtype=np.float32), 1.2) * 260.0
     canvas.paint(distance, a.lung_hu + grain + 0.5 * canvas.y)  # blood settles at the back: denser there
     return np.clip(0.5 - distance / canvas.edge, 0.0, 1.0)
 
@@ -300,8 +300,8 @@ def make_phantom(seed: int, index: int, spacing_mm: float | None = None) -> tupl
     paint_ribs(canvas, a)
     paint_sternum(canvas, a)
     paint_spine(canvas, a)
-    hu = ndimage.gaussian_filter(canvas.hu, 0.5)
-    hu += 14.0 * ndimage.gaussian_filter(grain_rng.standard_normal(canvas.shape, dtype=np.float32), 0.4)
+    hu = scipy.ndimage.gaussian_filter(canvas.hu, 0.5)
+    hu += 14.0 * scipy.ndimage.gaussian_filter(grain_rng.standard_normal(canvas.shape, dtype=np.float32), 0.4)
     return np.rint(np.clip(hu, AIR_HU, MAX_HU)).astype(np.int16), canvas.affine
 
 

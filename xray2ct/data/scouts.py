@@ -13,8 +13,8 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 import torch
-from scipy import ndimage
 
 from xray2ct.conventions import VIEW_LABELS
 from xray2ct.data.checks.xray_comparison import CONTROL_DEGREES, CONTROL_MM, ncc
@@ -224,7 +224,7 @@ def _misplaced(image: np.ndarray, scout: Scout) -> np.ndarray:
     matrix = turn * steps[None, :] / steps[:, None]  # turned in mm, not in pixels
     middle = (np.array(image.shape) - 1) / 2
     offset = middle - matrix @ middle + CONTROL_MM / steps
-    return ndimage.affine_transform(image, matrix, offset, order=1, cval=np.nan)
+    return scipy.ndimage.affine_transform(image, matrix, offset, order=1, cval=np.nan)
 
 
 def _resampled(values, scout: Scout, cube: Cube, geometry: Geometry, fit: Fit, size: int) -> np.ndarray:
@@ -239,5 +239,5 @@ def _resampled(values, scout: Scout, cube: Cube, geometry: Geometry, fit: Fit, s
     row, column = (z_mm - scout.z_mm[0]) / steps[0], (u_mm - scout.across_mm[0]) / steps[1]
     values = np.where(np.isfinite(values), values, 0.0)
     # Averaged over a pixel of the result before it is sampled: scouts are finer than small X-rays.
-    values = ndimage.uniform_filter(values, [max(1, round((places[1] - places[0]) / abs(s))) for s in steps])
-    return ndimage.map_coordinates(values, np.meshgrid(row, column, indexing="ij"), order=1, cval=0.0)
+    values = scipy.ndimage.uniform_filter(values, [max(1, round((places[1] - places[0]) / abs(s))) for s in steps])
+    return scipy.ndimage.map_coordinates(values, np.meshgrid(row, column, indexing="ij"), order=1, cval=0.0)

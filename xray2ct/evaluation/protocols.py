@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 
 from losses import SSIM_TAPS, ProjectionLoss
 from xray2ct.command_line import Parser
@@ -330,7 +330,7 @@ def phantom_case(size: int = 64, blur_mm: float = 7.5, offset_hu: float = -10.0,
     target = torch.from_numpy(area_average(fine.numpy(), 2))
     mask = torch.from_numpy(area_average(mask, 2) >= 0.5)
     sigma = blur_mm * size / geometry.fov_mm
-    blurred = ndimage.gaussian_filter(target.numpy(), sigma, mode="nearest")
+    blurred = scipy.ndimage.gaussian_filter(target.numpy(), sigma, mode="nearest")
     prediction = torch.from_numpy(blurred) + offset_hu / (HU_WINDOW[1] - HU_WINDOW[0])
     inside = scanned_body(target, mask, HU_WINDOW, geometry.fov_mm)
     return Case(prediction, target, mask, inside, xrays, geometry)

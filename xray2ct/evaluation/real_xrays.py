@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from xray2ct.evaluation.error_split import ERROR_SPLIT
 from xray2ct.evaluation.protocols import PROTOCOLS, Case, Protocol
@@ -62,7 +62,7 @@ def lung_volume(case: Case) -> dict[str, float | None]:
 
 def lungs(hu: np.ndarray, fov_mm: float) -> np.ndarray:
     """Air-filled lungs with their large airways, bool, of a cube ``(D, H, W)`` in HU with an edge of ``fov_mm``."""
-    labels, count = ndimage.label((hu < LUNG_HU) & body_mask(hu, fov_mm / len(hu)))
+    labels, count = scipy.ndimage.label((hu < LUNG_HU) & body_mask(hu, fov_mm / len(hu)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     kept = 1 + np.flatnonzero(sizes >= SMALL_SHARE * sizes.max(initial=0))
     return np.isin(labels, kept)

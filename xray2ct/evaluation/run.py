@@ -15,11 +15,11 @@ from xray2ct.data.patient_files import some
 from xray2ct.evaluation.real_xrays import protocols_of
 from xray2ct.evaluation.report import ReportCollector, choose_cases
 from xray2ct.evaluation.scoring import BASELINE, Observer, differences, mean_method, score_patients, summary_of
-from xray2ct.evaluation.statistics import summarise
 from xray2ct.evaluation.tables import note_other_truth, read_rows, write_rows
-from xray2ct.files import InputError, is_plain_name, read_json, replaced_together, write_json
-from xray2ct.inference.consistency import CONSISTENT, how_of, steps_of, with_consistent
+from xray2ct.files import InputError, counted, is_plain_name, read_json, replaced_together, write_json
+from xray2ct.inference.consistency import CONSISTENT, how_of, refuse_measured, steps_of, with_consistent
 from xray2ct.inference.predictor import LoadedCheckpoint, Predictor
+from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.training.config import config_hash
 from xray2ct.training.run_identity import VOLUMES
 
@@ -48,12 +48,16 @@ def evaluate(
     patient to score; what an earlier evaluation left in ``output`` is kept then.
     """
     output, steps = Path(output), steps_of(consistency, predictor.consistency_validated)
+    calibration = predictor.sample_calibration(how_of(steps))
     for note in predictor.notes:
         print(f"note: {note}")
     data, training, seen, notes = open_data(predictor, root, split, cache_dir, allow_seen, xrays)
+    measured = xrays != "drr" or not data.has_manifest
+    refuse_measured(predictor, measured)
+    notes += calibration_notes(calibration, data)
     methods = predictor.methods()
+    own = predictor.own_methods(methods)
     if steps:
-        measured = xrays != "drr" or not data.has_manifest
         methods = with_consistent(predictor, methods, steps, measured)
     first = next(iter(methods))
     plain = None if compare_method else first.removesuffix(CONSISTENT)  # all that earlier files have
@@ -64,17 +68,16 @@ def evaluate(
         report = ReportCollector(cases, first, data.acquisition)
     methods[BASELINE] = mean_method(training)
     with replaced_together(output, lambda: earlier_files(output)) as folder:
-        observer = Observer(folder, data, methods, pictures, report)
+        observer = Observer(folder, data, methods, pictures, report, calibration)
         rows = score_patients(data, methods, observer)
         made = {"consistency": how_of(steps)}
-        summary = {**describe_run(predictor, data, split, seen, rows[0]), **made, **summary_of(rows)}
+        summary = {**describe_run(predictor, data, split, seen, rows[0]), **made, **summary_of(rows, own)}
         if compare and others:
             mine = [row for row in rows if row["method"] == first]
             summary[f"minus_{Path(compare).parent.name or 'other'}"] = {first: differences(mine, others)}
             note_other_truth(compare, summary)
         if observer.coverages:
-            expected = predictor.expected_coverage
-            summary["coverage"] = {"in": "body", **summarise(observer.coverages), "expected": expected}
+            summary["coverage"] = observer.coverage_summary(predictor.expected_coverage)
         write_rows(folder / "per_patient.csv", rows)
         write_json(folder / "summary.json", summary)
         if report is not None:
@@ -124,10 +127,19 @@ def check_patients(data: PatientDataset, loaded: LoadedCheckpoint, split: str, a
         print(f"note: {path} was trained on {which}: these scores mean nothing for new patients")
     if checkpoint["split_hash"] != data.split_hash:
         print(
-            f"note: {path} was trained with another split of its data; of the {len(data)} patients scored here"
-            f" {len(seen)} were in its training set, but some may have chosen its best epoch"
+            f"note: {path} was trained with another split of its data; of the {counted(len(data), 'patient')} scored"
+            f" here {len(seen)} were in its training set, but some may have chosen its best epoch"
         )
     return seen
+
+
+def calibration_notes(calibration: SampleCalibration | None, data: PatientDataset) -> list[str]:
+    """Which of the patients the standard deviation was calibrated on (printed)."""
+    known = [patient for patient in data.ids if calibration is not None and patient in calibration.patients]
+    text = f"the standard deviation was calibrated on {some(known)}: its coverage says nothing about other patients"
+    if known:
+        print(f"note: {text}")
+    return [text] if known else []
 
 
 def volume_notes(data: PatientDataset, loaded: LoadedCheckpoint) -> list[str]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy
 import torch
-from scipy.special import stdtr, stdtrit
 
 FEW = 10  # patients; below it an interval alone does not show that two methods differ
 
@@ -46,7 +46,7 @@ def expected_coverage(samples: int) -> dict[str, float]:
     if samples < 2:
         raise ValueError(f"{samples} samples have no standard deviation; expected at least 2")
     scale = (1 + 1 / samples) ** -0.5
-    return {f"coverage_{k}sd": float(2 * stdtr(samples - 1, k * scale) - 1) for k in (1, 2)}
+    return {f"coverage_{k}sd": float(2 * scipy.special.stdtr(samples - 1, k * scale) - 1) for k in (1, 2)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
     if len(array) < 2:
         return None
     mean = array.mean()
-    half = stdtrit(len(array) - 1, (1 + confidence) / 2) * array.std(ddof=1) / math.sqrt(len(array))
+    half = scipy.special.stdtrit(len(array) - 1, (1 + confidence) / 2) * array.std(ddof=1) / math.sqrt(len(array))
     return float(mean - half), float(mean + half)
 
 

@@ -10,6 +10,7 @@ from xray2ct.evaluation.protocols import format_score
 from xray2ct.evaluation.real_xrays import columns_of, protocols_of
 from xray2ct.evaluation.statistics import FEW
 from xray2ct.files import InputError, atomic_path, read_json
+from xray2ct.inference.consistency import CONSISTENT
 
 GAINS = ("psnr_strict", "ssim_3d", "mae_hu", "body_mae_hu", "psnr_x2ct", "projection_relative")  # printed by default
 REAL_GAINS = ("pa_ncc", "lateral_ncc", "lung_litres_absolute_error")  # likewise, for scouts and films
@@ -116,6 +117,9 @@ def print_table(summary: dict, full: bool = False) -> None:
                     print(f"  {column:20}{_gain(column, gains[first][column])}")
             if patients < FEW:
                 print(f"  (below {FEW} patients an interval does not show a difference by itself)")
+    reference = first.removesuffix(CONSISTENT)
+    if f"minus_{reference}" in summary and "fine_power_db" in methods[reference]:
+        print_sharpness(summary[f"minus_{reference}"], reference)
 
 
 def _mean(column: str, statistics: dict, patients: int) -> str:
@@ -132,7 +136,21 @@ def _gain(column: str, statistics: dict) -> str:
     return f"{mean}{limits}, n = {statistics['n']}"
 
 
+def print_sharpness(gains_of: dict[str, dict], reference: str) -> None:
+    """What is gained in sharpness, and lost in PSNR, by other ways of one system than ``reference``, paired."""
+    print(f"sharpness and its price, minus {reference} (paired, 95 % t interval):")
+    for method, gains in gains_of.items():
+        cells = [f"{column} {_gain(column, gains[column])}" for column in ("fine_power_db", "psnr_strict")]
+        print(f"  {method:20}{'; '.join(cells)}")
+
+
 def print_coverage(statistics: dict) -> None:
-    """Share of the body's voxels whose error lies within 1 and 2 standard deviations of the samples."""
+    """Share of the body's voxels whose error lies within 1 and 2 standard deviations, and calibrated ones."""
+    print(f"coverage of {statistics['method']}, in the body:")
     for key, expected in statistics["expected"].items():
-        print(f"{key:20}{statistics[key]['mean']:.3f} in the body; {expected:.3f} for a perfect model")
+        print(f"  {key:20}{statistics[key]['mean']:.3f}; {expected:.3f} for a perfect model")
+    if "calibrated_1sd" in statistics:
+        factors = statistics["calibration"]
+        texts = (f"times {factors['factor']:.3f}", "twice that", f"{factors['factor95']:.2f} times that")
+        for key, text in zip(("calibrated_1sd", "calibrated_2sd", "calibrated_factor95"), texts):
+            print(f"  {key:20}{statistics[key]['mean']:.3f}; the standard deviation {text}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from xray2ct.geometry.band import Band
+from xray2ct.geometry.traced import made_once
 
 CHUNK = 25_000_000  # values at once: bounds the temporaries to about 100 MB
 
@@ -18,10 +19,10 @@ def project(slabs: torch.Tensor, rows: Band, cols: Band) -> torch.Tensor:
         stop = min(start + step, count)
         partial = slabs[:, start:stop]
         if not rows.alike:
-            partial = torch.matmul(rows.part(start, stop).matrices(slabs.device), partial)  # (B, k, rows, C)
+            partial = torch.matmul(_matrices(rows.part(start, stop), slabs), partial)  # (B, k, rows, C)
         partial = partial.transpose(1, 2).flatten(2)  # (B, rows, k C)
-        image = image + partial @ cols.part(start, stop).matrices(slabs.device).transpose(1, 2).flatten(0, 1)
-    return rows.part(0, 1).matrices(slabs.device)[0] @ image if rows.alike else image
+        image = image + partial @ _matrices(cols.part(start, stop), slabs).transpose(1, 2).flatten(0, 1)
+    return _matrices(rows.part(0, 1), slabs)[0] @ image if rows.alike else image
 
 
 def back_project(image: torch.Tensor, rows: Band, cols: Band, slabs: torch.Tensor) -> None:
@@ -32,13 +33,17 @@ def back_project(image: torch.Tensor, rows: Band, cols: Band, slabs: torch.Tenso
     batch, count = slabs.shape[:2]
     step = _slices_at_once(batch, rows, cols)
     if rows.alike:
-        image = rows.part(0, 1).matrices(image.device)[0].T @ image
+        image = _matrices(rows.part(0, 1), image)[0].T @ image
     for start in range(0, count, step):
         stop = min(start + step, count)
-        partial = torch.matmul(image.unsqueeze(1), cols.part(start, stop).matrices(image.device))  # (B, k, rows, C)
+        partial = torch.matmul(image.unsqueeze(1), _matrices(cols.part(start, stop), image))  # (B, k, rows, C)
         if not rows.alike:
-            partial = torch.matmul(rows.part(start, stop).matrices(image.device).transpose(1, 2), partial)
+            partial = torch.matmul(_matrices(rows.part(start, stop), image).transpose(1, 2), partial)
         slabs[:, start:stop] = partial
+
+
+def _matrices(band: Band, like: torch.Tensor) -> torch.Tensor:
+    return made_once(Band.matrices, band, like.device)
 
 
 def _slices_at_once(batch, rows, cols):

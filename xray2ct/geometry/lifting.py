@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from xray2ct.autocast import without_autocast
 from xray2ct.geometry.projector import Geometry, hat_weights
 
 
@@ -108,7 +109,7 @@ def averaged_to(x: torch.Tensor, size) -> torch.Tensor:
     for axis, cells in zip(axes, size):
         if x.shape[axis] % cells:
             shares = _area_shares(x.shape[axis], cells, x.device).to(x.dtype)
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device):
                 x = (x.movedim(axis, -1) @ shares.T).movedim(-1, axis)
     if tuple(x.shape[2:]) == size:
         return x

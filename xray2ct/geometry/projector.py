@@ -27,8 +27,10 @@ from numbers import Real
 
 import torch
 
+from xray2ct.autocast import without_autocast
 from xray2ct.geometry import banded, dense
 from xray2ct.geometry.band import Band
+from xray2ct.geometry.traced import made_once
 
 HU_WINDOW = (-1024.0, 1476.0)  # HU mapped to [0, 1]; X2CT-GAN's 2,500 HU
 MU_WATER = 0.02  # 1/mm, water at about 65 keV effective energy (NIST XCOM: 0.0206 at 60 keV, 0.0193 at 70 keV)
@@ -315,14 +317,14 @@ def _project_view(volume, geometry, view, image_size, backend):
         image = dense.project(slabs.sum(dim=1, keepdim=True), rows.part(0, 1), cols.part(0, 1))
     else:
         image = _backend(backend, volume.device).project(slabs, rows, cols)
-    return image * _slab_length(geometry, view, volume.shape[2:], image_size, volume.device)
+    return image * made_once(_slab_length, geometry, view, tuple(volume.shape[2:]), image_size, volume.device)
 
 
 def _back_project_view(image, geometry, view, volume_shape, backend):
     """Adjoint of :func:`_project_view`: ``(B, h, w)`` -> ``(B, 1, *volume_shape)``."""
     image_size = tuple(image.shape[1:])
     rows, cols = _bands(geometry, view, volume_shape, image_size)
-    image = image * _slab_length(geometry, view, volume_shape, image_size, image.device)
+    image = image * made_once(_slab_length, geometry, view, tuple(volume_shape), image_size, image.device)
     volume = image.new_empty(image.shape[0], 1, *volume_shape)
     slabs = _to_slabs(volume, view)
     if geometry.kind == "parallel":
@@ -357,7 +359,7 @@ def line_integrals(mu: torch.Tensor, geometry: Geometry, image_size=(512, 512), 
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected {', '.join(map(repr, BACKENDS))}")
     image_size = (int(image_size[0]), int(image_size[1]))
-    with torch.autocast(device_type=mu.device.type, enabled=False):
+    with without_autocast(mu.device):
         mu = mu.float()
         views = [_ViewIntegral.apply(mu, geometry, view, image_size, backend) for view in range(2)]
     return torch.stack(views, dim=1)
@@ -372,7 +374,7 @@ def back_project(images: torch.Tensor, geometry: Geometry, volume_size, backend:
     if images.ndim != 4 or images.shape[1] != 2:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 2, h, w)")
     shape = tuple(volume_size)
-    with torch.autocast(device_type=images.device.type, enabled=False):
+    with without_autocast(images.device):
         pa, lateral = (_ViewAdjoint.apply(images[:, v].float(), geometry, v, shape, backend) for v in range(2))
     return pa + lateral
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from xray2ct.conventions import AIR_HU
 from xray2ct.files import InputError
@@ -63,7 +63,7 @@ def _trunk(body):
     trunk = np.zeros_like(body)
     for d, slab in enumerate(body):
         if slab.any():
-            depth = ndimage.distance_transform_edt(np.pad(slab, 1))[1:-1, 1:-1]
+            depth = scipy.ndimage.distance_transform_edt(np.pad(slab, 1))[1:-1, 1:-1]
             trunk[d] = depth > 0.6 * depth.max()
     return trunk
 
@@ -78,8 +78,8 @@ def _middle(profiles):
 
 def _lung_rows(hu, body):
     """First and last row (coarse voxels) of the lungs, or None."""
-    air = ndimage.binary_opening((hu > -960) & (hu < -400) & body)
-    labels, count = ndimage.label(air)
+    air = scipy.ndimage.binary_opening((hu > -960) & (hu < -400) & body)
+    labels, count = scipy.ndimage.label(air)
     sizes = np.bincount(labels.ravel())[1:]
     if not count or sizes.max() * COARSE_MM**3 < MIN_LUNG_MM3:
         return None
@@ -107,8 +107,8 @@ def body_mask(hu: np.ndarray, spacing_mm: float) -> np.ndarray:
 
 def _cavities(tissue, body):
     """Holes of the tissue of a slice with at least 60 % of their rim in the body: lungs, not a hollow couch."""
-    labels, count = ndimage.label(_fill_holes(tissue) & ~tissue, structure=IN_PLANE)
-    grown = ndimage.grey_dilation(labels, size=(1, 3, 3))
+    labels, count = scipy.ndimage.label(_fill_holes(tissue) & ~tissue, structure=IN_PLANE)
+    grown = scipy.ndimage.grey_dilation(labels, size=(1, 3, 3))
     rim = (grown > 0) & (labels == 0)
     length = np.bincount(grown[rim], minlength=count + 1)
     shared = np.bincount(grown[rim], weights=body[rim], minlength=count + 1)
@@ -119,7 +119,7 @@ def _cavities(tissue, body):
 
 def _largest(mask):
     """The largest 3D component of ``mask``; empty when that is."""
-    labels, count = ndimage.label(mask)
+    labels, count = scipy.ndimage.label(mask)
     return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else mask
 
 
@@ -130,15 +130,15 @@ def _disc(radius):
 
 
 def _erode(mask, radius):
-    return ndimage.binary_erosion(mask, _disc(radius), border_value=1)  # a body cut by the border ends there
+    return scipy.ndimage.binary_erosion(mask, _disc(radius), border_value=1)  # a body cut by the border ends there
 
 
 def _dilate(mask, radius):
-    return ndimage.binary_dilation(mask, _disc(radius))
+    return scipy.ndimage.binary_dilation(mask, _disc(radius))
 
 
 def _fill_holes(mask):
-    return ndimage.binary_fill_holes(mask, structure=IN_PLANE)
+    return scipy.ndimage.binary_fill_holes(mask, structure=IN_PLANE)
 
 
 def remove_couch(hu: np.ndarray, spacing_mm: float | None = None) -> np.ndarray:

@@ -6,7 +6,7 @@ Cubes are arrays ``(D, H, W)`` in the patient axes of :mod:`xray2ct.geometry.pro
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from xray2ct.conventions import AIR_HU, MAX_HU
 from xray2ct.imaging.ct_checks import PADDING_BELOW_HU
@@ -51,8 +51,8 @@ def resample(ct, to_world, shape):
     def sample(values):
         for axis in range(3):
             if sigma[axis] > 0.1:
-                values = ndimage.gaussian_filter1d(values, sigma[axis], axis=axis, mode="nearest", truncate=4.0)
-        return ndimage.affine_transform(
+                values = scipy.ndimage.gaussian_filter1d(values, sigma[axis], axis=axis, mode="nearest", truncate=4.0)
+        return scipy.ndimage.affine_transform(
             values, matrix, offset - start, output_shape=shape, order=1, mode="nearest", prefilter=False
         )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nibabel as nib
 import numpy as np
 
 from xray2ct.conventions import AIR_HU, MAX_HU, suffix_of
@@ -16,9 +16,14 @@ from xray2ct.imaging.cube import area_average, cube_affine, resample_cube
 from xray2ct.imaging.read_ct import CtImage, read_ct
 from xray2ct.imaging.read_nifti import read_nifti
 
+if TYPE_CHECKING:  # slow to import: it brings pydicom along
+    import nibabel as nib
+
 
 def nifti_image(data: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     """A NIfTI-1 image whose sform and qform both state ``affine`` (RAS mm), so that every program sees the same."""
+    import nibabel as nib
+
     image = nib.Nifti1Image(data, affine)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
@@ -31,6 +36,8 @@ def write_cube(path, volume: np.ndarray, affine: np.ndarray, description: str = 
 
     description: for the header's field of that name (``descrip``), which takes 79 bytes.
     """
+    import nibabel as nib
+
     image = nifti_image(volume.transpose(2, 1, 0), affine)  # a view, in the order of the bytes on disk
     image.header["descrip"] = description.encode("ascii", "replace")[:79]
     with atomic_path(path) as temporary:

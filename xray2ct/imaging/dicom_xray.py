@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
-from scipy.special import expit
+import scipy
 
 from xray2ct.files import InputError
 from xray2ct.imaging.dicom_files import is_dicom, reading
@@ -226,7 +226,7 @@ def _sigmoid(path, data, values: _Values) -> None:
         raise InputError(f"{path}: VOI LUT Function is SIGMOID; expected a Window Center, and a Window Width above 0")
     count = data["WindowCenter"].VM
     values.notes.append("VOI LUT applied: a sigmoid" + (f", the first of {count}" if count > 1 else ""))
-    values.steps.append(lambda x: expit(4 * (x.astype(np.float64, copy=False) - center) / width))
+    values.steps.append(lambda x: scipy.special.expit(4 * (x.astype(np.float64, copy=False) - center) / width))
     values.low, values.high, values.full_scale = 0.0, 1.0, 1.0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 WORKING_EDGE = 512  # pixels; the copy that is looked at has an edge of 512 to 1,023
 FRAME_OUTLIERS = 0.03  # share of a frame's row that a caption or dust may cover
@@ -146,8 +146,8 @@ def mask_markers(pixels: np.ndarray) -> tuple[np.ndarray, list[str]]:
         found |= _marks(sign * picture / span, valid)
     if not found.any():
         return np.zeros(pixels.shape, bool), []
-    found = ndimage.binary_dilation(found, iterations=2)
-    number = ndimage.label(ndimage.binary_dilation(found, iterations=max(2, max(small.shape) // 64)))[1]
+    found = scipy.ndimage.binary_dilation(found, iterations=2)
+    number = scipy.ndimage.label(scipy.ndimage.binary_dilation(found, iterations=max(2, max(small.shape) // 64)))[1]
     full = found.repeat(step, axis=0).repeat(step, axis=1)[: pixels.shape[0], : pixels.shape[1]]
     note = f"{number} burnt-in marker{'s' if number > 1 else ''} replaced by the surroundings ({found.mean():.1%})"
     return full, [note]
@@ -156,16 +156,16 @@ def mask_markers(pixels: np.ndarray) -> tuple[np.ndarray, list[str]]:
 def _marks(picture, valid):
     """Marks brighter than their surroundings."""
     reach = max(5, max(picture.shape) // 16) | 1
-    lifted = picture - ndimage.grey_opening(picture, size=(reach, reach))
-    edges = ndimage.gaussian_gradient_magnitude(picture, 0.7)
+    lifted = picture - scipy.ndimage.grey_opening(picture, size=(reach, reach))
+    edges = scipy.ndimage.gaussian_gradient_magnitude(picture, 0.7)
     bright = lifted > 0.3
-    labels, count = ndimage.label(bright, structure=np.ones((3, 3)))
+    labels, count = scipy.ndimage.label(bright, structure=np.ones((3, 3)))
     marks = np.zeros(picture.shape, bool)
     if not count:
         return marks
     top = np.percentile(picture[valid], 99.5)
     rows, columns = picture.shape
-    for index, where in enumerate(ndimage.find_objects(labels), start=1):
+    for index, where in enumerate(scipy.ndimage.find_objects(labels), start=1):
         own = labels[where] == index
         height, width = own.shape
         middle = [(part.start + part.stop) / 2 / length for part, length in zip(where, picture.shape)]
@@ -173,7 +173,7 @@ def _marks(picture, valid):
         small = 6 <= own.sum() <= MARKER_SHARE * rows * columns and max(height / rows, width / columns) < 0.15
         if central or not small:
             continue
-        rim = own & ~ndimage.binary_erosion(own)
+        rim = own & ~scipy.ndimage.binary_erosion(own)
         flat = np.ptp(np.percentile(picture[where][own], [25, 90])) < 0.25
         sharp = np.percentile(edges[where][rim], 50) > 0.09
         if sharp and flat and picture[where][own].max() >= top - 0.1:
@@ -188,14 +188,14 @@ def fill(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     NaN takes no part.
     """
     out = np.array(pixels)
-    labels, _ = ndimage.label(mask)
-    for where in ndimage.find_objects(labels):
+    labels, _ = scipy.ndimage.label(mask)
+    for where in scipy.ndimage.find_objects(labels):
         size = max(part.stop - part.start for part in where)
         around = tuple(slice(max(0, part.start - size), part.stop + size) for part in where)
         known = ~mask[around] & np.isfinite(out[around])
         sigma = max(1.0, size / 2)
-        weight = ndimage.gaussian_filter(known.astype(np.float32), sigma, truncate=3)
-        value = ndimage.gaussian_filter(np.where(known, out[around], 0).astype(np.float32), sigma, truncate=3)
+        weight = scipy.ndimage.gaussian_filter(known.astype(np.float32), sigma, truncate=3)
+        value = scipy.ndimage.gaussian_filter(np.where(known, out[around], 0).astype(np.float32), sigma, truncate=3)
         fillable = mask[around] & (weight > 1e-6)
         out[around][fillable] = (value[fillable] / weight[fillable]).astype(out.dtype)
     return out
@@ -216,7 +216,7 @@ def perspective(pixels: np.ndarray) -> str | None:
     valid = np.isfinite(small)
     if not valid.any():
         return None
-    picture = ndimage.gaussian_filter(np.where(valid, small, np.nanmin(small)), 1.0)
+    picture = scipy.ndimage.gaussian_filter(np.where(valid, small, np.nanmin(small)), 1.0)
     low, high = np.percentile(picture, [2, 98])
     if high <= low:
         return None
@@ -235,11 +235,11 @@ def perspective(pixels: np.ndarray) -> str | None:
 
 def _quadrilateral(picture) -> dict[str, float] | None:
     """Angles (degrees) of the four straight edges of the brighter region, or None."""
-    region = ndimage.binary_opening(picture > _otsu(picture), iterations=2)
-    labels, count = ndimage.label(region)
+    region = scipy.ndimage.binary_opening(picture > _otsu(picture), iterations=2)
+    labels, count = scipy.ndimage.label(region)
     if not count:
         return None
-    region = ndimage.binary_fill_holes(labels == 1 + np.bincount(labels.ravel())[1:].argmax())
+    region = scipy.ndimage.binary_fill_holes(labels == 1 + np.bincount(labels.ravel())[1:].argmax())
     rows, columns = region.shape
     if not 0.15 < region.mean() < 0.95:
         return None

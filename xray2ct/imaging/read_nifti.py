@@ -6,10 +6,7 @@ import gzip
 import math
 import zlib
 
-import nibabel as nib
 import numpy as np
-from nibabel.quaternions import quat2mat
-from nibabel.spatialimages import HeaderDataError
 
 from xray2ct.conventions import suffix_of
 from xray2ct.files import InputError
@@ -65,6 +62,8 @@ def _rescaled(data, slope, inter):
 
 def _nifti_header(path, block):
     """nibabel's header object of a file's first bytes, unchecked: numbers as they are stored."""
+    import nibabel as nib  # slow to import: it brings pydicom along
+
     if block[344:348] == b"n+1\0" and len(block) >= 348:
         return nib.Nifti1Header(block[:348], check=False)
     if block[4:12] == b"n+2\0\r\n\x1a\n" and len(block) == 540:
@@ -78,6 +77,8 @@ def _nifti_header(path, block):
 
 def _check_nifti(path, header):
     """``(shape, dtype, offset of the data)``; refuses what the header cannot mean."""
+    from nibabel.spatialimages import HeaderDataError
+
     if not 1 <= int(header["dim"][0]) <= 7:
         raise InputError(f"{path}: not a readable NIfTI file ({int(header['dim'][0])} dimensions; expected 3)")
     shape = tuple(int(n) for n in header["dim"][1 : 1 + int(header["dim"][0])])
@@ -151,6 +152,8 @@ def _check_agreement(path, affine, pixdim, shape):
 
 def _qform_affine(path, header):
     """Affine of a header's quaternion; pixdim[0] is its handedness: -1, or 1 (0 counts as 1)."""
+    from nibabel.quaternions import quat2mat
+
     handedness = float(header["pixdim"][0])
     quaternion = np.array([float(header[f"quatern_{letter}"]) for letter in "bcd"])
     if handedness not in (-1, 0, 1) or not quaternion @ quaternion <= 1 + 1e-5:

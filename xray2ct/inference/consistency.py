@@ -105,6 +105,17 @@ def fit_of_views(rendered: torch.Tensor, xrays: torch.Tensor, seen: torch.Tensor
     return ncc, mean_rendered + gain * (xrays - mean_film)
 
 
+def pixels_and_seen(xrays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What :meth:`Predictor.predict` takes -> pixels ``(B, V, h, w)``, and how much of each a film shows, likewise.
+
+    xrays: ``(B, V, h, w)``, ``(B, V, 1, h, w)``, or with the channel of what is seen ``(B, V, 2, h, w)``; None for
+    seen where that channel is missing.
+    """
+    if xrays.ndim == 4:
+        return xrays, None
+    return xrays[:, :, 0], xrays[:, :, 1] if xrays.shape[2] == 2 else None
+
+
 def make_consistent(
     system: Predictor, volume: torch.Tensor, xrays: torch.Tensor, steps: int, measured: bool, weight: float = WEIGHT
 ) -> tuple[torch.Tensor, list[str]]:
@@ -119,8 +130,7 @@ def make_consistent(
         return volume, []
     acquisition = Acquisition(system.geometry, system.hu_window, system.xray_scale)
     volume, xrays = volume.to(system.device), xrays.to(system.device).float()
-    pixels, seen = xrays.unbind(2) if xrays.ndim == 5 and xrays.shape[2] == 2 else (xrays, None)
-    pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels
+    pixels, seen = pixels_and_seen(xrays)
     residual = XrayResidual(pixels, acquisition, volume.shape[2:])
     size, pixels = (residual.size, residual.size), residual.xrays
     weights = torch.ones_like(pixels) if seen is None else (averaged_to(seen, size) >= WHOLLY_SEEN).float()
@@ -219,3 +229,24 @@ def add_consistency_argument(parser: argparse.ArgumentParser) -> None:
         help="conjugate-gradient steps towards a volume whose X-rays are the given ones, for scouts and films as far as"
         f" they fit; auto: {STEPS} for 64^3 volumes of the direct system, off for others (default auto)",
     )
+
+
+def add_data_consistency_argument(parser: argparse.ArgumentParser) -> None:
+    """``--data-consistency N``, of the cascade."""
+    parser.add_argument(
+        "--data-consistency",
+        type=int,
+        default=0,
+        metavar="N",
+        help="cascade: N conjugate-gradient steps towards the X-rays at each step of sampling, for X-rays as trained"
+        " with, not for films (default 0, off)",
+    )
+
+
+def refuse_measured(system: Predictor, measured: bool) -> None:
+    """:class:`InputError` where a system enforces X-rays on the way that are no renderings of its own geometry."""
+    if measured and system.data_consistency:
+        raise InputError(
+            f"--data-consistency is {system.data_consistency}, but the X-rays are scouts or films, which no volume"
+            " explains exactly; expected renderings, or --consistency, which weighs each view by how well it fits"
+        )

@@ -16,6 +16,7 @@ from xray2ct.checkpoints import weights_fingerprint
 from xray2ct.data.phantoms import make_phantom
 from xray2ct.files import InputError, atomic_path
 from xray2ct.geometry.projector import hu_to_unit, render_xrays
+from xray2ct.geometry.traced import each_made_once
 from xray2ct.imaging.body import locate_cube
 from xray2ct.imaging.cube import cube_affine, resample_cube
 from xray2ct.imaging.read_ct import CtImage
@@ -77,7 +78,7 @@ def trace(module: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedPro
     """
     example = torch.rand(2, *shape)  # a batch of 1 would be taken as fixed
     module = module.eval().to(memory_format=torch.contiguous_format)  # channels-last is this machine's choice
-    with torch.no_grad():
+    with torch.no_grad(), each_made_once():
         shapes = ({0: torch.export.Dim("batch", min=1)},)
         program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
     for part in program.graph_module.modules():  # also what ran with autocast switched off

@@ -11,6 +11,7 @@ from torch import nn
 
 from xray2ct.files import InputError
 from xray2ct.geometry.projector import Geometry
+from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.training.precision import Precision
 
 # Turns a data set's item into a volume (D, H, W) in [0, 1], on the CPU. One that has a standard deviation, too, leaves
@@ -49,6 +50,7 @@ class Predictor(ABC):
     notes: list[str]  # for the user
     std: torch.Tensor | None = None  # standard deviation of the last predict (B, 1, D, H, W), where it has one
     expected_coverage: dict[str, float] | None = None  # of ``std``, for a perfect model
+    data_consistency: int = 0  # steps towards the X-rays within the prediction itself: the cascade's sampling
     consistency_validated: bool = False  # whether projection consistency made its volumes better: docs/consistency.md
 
     @abstractmethod
@@ -65,6 +67,13 @@ class Predictor(ABC):
     def own_methods(self, methods: dict[str, Method]) -> list[str]:
         """Which of :meth:`methods` are the system's own volumes; the others are its parts and ceilings."""
         return list(methods)[:1]
+
+    def sample_calibration(self, consistency: dict | None) -> SampleCalibration | None:
+        """The calibration of ``std`` for volumes of this consistency (:func:`consistency.how_of`), where there is one.
+
+        Why there is none is added to ``notes``. Raises :class:`InputError` naming the file for one of other weights.
+        """
+        return None
 
     def predict_item(self, item: dict) -> torch.Tensor:
         """:meth:`predict` for a data set's item."""

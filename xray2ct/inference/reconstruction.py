@@ -7,6 +7,7 @@ volume_hu, affine = load_pipeline("best_model.pt", "best_refinement.pt")("PA.png
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 
@@ -21,8 +22,9 @@ from xray2ct.imaging.film_sides import FilmOptions
 from xray2ct.imaging.read_films import FilmWarning, read_films
 from xray2ct.imaging.stored_xray import Exposure
 from xray2ct.imaging.xray_scale import OWN_LEVELS, REFERENCE_PERCENTILES
-from xray2ct.inference.consistency import make_consistent, steps_of
+from xray2ct.inference.consistency import how_of, make_consistent, refuse_measured, steps_of
 from xray2ct.inference.predictor import Predictor, check_view_count
+from xray2ct.inference.sample_calibration import SampleCalibration
 from xray2ct.inference.system import DirectSystem
 from xray2ct.weights import DEFAULT, both_stages
 
@@ -30,19 +32,32 @@ XraySource = str | PathLike | np.ndarray | torch.Tensor  # a file, or an array (
 VIEW_ARGUMENTS = ("pa", "lateral")
 
 
+@dataclass(frozen=True)
+class _XraysRead:
+    """What :func:`_read_xrays` found."""
+
+    xrays: torch.Tensor  # (num_views, S, S), or with what is seen (num_views, 2, S, S)
+    measured: bool  # scouts or films, no renderings of this project
+    notes: list[str]  # all that was done to the pictures
+    doubts: list[str]  # of these, what was decided by the pixels of films, or is uncertain
+
+
 class Pipeline:
     """A loaded system that turns X-ray files or arrays into a volume; see :func:`load_pipeline`.
 
     consistency: of the volume with its X-rays (docs/consistency.md): auto (where validated), off, or a number of steps.
+
+    :meth:`read` leaves ``notes`` (what was done to the pictures) and ``measured`` (whether they are scouts or films and
+    no renderings of this project), :meth:`predict` ``consistency_notes``.
     """
 
     def __init__(self, system: Predictor, consistency: int | str = "auto"):
         self.system = system
         self.consistency_steps = steps_of(consistency, system.consistency_validated)
         self.hu_window = tuple(system.hu_window)
-        self.measured = False  # whether the X-rays read last are no renderings of this project
         self.notes: list[str] = []
-        self.consistency_notes: list[str] = []  # of the last prediction
+        self.measured = False
+        self.consistency_notes: list[str] = []
 
     @cached_property
     def origin(self) -> str:
@@ -74,42 +89,23 @@ class Pipeline:
         """
         sources = (pa,) if lateral is None else (pa, lateral)
         check_view_count(self.system.name, self.system.num_views, len(sources))
-        size, films = self.system.xray_size, films or FilmOptions(invert=invert, check=check)
-        arrays = [isinstance(source, np.ndarray | torch.Tensor) for source in (pa, lateral)]
-        paths = tuple(None if array else source for source, array in zip((pa, lateral), arrays))
-        pair = read_films(paths, normalization, size, self.system.geometry, exposure, films)
-        self.notes = [*self.system.notes, *pair.notes]
-        stretched = normalization not in ("auto", "manifest") and not all(arrays[: len(sources)])
-        self.measured = pair.films or stretched
-        images = [
-            _array_view(source, view, size) if array else pair.views[view].pixels
-            for view, (source, array) in enumerate(zip(sources, arrays))
-        ]
-        for view, path in enumerate(paths):
-            if path is not None and normalization == "manifest":
-                self.notes += [f"{path}: {note}" for note in _brightness_notes(images[view], view)]
-        if any(arrays) and films.check and len(sources) == 2:
-            names = [name if array else str(source) for source, array, name in zip(sources, arrays, VIEW_ARGUMENTS)]
-            self.notes += check_views(images[0], images[1], names)
-        for doubt in pair.doubts:
+        films = films or FilmOptions(invert=invert, check=check)
+        found = _read_xrays(self.system, sources, normalization, exposure, films)
+        self.notes, self.measured = [*self.system.notes, *found.notes], found.measured
+        for doubt in found.doubts:
             warnings.warn(doubt, FilmWarning, stacklevel=2)
-        xrays = torch.from_numpy(np.stack(images).astype(np.float32))
-        if not self.system.seen_channel:
-            return xrays
-        seen = [
-            np.ones_like(image) if array else pair.views[view].seen
-            for view, (image, array) in enumerate(zip(images, arrays))
-        ]
-        return torch.stack([xrays, torch.from_numpy(np.stack(seen))], dim=1)
+        return found.xrays
 
     def predict(self, xrays: torch.Tensor, measured: bool | None = None) -> torch.Tensor:
         """:meth:`read`'s X-rays -> volume ``(D, H, W)`` in [0, 1], float32 on the CPU; :class:`InputError` for NaN.
 
-        measured: whether they are scouts or films and not renderings (None: as those read last). What projection
+        measured: whether they are scouts or films and no renderings (None: as those read last). What projection
         consistency did is left in ``consistency_notes``.
         """
+        measured = self.measured if measured is None else measured
+        refuse_measured(self.system, measured)
         xrays = xrays.unsqueeze(0)
-        volume, measured = self.system.predict(xrays), self.measured if measured is None else measured
+        volume = self.system.predict(xrays)
         volume, self.consistency_notes = make_consistent(self.system, volume, xrays, self.consistency_steps, measured)
         return volume[0, 0]
 
@@ -122,11 +118,20 @@ class Pipeline:
         hu = np.rint(unit_to_hu(volume.numpy(), self.hu_window)).astype(np.int16)
         return hu, cube_affine((0.0, 0.0, 0.0), self.system.geometry.fov_mm, hu.shape[0])
 
+    @cached_property
+    def calibration(self) -> SampleCalibration | None:
+        """Of the standard deviation of samples, where the checkpoint has one for volumes made like these."""
+        return self.system.sample_calibration(how_of(self.consistency_steps))
+
     def std_hu(self) -> np.ndarray:
-        """Standard deviation of the last prediction in HU, float32 (D, H, W), of a system that has one."""
+        """Standard deviation of the last prediction in HU, float32 (D, H, W), of a system that has one.
+
+        Times the factor of ``calibration``, where there is one.
+        """
         assert self.system.std is not None, "the last prediction has no standard deviation"
         low, high = self.hu_window
-        return (self.system.std[0, 0] * (high - low)).numpy()
+        factor = 1.0 if self.calibration is None else self.calibration.factor
+        return (self.system.std[0, 0] * ((high - low) * factor)).numpy()
 
     def __call__(self, pa: XraySource, lateral: XraySource | None = None, **options) -> tuple[np.ndarray, np.ndarray]:
         """X-rays -> ``(HU int16 (D, H, W), affine)``; options as in :meth:`read`.
@@ -155,6 +160,33 @@ def load_pipeline(
     if refinement is None:
         base, refinement = both_stages([base])
     return Pipeline(DirectSystem(base, refinement, device, precision, tile, compiled), consistency)
+
+
+def _read_xrays(
+    system: Predictor, sources: tuple[XraySource, ...], normalization: str, exposure, films: FilmOptions
+) -> _XraysRead:
+    """PA, or PA and lateral, as the system takes them; see :meth:`Pipeline.read`."""
+    arrays = [isinstance(source, np.ndarray | torch.Tensor) for source in sources]
+    pa, lateral = (*(None if array else source for source, array in zip(sources, arrays)), None)[:2]
+    pair = read_films((pa, lateral), normalization, system.xray_size, system.geometry, exposure, films)
+    notes, pixels, seen = list(pair.notes), [], []
+    for view, (source, array) in enumerate(zip(sources, arrays)):
+        if array:
+            pixels.append(_array_view(source, view, system.xray_size))
+            seen.append(np.ones_like(pixels[-1]))
+            continue
+        pixels.append(pair.views[view].pixels)
+        seen.append(pair.views[view].seen)
+        if normalization == "manifest":
+            notes += [f"{source}: {note}" for note in _brightness_notes(pixels[-1], view)]
+    if any(arrays) and films.check and len(sources) == 2:
+        names = [name if array else str(source) for source, array, name in zip(sources, arrays, VIEW_ARGUMENTS)]
+        notes += check_views(*pixels, names)
+    xrays = torch.from_numpy(np.stack(pixels).astype(np.float32))
+    if system.seen_channel:
+        xrays = torch.stack([xrays, torch.from_numpy(np.stack(seen))], dim=1)
+    stretched = normalization not in ("auto", "manifest") and not all(arrays)
+    return _XraysRead(xrays, pair.films or stretched, notes, pair.doubts)
 
 
 def _array_view(source, view: int, size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from xray2ct.files import InputError, read_json
 from xray2ct.weights import find
@@ -31,6 +31,7 @@ class Calibration:
 
     value_edges, contrast_edges: inner edges of the bins, in HU. factor95: multiple of the half-width that covers
     95.45 %: 2 for Gaussian errors, more for errors with heavier tails. weights: fingerprints of the checkpoints.
+    consistency: with which the volumes were made, as :func:`consistency.how_of` says it; None: plain predictions.
     """
 
     value_edges: list[float]
@@ -38,11 +39,15 @@ class Calibration:
     std_hu: list[list[float]]
     factor95: float
     weights: list[str]
+    consistency: dict | None = None
 
     def std(self, hu: np.ndarray) -> np.ndarray:
-        """Standard deviation in HU, float32, of a predicted volume ``(D, H, W)`` in HU."""
-        cells = _cells(hu, local_contrast(hu), self.value_edges, self.contrast_edges)
-        return np.asarray(self.std_hu, dtype=np.float32)[cells]
+        """Standard deviation in HU, float32, of a volume ``(D, H, W)`` in HU."""
+        return self.look_up(hu, local_contrast(hu))
+
+    def look_up(self, hu: np.ndarray, contrast: np.ndarray) -> np.ndarray:
+        """Standard deviation in HU, float32, of voxels by their HU and :func:`local_contrast`, of any one shape."""
+        return np.asarray(self.std_hu, dtype=np.float32)[_cells(hu, contrast, self.value_edges, self.contrast_edges)]
 
     def to_dict(self) -> dict:
         return {"format": FORMAT, **asdict(self)}
@@ -51,8 +56,8 @@ class Calibration:
 def local_contrast(hu: np.ndarray) -> np.ndarray:
     """Standard deviation over 3 x 3 x 3 voxels, float32, of a volume ``(D, H, W)``; its edge is continued outside."""
     values = hu.astype(np.float64)
-    mean = ndimage.uniform_filter(values, WINDOW, mode="nearest")
-    variance = ndimage.uniform_filter(values * values, WINDOW, mode="nearest") - mean * mean
+    mean = scipy.ndimage.uniform_filter(values, WINDOW, mode="nearest")
+    variance = scipy.ndimage.uniform_filter(values * values, WINDOW, mode="nearest") - mean * mean
     return np.sqrt(variance.clip(0)).astype(np.float32)
 
 
@@ -60,8 +65,10 @@ def _cells(hu, contrast, value_edges, contrast_edges) -> tuple[np.ndarray, np.nd
     return np.digitize(hu, value_edges), np.digitize(contrast, contrast_edges)
 
 
-def fit(hu: np.ndarray, contrast: np.ndarray, error_hu: np.ndarray, weights: list[str]) -> Calibration:
-    """The table from voxels of calibration patients: predicted HU, its contrast and the error, ``(N,)`` each."""
+def fit(
+    hu: np.ndarray, contrast: np.ndarray, error_hu: np.ndarray, weights: list[str], consistency: dict | None = None
+) -> Calibration:
+    """The table from voxels of calibration patients: HU, contrast and error of their volumes, ``(N,)`` each."""
     inner = np.linspace(0, 1, BINS + 1)[1:-1]
     edges = [np.quantile(values, inner).tolist() for values in (hu, contrast)]
     rows, columns = _cells(hu, contrast, *edges)
@@ -76,13 +83,20 @@ def fit(hu: np.ndarray, contrast: np.ndarray, error_hu: np.ndarray, weights: lis
     table = table.clip(1.0)  # HU: volumes are written as whole numbers
     table *= np.quantile(error / table[rows, columns], ONE_SD)
     factor = float(np.quantile(error / table[rows, columns], TWO_SD))
-    return Calibration(*edges, table.round(2).tolist(), round(factor, 3), weights)
+    return Calibration(*edges, table.round(2).tolist(), round(factor, 3), weights, consistency)
 
 
 def _width(error: np.ndarray) -> float:
     """Half-width of absolute errors, as of a Gaussian: the mean of what 68.27 and 95.45 % of them say."""
     one, two = np.quantile(error, (ONE_SD, TWO_SD))
     return float(one + two / 2) / 2
+
+
+def _volumes(consistency: dict | None) -> str:
+    """How volumes are made, in words."""
+    if not consistency:
+        return "plain predictions"
+    return f"volumes with projection consistency ({', '.join(f'{key} {value}' for key, value in consistency.items())})"
 
 
 def calibration_path(checkpoint) -> Path:
@@ -93,10 +107,12 @@ def calibration_path(checkpoint) -> Path:
     return find(checkpoint).with_suffix(".std.json")
 
 
-def read_calibration(checkpoint, weights: list[str]) -> Calibration:
-    """The calibration beside ``checkpoint``; weights: fingerprints of the system that it is used with.
+def read_calibration(checkpoint, weights: list[str], consistency: dict | None = None) -> Calibration:
+    """The calibration beside ``checkpoint`` for volumes of a system with these weights (fingerprints).
 
-    Raises :class:`InputError` naming the file when it is missing, malformed or of other weights.
+    consistency: how the volumes are made, as :func:`consistency.how_of` says it; a file without the key is of plain
+    predictions. Raises :class:`InputError` naming the file when it is missing, malformed, of other weights, or of
+    volumes that were made otherwise.
     """
     path = calibration_path(checkpoint)
     if not path.exists():
@@ -105,10 +121,12 @@ def read_calibration(checkpoint, weights: list[str]) -> Calibration:
         )
     found = read_json(path)
     try:
-        entries = {key: found[key] for key in Calibration.__dataclass_fields__}
+        entries = {key: found[key] for key in Calibration.__dataclass_fields__ if key != "consistency"}
+        entries["consistency"] = found.get("consistency")
         shape = np.asarray(entries["std_hu"], dtype=np.float64).shape
         expected = tuple(len(entries[key]) + 1 for key in ("value_edges", "contrast_edges"))
         usable = found["format"] == FORMAT and shape == expected and float(entries["factor95"]) > 0
+        usable &= entries["consistency"] is None or entries["consistency"]["steps"] > 0
     except (KeyError, TypeError, ValueError):
         usable = False
     if not usable:
@@ -119,5 +137,12 @@ def read_calibration(checkpoint, weights: list[str]) -> Calibration:
         raise InputError(
             f"{path}: is of the weights {'+'.join(map(str, entries['weights']))}, these are {'+'.join(weights)}; run"
             " tools/calibrate.py for them"
+        )
+    if entries["consistency"] != consistency:
+        made, wanted = (one["steps"] if one else "off" for one in (entries["consistency"], consistency))
+        hint = f"expected --consistency {made}, or run" if made != wanted else "run"
+        raise InputError(
+            f"{path}: is of {_volumes(entries['consistency'])}, not of {_volumes(consistency)};"
+            f" {hint} tools/calibrate.py --consistency {wanted} for these"
         )
     return Calibration(**entries)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from xray2ct.autocast import without_autocast
 from xray2ct.files import InputError, whole_number
 from xray2ct.geometry.lifting import averaged_to, lift_view
 from xray2ct.geometry.projector import Geometry
@@ -181,7 +182,7 @@ def in_full_precision(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
     In bfloat16 a value of 0.5 to 1 is rounded to steps of 1/256, of 2,500 HU that is 10.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         x = x.to(next(layer.parameters()).dtype)
         if isinstance(layer, nn.Conv3d) and layer.kernel_size == (1, 1, 1) and _is_linear_faster(x):
             y = F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from xray2ct.files import whole_number, whole_numbers
+from collections.abc import Collection
+
+from xray2ct.files import InputError, whole_number, whole_numbers
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.projector import Geometry
 from xray2ct.models.blocks import ActivationCheckpointing, check_stem_stride, check_xray_size
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise :class:`InputError` naming a setting of the model that is none of its choices."""
+    if value not in choices:
+        raise InputError(f"model.{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
 def check_shape(base_channels, stem_stride, encoder_blocks, decoder_blocks, transformer_blocks=0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from xray2ct.autocast import without_autocast
 from xray2ct.geometry.acquisition import Acquisition
 from xray2ct.geometry.lifting import averaged_to
 from xray2ct.geometry.projector import MU_WATER, back_project, line_integrals
@@ -84,7 +85,7 @@ def consistent_change(
     nearly right. Differentiable, float32 under autocast. Step lengths are each sample's own and stay on the device.
     """
     scaled = (lambda d: d) if spread is None else (lambda d: spread * d)
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images.device):
         right = scaled(residual.adjoint(images)) / residual.norm
         return scaled(
             conjugate_gradients(lambda d: scaled(residual.normal(scaled(d))) / residual.norm + weight * d, right, steps)

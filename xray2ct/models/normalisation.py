@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from xray2ct.autocast import without_autocast
+
 
 def normalise(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
     """Group normalisation in the dtype of ``x``; its kernel takes the statistics in float32 whatever that is.
@@ -13,7 +15,7 @@ def normalise(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
     Autocast on a GPU would widen the input to float32, keep the wide result for the backward pass and cast it back
     for the next convolution: twice the memory, and four more passes over the features.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return F.group_norm(x, norm.num_groups, *_affine(norm, x), norm.eps)
 
 
@@ -24,7 +26,7 @@ def norm_silu(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
 
 def layer_norm(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
     """Layer normalisation of tokens ``(B, N, C)`` in their dtype, as :func:`normalise`."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return F.layer_norm(x, norm.normalized_shape, *_affine(norm, x), norm.eps)
 
 

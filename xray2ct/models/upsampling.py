@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from xray2ct.autocast import without_autocast
 from xray2ct.models.window import Window
 
 
@@ -26,7 +27,7 @@ def upsample_trilinear(x: torch.Tensor, size) -> torch.Tensor:
     depth, height, width = (_matrix(have, want, x.device, x.dtype) for have, want in zip(x.shape[2:], size))
     volumes = x.shape[0] * x.shape[1]
     rows = volumes * x.shape[2]
-    with torch.autocast(x.device.type, enabled=False):  # a volume stays in float32
+    with without_autocast(x.device):  # a volume stays in float32
         y = x.reshape(-1, x.shape[4]) @ width.T
         y = torch.bmm(height.expand(rows, -1, -1), y.view(rows, x.shape[3], size[2]))
         y = torch.bmm(depth.expand(volumes, -1, -1), y.view(-1, x.shape[2], size[1] * size[2]))
@@ -68,7 +69,7 @@ def upsample_spline(coarse: torch.Tensor, scale: int = 4, window: Window | None 
     if len(window.origins) > 1:
         coarse = coarse.repeat_interleave(len(window.origins) // batch, 0)
     depth, height, width = (_window_rows(window, axis, scale, coarse.device) for axis in range(3))
-    with torch.autocast(coarse.device.type, enabled=False):  # a volume stays in float32
+    with without_autocast(coarse.device):  # a volume stays in float32
         y = coarse[:, 0].float() @ width.mT[:, None]
         y = height[:, None] @ y
         y = depth @ y.flatten(2)

@@ -113,13 +113,10 @@ class PatientTask(Task):
         source_size: of the volumes that are augmented and rendered, in voxels per axis; at most the data set's own.
         """
         data = self.config.data
-        common = {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
-        common["seen"] = self.seen_channel
         self.xray_size = xray_size
-        self.val_data = PatientDataset(data.dataset_path, "val", size, xray_size, scanned=self.scanned, **common)
+        self.val_data = self._open("val", size, xray_size, scanned=self.scanned)
         self.renders = data.xray_source == "render" or (data.xray_source == "auto" and self.val_data.has_manifest)
         source_size = min(source_size, self.val_data.cube_size)  # the data set has nothing finer
-        read_as = (source_size, None) if self.renders else (size, xray_size)
         augment = self.augment_config(source_size)
         self.makes_films = augment.enabled and augment.film.probability > 0
         if self.makes_films and not self.renders:
@@ -127,18 +124,22 @@ class PatientTask(Task):
                 f"augment.film.probability is {augment.film.probability:g}, but X-rays are read from files: expected 0,"
                 " or data.xray_source=render"
             )
-        options = {"max_patients": data.max_patients, "subset_seed": data.subset_seed, "raw": self.renders}
-        options |= {"scanned": self.val_data}
-        options |= {"with_mask": self.uses_mask, "body": self.makes_films}
-        self.train_data = PatientDataset(data.dataset_path, "train", *read_as, **options, **common)
+        sizes = (source_size, None) if self.renders else (size, xray_size)  # None: no X-ray is read
+        wanted = {"raw": self.renders, "with_mask": self.uses_mask, "body": self.makes_films, "scanned": self.val_data}
+        subset = {"max_patients": data.max_patients, "subset_seed": data.subset_seed}
+        self.train_data = self._open("train", *sizes, **wanted, **subset)
         self.data_header = data_header(self.train_data)
         self.pairs = PairMaker(self.train_data.acquisition, (size,) * 3, xray_size, augment, self.seen_channel)
         if self.makes_films:
-            options = {"raw": True, "scanned": self.val_data, "with_mask": self.uses_mask, "body": True}
-            patients = PatientDataset(data.dataset_path, "val", *read_as, **options, **common)
-            self.val_films = ValidationFilms(patients, self.pairs)
+            self.val_films = ValidationFilms(self._open("val", *sizes, **wanted), self.pairs)
         if self.pairs.deformations is not None:
             self._check_anatomies(augment.anatomy.file)
+
+    def _open(self, split: str, size: int, xray_size: int | None, **options) -> PatientDataset:
+        """A split of the configured data set; options: of :class:`PatientDataset`, besides the configured ones."""
+        data = self.config.data
+        options |= {"cache_dir": data.cache_dir, "xray_normalization": data.xray_normalization}
+        return PatientDataset(data.dataset_path, split, size, xray_size, seen=self.seen_channel, **options)
 
     def _check_anatomies(self, path) -> None:
         """Refuse deformations that this training cannot use: of another cube, of patients that validate or test."""

@@ -43,11 +43,11 @@ from xray2ct.training.task import Task
 
 CHECKED_DEVICES = ("cuda", "cpu")  # where reduced precision is compared with float32 before training
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the scaler may skip while it finds its scale
-READ_SECONDS = 1.0  # several processes tell each other of signals at least this often, in whole steps
+COLLECT_SECONDS = 1.0  # several processes tell each other of signals at least this often, in whole steps
 
 
-class Reading(NamedTuple):
-    """What :meth:`Trainer.read` found."""
+class Collected(NamedTuple):
+    """What :meth:`Trainer.collect` brought to the host, the same on every process."""
 
     losses: dict[str, float]  # of the last step, means over all processes
     signal: int  # that one of the processes has received; 0 for none
@@ -58,7 +58,7 @@ class Trainer(RunEpochs):
     """Epochs and steps of one run; see :func:`fit`.
 
     A step never waits for the device. Losses, gradient norms and whether they are finite stay there until
-    :meth:`read`; a step whose gradient is not finite leaves the weights as they were.
+    :meth:`collect`; a step whose gradient is not finite leaves the weights as they were.
     """
 
     def __init__(
@@ -73,9 +73,10 @@ class Trainer(RunEpochs):
             self.plan.micro_batch = micro_batch
         self.feed = Feed(task.train_data, config.data, processes)
         self.ledger = Ledger()
-        self.pace, self.read_at = 1, time.monotonic()  # steps between readings of several processes; the last one
+        self.pace = 1  # steps from one collection to the next, with several processes
+        self.collected_at = time.monotonic()
         self.skipped = 0  # float16 steps in a row
-        self.failed = torch.zeros((), dtype=torch.bool, device=processes.device)  # no step is taken any more
+        self.failed = torch.zeros((), dtype=torch.bool, device=processes.device)  # see _skip_unless_finite
         say = print if processes.is_main else lambda _: None
         self.single: Any = compiled(self.model, training.compile, processes.device, say)
 
@@ -97,7 +98,7 @@ class Trainer(RunEpochs):
         started, first = time.monotonic(), self.step_in_epoch
         name, hidden = f"Epoch {self.epoch}/{self.config.training.num_epochs}", not self.processes.is_main
         bar = progress_bar(total=plan.steps, initial=first, desc=name, unit="steps", disable=hidden, leave=False)
-        self.read_at = time.monotonic()
+        self.collected_at = time.monotonic()
         with bar:  # closed by an error, too: its message gets a line of its own
             while self.step_in_epoch < plan.steps and not (self.clock.over and self.step_in_epoch > first):
                 self.step(iterator)
@@ -105,12 +106,12 @@ class Trainer(RunEpochs):
                 bar.update()
                 self._warn_of_slow_steps()
                 logged = self.step_in_epoch % self.config.logging.log_interval == 0
-                if not (logged or self.step_in_epoch == plan.steps or self._has_to_read(catcher)):
+                if not (logged or self.step_in_epoch == plan.steps or self._has_to_collect(catcher)):
                     continue
-                reading = self.read(catcher)
+                collected = self.collect(catcher)
                 if logged:
-                    self._report(reading.losses, (self.step_in_epoch - first) * plan.global_batch, started)
-                self._act_on(reading)
+                    self._report(collected.losses, (self.step_in_epoch - first) * plan.global_batch, started)
+                self._act_on(collected)
         samples = (self.step_in_epoch - first) * plan.global_batch
         means = {name: value / self.step_in_epoch for name, value in self.sums.items()}
         return {
@@ -135,7 +136,7 @@ class Trainer(RunEpochs):
         return learning_rate_at(self.updates, *schedule, *rates, self.clock.share)
 
     def step(self, iterator) -> None:
-        """One optimiser step over all micro-batches; its losses wait in the ledger for :meth:`read`."""
+        """One optimiser step over all micro-batches; its losses wait in the ledger for :meth:`collect`."""
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -181,10 +182,7 @@ class Trainer(RunEpochs):
         scaler, optimizer = self.precision.scaler, self.optimizer
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_max_norm or math.inf)
-        overflow = ~torch.isfinite(norm)
-        if not scaler.is_enabled():
-            overflow = self.failed.logical_or_(overflow)
-        vars(optimizer)["found_inf"] = overflow.float()  # the fused step looks at it on the device
+        self._skip_unless_finite(norm)
         optimizer.step()
         scaler.update()
         self.updates += 1
@@ -192,10 +190,23 @@ class Trainer(RunEpochs):
             self.average.update(self.model, self.updates)
         return norm
 
-    # -- reading what the steps left ---------------------------------------------------------------
+    def _skip_unless_finite(self, norm: torch.Tensor) -> None:
+        """Have the optimiser's next step leave the weights as they are if ``norm`` is not finite.
 
-    def _has_to_read(self, catcher: SignalCatcher) -> bool:
-        """Whether to read before ``log_interval``, decided without asking anybody: the same on every process."""
+        Decided on the device: PyTorch's fused optimisers look at their attribute ``found_inf``, 1 for a step to skip.
+        With float16's scaler a bad step is skipped by itself, and the scale is lowered. Else it ends the run, though
+        only when the host collects it (:meth:`_check`): ``failed`` has the steps until then skipped, too.
+        """
+        bad = ~torch.isfinite(norm)
+        if not self.precision.scaler.is_enabled():
+            self.failed |= bad
+            bad = self.failed
+        vars(self.optimizer)["found_inf"] = bad.float()
+
+    # -- collecting what the steps left ------------------------------------------------------------
+
+    def _has_to_collect(self, catcher: SignalCatcher) -> bool:
+        """Whether to collect before ``log_interval``, decided without asking anybody: the same on every process."""
         if self.processes.world_size > 1:
             return len(self.ledger) >= self.pace
         self.clock.agree(self.clock.own_share)
@@ -204,24 +215,24 @@ class Trainer(RunEpochs):
     def _save_is_due(self) -> bool:
         return (time.monotonic() - self.last_save) / 60 >= self.config.logging.checkpoint_minutes
 
-    def read(self, catcher: SignalCatcher) -> Reading:
+    def collect(self, catcher: SignalCatcher) -> Collected:
         """Wait for the steps since the last call and add up their losses; :class:`TrainingError` for a bad one.
 
         Losses, signals, due checkpoints, the time of a step and the share of the run's limit that has passed travel in
         one reduction.
         """
-        seconds = (time.monotonic() - self.read_at) / max(1, len(self.ledger))
+        seconds = (time.monotonic() - self.collected_at) / max(1, len(self.ledger))
         received = [float(catcher.received == number) for number in STOPPING]
         own = [*received, self.clock.own_share, float(self._save_is_due()), seconds]
         steps, (*received, share, save, seconds) = self.ledger.read(self.processes, own)
         self.clock.agree(share)
-        self.pace, self.read_at = max(1, int(READ_SECONDS / max(seconds, 1e-3))), time.monotonic()
+        self.pace, self.collected_at = max(1, int(COLLECT_SECONDS / max(seconds, 1e-3))), time.monotonic()
         for step in steps:
             self._check(step)
             for name, value in step.losses.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
         signals = [number for number, arrived in zip(STOPPING, received) if arrived > 0]
-        return Reading(steps[-1].losses if steps else {}, max(signals, default=0), save > 0)
+        return Collected(steps[-1].losses if steps else {}, max(signals, default=0), save > 0)
 
     def _check(self, step: StepRecord) -> None:
         """Raise :class:`TrainingError` for a step whose loss or gradient was not finite: the first one ends the run.
@@ -251,12 +262,12 @@ class Trainer(RunEpochs):
             tqdm.write(step_line(place, losses, samples / (time.monotonic() - started)))
         self.log("step", step=self.updates, step_in_epoch=self.step_in_epoch, **losses)
 
-    def _act_on(self, reading: Reading) -> None:
+    def _act_on(self, collected: Collected) -> None:
         """Save the state where it is due; after a signal save it and raise :class:`Interrupted`."""
-        if reading.signal or (reading.save and self.step_in_epoch < self.plan.steps):
+        if collected.signal or (collected.save and self.step_in_epoch < self.plan.steps):
             self.save_last()
-        if reading.signal:
-            raise Interrupted(reading.signal)
+        if collected.signal:
+            raise Interrupted(collected.signal)
 
     def check_precision(self) -> None:
         """Fall back to float32 where this machine computes the model's 3D convolutions wrongly in less.
@@ -382,7 +393,7 @@ def fit(
             trainer.clock.start(trainer.updates)
             while not trainer.finished:
                 trainer.finish_epoch(trainer.train_epoch(catcher))
-                trainer._act_on(trainer.read(catcher))
+                trainer._act_on(trainer.collect(catcher))
             if processes.is_main:
                 print(conclusion(trainer, done), flush=True)
         except torch.OutOfMemoryError as error:

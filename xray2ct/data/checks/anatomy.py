@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from xray2ct.data.checks.findings import FAILED, OK, SIDES, UNKNOWN
 from xray2ct.imaging.body import body_mask
@@ -83,8 +83,8 @@ def _name_combination(answers):
 
 
 def _find_organs(hu, mm, body) -> Organs | None:
-    air = ndimage.binary_opening((hu > -970) & (hu < -400) & body)
-    labels, count = ndimage.label(air)
+    air = scipy.ndimage.binary_opening((hu > -970) & (hu < -400) & body)
+    labels, count = scipy.ndimage.label(air)
     if not count:
         return None
     sizes = np.bincount(labels.ravel())[1:]
@@ -95,7 +95,7 @@ def _find_organs(hu, mm, body) -> Organs | None:
         return None
     # Tissue goes on above and below the scan.
     tissue = np.pad((hu > 20) & (hu < 200) & body, ((1, 1), (0, 0), (0, 0)), mode="edge")
-    return Organs(hu, body, lungs, ndimage.distance_transform_edt(tissue)[1:-1] * mm, first, last, mm)
+    return Organs(hu, body, lungs, scipy.ndimage.distance_transform_edt(tissue)[1:-1] * mm, first, last, mm)
 
 
 def _turned_upright(organs) -> Organs:
@@ -112,7 +112,7 @@ def _bone_columns(organs, axis) -> np.ndarray:
     bone = np.moveaxis(np.clip((organs.hu - 120) / 180, 0, 1) * organs.body, axis, 0)
     bone = bone[np.moveaxis(organs.body, axis, 0).any(axis=(1, 2))]
     reach = max(1, round(40 / organs.mm))
-    return np.percentile(ndimage.uniform_filter(bone, (1, reach, reach)), 20, axis=0)
+    return np.percentile(scipy.ndimage.uniform_filter(bone, (1, reach, reach)), 20, axis=0)
 
 
 def _spine_axis(organs) -> str | None:
@@ -141,7 +141,7 @@ def _spine_vote(organs, spine):
     if spine is None:
         return 0, "no spine found"
     footprint = organs.lungs.sum(axis=0)
-    h, w = ndimage.center_of_mass(footprint)
+    h, w = scipy.ndimage.center_of_mass(footprint)
     back, side = (spine[0] - h) * organs.mm, (spine[1] - w) * organs.mm
     if abs(side) > max(30, 1.5 * abs(back)):
         return -1, f"spine {abs(side):.0f} mm at the {'left' if side > 0 else 'right'}: turned by 90 degrees"
@@ -157,7 +157,7 @@ def _apex_vote(organs):
     (2 to 31 mm). Lungs cut off by the scan have flat faces and decide nothing.
     """
     footprint = organs.lungs.any(axis=0)
-    depth = ndimage.distance_transform_edt(footprint) * organs.mm
+    depth = scipy.ndimage.distance_transform_edt(footprint) * organs.mm
     inner, rim = depth > 25, footprint & (depth < 12)
     if not inner.any() or not rim.any():
         return 0, "lungs too thin to see their apex"
@@ -173,7 +173,7 @@ def _apex_vote(organs):
 
 def _liver_below_vote(organs):
     """The largest solid region is the liver, 0.32 to 0.68 of the lungs' height below their middle where seen."""
-    labels, count = ndimage.label(organs.depth_mm > 22)
+    labels, count = scipy.ndimage.label(organs.depth_mm > 22)
     sizes = np.bincount(labels.ravel())[1:] * organs.mm**3 / 1e3
     if not count or sizes.max() < 40:  # cm3
         return 0, "no liver in the scan"

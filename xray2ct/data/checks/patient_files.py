@@ -6,10 +6,7 @@ import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError, SpatialImage
 from PIL import Image
 
 from xray2ct.conventions import AIR_HU, MAX_HU, PICTURES, RECORD, VIEW_LABELS, VIEW_NAMES, suffix_of
@@ -93,6 +90,10 @@ def check_checksums(folder, settings, fingerprints) -> list[Finding]:
 
 def read_raw(path):
     """``(data (D, H, W) as stored, affine or None, problems)``; an unreadable file raises InputError."""
+    import nibabel as nib  # slow to import: it brings pydicom along
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError, SpatialImage
+
     try:
         if path.suffix.lower() == ".npy":
             return np.load(path, allow_pickle=False), None, []
@@ -135,6 +136,8 @@ def grid_problems(folder, data, affine, settings) -> list[str]:
 
 
 def _affine_problems(affine, fov_mm, size, centre) -> list[str]:
+    import nibabel as nib
+
     expected = cube_affine(centre if _is_point(centre) else (0, 0, 0), fov_mm, size)
     spacing, step = np.linalg.norm(affine[:3, :3], axis=0), fov_mm / size
     if not np.allclose(spacing, step, rtol=1e-3):
