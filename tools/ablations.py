@@ -207,12 +207,12 @@ def table(levers: dict[str, list[str]], results: list[dict]) -> str:
         cells += [f"{mean['ssim_3d']:.3f}", f"{100 * mean['projection_error']:.1f} %"]
         cells += [f"{mean['psnr_consistent']:.2f}", gains(runs, "psnr_consistent"), epochs, minutes]
         lines.append(f"| {' | '.join(cells)} |")
-    runs = sorted(results, key=lambda r: (list(levers).index(r["lever"]), r["seed"]))
-    commands = [f"{r['command']}  # {r['lever']}" for r in runs]
-    machines = "; ".join(sorted({r["machine"] for r in results}))
-    dates = sorted({r["date"] for r in results})
-    where = f"{machines}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
-    return "\n".join([*lines, "", f"{where}. Commands:", "", "```bash", *commands, "```"])
+    shared = {shlex.join(["--config", r["config"], *(w for s in r["common"] for w in ("--set", s))]) for r in results}
+    machines, dates = sorted({r["machine"] for r in results}), sorted({r["date"] for r in results})
+    commits = sorted({(r["commit"] or "unknown")[:7] for r in results})
+    where = f"{'; '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}"
+    foot = f"All runs: {' or '.join(f'`{words}`' for words in sorted(shared))}; {where}."
+    return "\n".join([*lines, "", foot])
 
 
 def _each(runs: list[dict], key: str) -> str:

@@ -71,7 +71,7 @@ def result(lever, seed, value):
         "epochs": 3,
         "cpu_seconds": 90.0,
     }
-    about = {"machine": "CPU", "date": "2026-11-28", "command": f"python train {lever} {seed}"}
+    about = {"machine": "CPU", "date": "2026-11-28", "commit": "0123456789", "config": "a.json", "common": ["b.c=2"]}
     return {"lever": lever, "seed": seed, **scores, **about}
 
 
@@ -87,8 +87,7 @@ def test_the_report_pairs_seeds_and_writes_the_table_alone(tmp_path):
         "| plain | - | 2 | 20.50 | - | 0.500 | 3.4 % | 21.50 | - | 3 / 3 | 2 / 2 |",
         "| other | `a.b=1` | 2 | 20.70 | +0.50 / -0.10 | 0.500 | 3.4 % | 21.70 | +0.50 / -0.10 | 3 / 3 | 2 / 2 |",
     ]
-    assert "CPU; 2026-11-28. Commands:" in lines
-    assert "python train other 1  # other" in lines
+    assert "All runs: `--config a.json --set b.c=2`; CPU, 2026-11-28, commit 0123456." in lines
 
 
 @pytest.mark.parametrize(
