@@ -150,6 +150,16 @@ def test_the_example_needs_no_option_and_says_what_it_used(named, tmp_path, monk
         reconstruct.main(["--example", "--folder", "here"])
 
 
+def test_the_example_is_named_from_the_folder_of_the_project(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = reconstruct.parse_args(["--example"])
+    example.use_example(args)
+    assert [path.as_posix() for path in (args.pa, args.lateral)] == [
+        "examples/lidc_0001_pa.png",
+        "examples/lidc_0001_lat.png",
+    ]
+
+
 def arguments(**given):
     return reconstruct.argparse.Namespace(**{"weights": None, "base": None, "refinement": None, **given})
 
