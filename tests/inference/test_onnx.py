@@ -203,7 +203,7 @@ class RenderedTwice(torch.nn.Module):
 def test_a_trace_makes_weights_once_and_knows_no_autocast():
     graph = onnx_module.trace(RenderedTwice(), (1, 8, 8, 8)).graph
     called = [str(node.target) for node in graph.nodes]
-    assert called.count("aten.clamp_min.default") == 4  # hats of rows and columns, in both views
+    assert called.count("aten.clamp_min.default") == 2  # hats of either view, alike for rows and columns of a cube
     assert called.count("aten.group_norm.default") == 1
     assert not [name for name in called if "autocast" in name]
 
