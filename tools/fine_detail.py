@@ -171,7 +171,7 @@ def table(result: dict) -> str:
     }
     rows = [[what, cell(values)] for what, values in lines.items()]
     head = ["from what", f"detail removed, mean (least to most) of {len(result['patients'])} test patients"]
-    return f"{markdown_table(head, rows)}\n\n- {described(result)}\n"
+    return f"{markdown_table(head, rows)}\n\n- {described(result['measured'])}\n"
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -195,7 +195,7 @@ def main(argv=None) -> int:
     system = DirectSystem(args.base, device="cpu")
     record = measured("tools.fine_detail", sys.argv[1:] if argv is None else argv, system)
     start = time.monotonic()
-    result = {**record, **measure(system, args), "seconds": time.monotonic() - start}
+    result = {"measured": record, **measure(system, args), "seconds": time.monotonic() - start}
     write_result(args.output, "fine_detail", result, table(result))
     return 0
 

@@ -8,8 +8,8 @@
 ``results/systems.json`` holds ``systems``, a list of ``{"name", "folder", "base" | "cascade", "refinement", "samples",
 "consistency", "split"}`` (a system without checkpoint is kept as it was measured), and ``tables``, what each marked
 part shows: ``<!-- table NAME -->`` to ``<!-- end of table -->`` in the Markdown, of docs/results.md or of the table's
-``page``. The text around them stays as it is. Tables of the kinds robustness, learning curve and
-film benchmark come from a ``file``.
+``page``. The text around them stays as it is. Tables of the kinds robustness, learning curve,
+film benchmark and fine detail come from a ``file``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hybrid_vit_cascade.system import load_cascade_system
-from tools import film_benchmark, learning_curve, robustness
+from tools import film_benchmark, fine_detail, learning_curve, robustness
 from xray2ct.checkpoints import load_checkpoint, weights_fingerprint
 from xray2ct.command_line import Parser
 from xray2ct.evaluation.record import described, fingerprints, markdown_table, mean_sd, measured, with_interval
@@ -158,6 +158,7 @@ KINDS: dict[str, Callable[[dict, dict[str, Path]], str]] = {
     "robustness": _from_file(robustness.table),
     "learning curve": _from_file(learning_curve.table),
     "film benchmark": _from_file(film_benchmark.markdown),
+    "fine detail": _from_file(fine_detail.table),
 }
 
 
