@@ -170,7 +170,8 @@ def table(result: dict) -> str:
     """The bounds in Markdown."""
 
     def cell(values):
-        return f"{100 * np.mean(values):.1f} % ({100 * min(values):.1f} to {100 * max(values):.1f})"
+        mean, least, most = (round(100 * value, 1) + 0.0 for value in (np.mean(values), min(values), max(values)))
+        return f"{mean:.1f} % ({least:.1f} to {most:.1f})"  # + 0.0: no "-0.0"
 
     lines = {
         f"the detail's own line integrals, two X-rays of {result['xray_size']}^2 pixels": result["in_the_rays"],
