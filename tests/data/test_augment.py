@@ -94,6 +94,7 @@ def test_a_sample_is_the_same_bit_for_bit_in_any_batch(volume):
 def test_nothing_is_made_on_the_host_and_nothing_waits_for_the_device(masked, monkeypatch):
     """On the meta device in a GPU's place: but for the seeds all is made there, and no value is asked for."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no meta device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     pairs = PairMaker(Acquisition(), (16, 16, 16), 48, AugmentConfig(source_size=32, xray_gain=0.1))
     on_host, seen = [], set()
 
