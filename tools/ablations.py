@@ -30,7 +30,7 @@ import torch
 
 from dataset import PatientDataset
 from xray2ct.command_line import Parser
-from xray2ct.evaluation.record import circumstances
+from xray2ct.evaluation.record import circumstances, markdown_table
 from xray2ct.files import PLAIN_NAME, InputError, atomic_path, check_writable, read_json, run_cli, write_json
 from xray2ct.inference.consistency import STEPS, make_consistent
 from xray2ct.inference.system import DirectSystem
@@ -80,15 +80,19 @@ def read_levers(path: Path, only=None) -> dict[str, list[str]]:
             raise InputError(f"{path}: {name!r} is no name for a folder; expected letters, digits, dots, _ and -")
         if not isinstance(settings, list) or not all(isinstance(s, str) and "=" in s for s in settings):
             raise InputError(f"{path}: {name} is {settings!r}; expected a list of settings such as model.passes=2")
-        if options := [s for s in settings if s.startswith("-") and not s.startswith("--init=")]:
+        if options := [s for s in split_init(settings)[0] if s.startswith("-")]:
             raise InputError(f"{path}: {name} has {options[0]!r}; expected settings, or --init=WEIGHTS")
     if unknown := sorted({*(only or ())} - levers.keys()):
         raise InputError(f"--only {unknown[0]}: not in {path}; it has {', '.join(levers)}")
     return {name: settings for name, settings in levers.items() if only is None or name in only}
 
 
-def without_init(settings: Iterable[str]) -> list[str]:
-    return [text for text in settings if not text.startswith("--init=")]
+def split_init(entries: Iterable[str]) -> tuple[list[str], list[str]]:
+    """A lever's settings, and its ``--init=`` options."""
+    parts: tuple[list[str], list[str]] = [], []
+    for text in entries:
+        parts[text.startswith("--init=")].append(text)
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -97,11 +101,10 @@ def without_init(settings: Iterable[str]) -> list[str]:
 
 def training_command(args: argparse.Namespace, settings: Iterable[str], seed: int, epochs: int, output) -> list[str]:
     words = [sys.executable, str(ROOT / "train_enhanced_4gpu.py"), "--config", args.config, "--data", str(args.data)]
-    settings = [text.format(output=args.output, seed=seed) for text in settings]
-    for text in (*args.set, *without_init(settings), f"training.seed={seed}", f"training.num_epochs={epochs}"):
+    settings, init = split_init(text.format(output=args.output, seed=seed) for text in settings)
+    for text in (*args.set, *settings, f"training.seed={seed}", f"training.num_epochs={epochs}"):
         words += ["--set", text]
-    words += [text for text in settings if text not in without_init(settings)]
-    return [*words, "--output", str(output)]
+    return [*words, *init, "--output", str(output)]
 
 
 def timed(words: list[str]) -> dict[str, float]:
@@ -120,7 +123,7 @@ def epochs_that_fit(args: argparse.Namespace, settings: list[str], folder: Path)
     timed(training_command(args, settings, args.seeds[0], 1, folder))
     events = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
     pace = next(event["samples_per_second"] for event in reversed(events) if event["event"] == "epoch")
-    data = load_config(EnhancedConfig, args.config, [*args.set, *without_init(settings)]).data
+    data = load_config(EnhancedConfig, args.config, [*args.set, *split_init(settings)[0]]).data
     patients = len(PatientDataset(args.data, "train", 1, None, max_patients=data.max_patients))
     return max(1, int(60 * args.minutes * pace / (patients * data.repeats)))
 
@@ -155,18 +158,19 @@ def score(checkpoint: Path, root: Path) -> dict:
     """Means over the validation patients, and each one's row.
 
     psnr: dB, peak 1 of the HU window; ssim_3d; projection_error: norm of the difference of the volume's rendering and
-    the X-rays, of the X-rays' norm, both views; psnr_consistent: with the X-rays
-    enforced as by default.
+    the X-rays, of the X-rays' norm, both views; psnr_consistent: with the X-rays enforced
+    as by default.
     """
     system = DirectSystem(checkpoint, None, "cuda" if torch.cuda.is_available() else "cpu")
     data = PatientDataset(root, "val", system.volume_size[0], system.xray_size, seen=system.seen_channel)
     rows = []
     for index in range(len(data)):
         item = data[index]
-        volume = system.predict(system.item_xrays(item)).float().cpu()
+        xrays = system.item_xrays(item)
+        volume = system.predict(xrays).float().cpu()
         rendered = data.acquisition.render(volume, item["xrays"].shape[-2:])[0]
         error = (rendered - item["xrays"]).norm() / item["xrays"].norm()
-        consistent, _ = make_consistent(system, volume, system.item_xrays(item), STEPS, measured=False)
+        consistent, _ = make_consistent(system, volume, xrays, STEPS, measured=False)
         truth = item["ct_volume"][0]
         scores = psnr(volume[0, 0], truth), ssim_3d(volume[0, 0], truth), error.item(), psnr(consistent[0, 0], truth)
         rows.append({"id": item["id"], **dict(zip(SCORES, scores))})
@@ -180,11 +184,9 @@ def score(checkpoint: Path, root: Path) -> dict:
 
 def table(levers: dict[str, list[str]], results: list[dict]) -> str:
     """The comparison in Markdown: a line for each lever with results, means over its seeds."""
-    lines = [
-        "| lever | settings | runs | PSNR, dB | gain | SSIM 3D | projection error"
-        " | PSNR with the X-rays enforced | gain | epochs | CPU minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["lever", "settings", "runs", "PSNR, dB", "gain", "SSIM 3D", "projection error"]
+    head += ["PSNR with the X-rays enforced", "gain", "epochs", "CPU minutes"]
+    rows = []
     first = {r["seed"]: r for r in results if r["lever"] == next(iter(levers))}
 
     def gains(runs, score):
@@ -206,13 +208,13 @@ def table(levers: dict[str, list[str]], results: list[dict]) -> str:
         ]
         cells += [f"{mean['ssim_3d']:.3f}", f"{100 * mean['projection_error']:.1f} %"]
         cells += [f"{mean['psnr_consistent']:.2f}", gains(runs, "psnr_consistent"), epochs, minutes]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     shared = {shlex.join(["--config", r["config"], *(w for s in r["common"] for w in ("--set", s))]) for r in results}
     machines, dates = sorted({r["machine"] for r in results}), sorted({r["date"] for r in results})
     commits = sorted({(r["commit"] or "unknown")[:7] for r in results})
     where = f"{'; '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}"
     foot = f"All runs: {' or '.join(f'`{words}`' for words in sorted(shared))}; {where}."
-    return "\n".join([*lines, "", foot])
+    return f"{markdown_table(head, rows)}\n\n{foot}"
 
 
 def _each(runs: list[dict], key: str) -> str:
@@ -245,7 +247,7 @@ def main(argv=None) -> int:
     levers = read_levers(args.levers, args.only)
     if not args.report:
         for settings in levers.values():  # before the first run
-            load_config(EnhancedConfig, args.config, [*args.set, *without_init(settings)])
+            load_config(EnhancedConfig, args.config, [*args.set, *split_init(settings)[0]])
         for name, settings in levers.items():
             run_lever(args, name, settings)
     report(args)

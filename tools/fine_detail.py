@@ -27,27 +27,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataset import PatientDataset
+from model_enhanced import RefinementNetwork
 from tools.calibrate import open_split
 from xray2ct.command_line import Parser
+from xray2ct.evaluation.error_split import split_frequencies
 from xray2ct.evaluation.record import described, markdown_table, measured, write_result
 from xray2ct.files import InputError, check_writable, run_cli
 from xray2ct.geometry.projector import Geometry, back_project, line_integrals
 from xray2ct.inference.system import DirectSystem
 from xray2ct.models.blocks import pixel_shuffle_3d
 from xray2ct.models.consistent_step import conjugate_gradients
-from xray2ct.models.upsampling import upsample_spline
 from xray2ct.progress import progress_bar
 
-SCALE = 4
+SCALE = RefinementNetwork.scale
 GIVEN = ("predicted", "true")  # coarse volumes that detail is predicted from: the first two of a Case
 RAY_STEPS, RAY_WEIGHT = 24, 1e-4  # of the least squares; a weight this small shrinks nothing that the rays resolve
 WIDTH, CROP, BATCH, LEARNING_RATE = 32, 24, 2, 2e-3  # of the fitted network
-
-
-def split_detail(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(area averages (1, 1, d, d, d), detail (1, 1, 4d, 4d, 4d))`` of a volume ``(1, 1, 4d, 4d, 4d)``."""
-    coarse = F.avg_pool3d(volume, SCALE)
-    return coarse, volume - upsample_spline(coarse, SCALE)
 
 
 def share_in_rays(detail: torch.Tensor, geometry: Geometry, xray_size: int, steps: int = RAY_STEPS) -> float:
@@ -63,7 +58,7 @@ def share_in_rays(detail: torch.Tensor, geometry: Geometry, xray_size: int, step
         return back_project(line_integrals(volume, geometry, pixels), geometry, size) / norm
 
     found = conjugate_gradients(lambda d: normal(d) + RAY_WEIGHT * d, normal(detail), steps)
-    _, found = split_detail(found)
+    *_, found = split_frequencies(found)
     return 1 - ((detail - found).square().mean() / detail.square().mean()).item()
 
 
@@ -129,11 +124,11 @@ def share_predicted(network: DetailNetwork, case: Case, given: str) -> float:
 def read_cases(system: DirectSystem, root, split: str, fine_size: int) -> tuple[list[str], list[Case]]:
     """The cases of a split that the system was not trained on."""
     coarse_data = open_split(system, root, split)
-    fine = PatientDataset(root, split, fine_size, system.xray_size)
+    fine = PatientDataset(root, split, fine_size, None)
     fine.ids = coarse_data.ids
     cases = []
     for index in progress_bar(range(len(fine)), desc=f"Reading {split}", unit="patients"):
-        true, detail = split_detail(fine[index]["ct_volume"][None])
+        true, _, detail = split_frequencies(fine[index]["ct_volume"][None])
         cases.append((system.predict_item(coarse_data[index])[None, None].cpu(), true, detail))
     return fine.ids, cases
 
@@ -142,8 +137,8 @@ def true_cases(root, fine_size: int) -> list[Case]:
     """The training patients' cases, with the true coarse volume in place of a predicted one."""
     fine = PatientDataset(root, "train", fine_size, None)
     bar = progress_bar(range(len(fine)), desc="Reading train", unit="patients")
-    parts = (split_detail(fine[index]["ct_volume"][None]) for index in bar)
-    return [(true, true, detail) for true, detail in parts]
+    parts = (split_frequencies(fine[index]["ct_volume"][None]) for index in bar)
+    return [(true, true, detail) for true, _, detail in parts]
 
 
 def measure(system: DirectSystem, args: argparse.Namespace) -> dict:

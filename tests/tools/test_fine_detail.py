@@ -5,13 +5,14 @@ import torch
 
 from tests.helpers.tiny_data import make_checkpoint, make_dataset
 from tools import fine_detail
+from xray2ct.evaluation.error_split import split_frequencies
 from xray2ct.files import InputError, read_json
 from xray2ct.geometry.projector import Geometry
 
 
 def test_detail_has_no_area_averages():
     torch.manual_seed(0)
-    coarse, detail = fine_detail.split_detail(torch.rand(1, 1, 16, 16, 16))
+    coarse, _, detail = split_frequencies(torch.rand(1, 1, 16, 16, 16))
     assert coarse.shape == (1, 1, 4, 4, 4)
     assert torch.nn.functional.avg_pool3d(detail, 4).abs().max() < 1e-5
 
@@ -21,9 +22,9 @@ def test_the_rays_hold_what_is_constant_along_them_and_little_of_noise():
     geometry, size = Geometry(kind="parallel"), 16
     pattern = torch.sin(torch.arange(size) * 2 * torch.pi * 6 / size)[None, None, None, None, :]
     along = pattern.expand(1, 1, size, size, size).contiguous()
-    assert fine_detail.share_in_rays(fine_detail.split_detail(along)[1], geometry, size, 40) > 0.9
+    assert fine_detail.share_in_rays(split_frequencies(along)[2], geometry, size, 40) > 0.9
     noise = torch.randn(1, 1, size, size, size, generator=torch.Generator().manual_seed(0))
-    detail = fine_detail.split_detail(noise)[1]
+    detail = split_frequencies(noise)[2]
     few, many = (fine_detail.share_in_rays(detail, geometry, size, steps) for steps in (4, 40))
     assert 0 < few <= many < 2 * size**2 / size**3 + 0.05  # 2 size^2 measurements of size^3 voxels
 
@@ -33,7 +34,7 @@ def test_a_network_learns_detail_that_follows_from_the_coarse_volume_and_none_th
     cases = []
     for _ in range(3):
         smooth = torch.nn.functional.interpolate(torch.rand(1, 1, 6, 6, 6), size=(32, 32, 32), mode="trilinear")
-        coarse, detail = fine_detail.split_detail((8 * (smooth - 0.5)).sigmoid())
+        coarse, _, detail = split_frequencies((8 * (smooth - 0.5)).sigmoid())
         cases.append((torch.rand_like(coarse), coarse, detail))
     from_truth, from_noise = (
         fine_detail.share_predicted(fine_detail.fit_detail(cases[:2], given, 60), cases[2], given)

@@ -13,7 +13,7 @@ import pytest
 
 import prepare_data
 from tests.helpers.ct_cases import grid_affine, save_nifti, thorax
-from tests.helpers.paths import ROOT
+from tests.helpers.doc_commands import python_blocks
 from tests.helpers.tiny_data import make_hu
 from tools import import_x2ct
 from tools.import_x2ct import axes_by_anatomy, check_axes, make_split, read_ct_cube, read_list
@@ -225,9 +225,8 @@ def test_options_that_mean_nothing_are_refused(tmp_path, released, monkeypatch):
 
 @pytest.fixture(scope="module")
 def page():
-    text = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    (code,) = (b.code for b in python_blocks() if b.page == "docs/datasets.md" and "def patient_split" in b.code)
     names: dict = {}
-    code = re.findall(r"```python\n(.*?)```", text.split("## Split by patient")[1], flags=re.DOTALL)[0]
     exec(code.split("\npatient_split(")[0], names)  # without its calls, whose folders are made by each test
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 from model_enhanced import RefinementNetwork
@@ -12,6 +13,17 @@ from xray2ct.models.upsampling import upsample_spline
 PARTS = {"low": "what 64^3 can hold", "high": "what 64^3 cannot hold"}  # frequencies; 64^3: stage 1's resolution
 
 
+def split_frequencies(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(coarse, low, high)`` of a volume ``(B, 1, D, H, W)``: area averages over stage 1's voxels; their spline; rest.
+
+    low: :func:`upsampling.upsample_spline` of coarse, of the volume's shape. high: what 64^3 cannot hold.
+    """
+    scale = RefinementNetwork.scale
+    coarse = F.avg_pool3d(volume, scale)
+    low = upsample_spline(coarse, scale)
+    return coarse, low, volume - low
+
+
 def rmse_of_parts(case: Case) -> dict[str, float | None]:
     """RMSE in HU of the error's low and high frequencies, over the whole cube: ``{"low_rmse_hu", "high_rmse_hu"}``.
 
@@ -20,10 +32,8 @@ def rmse_of_parts(case: Case) -> dict[str, float | None]:
     for its clamping, the low part is the error of stage 1 alone and the high part is that of ``perfect_64_cubic``
     alone. The two are not orthogonal: their squares add up to the square of ``rmse_hu`` but for a correlation.
     """
-    scale = RefinementNetwork.scale
-    error = case.error_hu.float()
-    low = upsample_spline(F.avg_pool3d(error[None, None], scale), scale)[0, 0]
-    parts = {"low": low, "high": error - low}
+    _, *found = split_frequencies(case.error_hu.float()[None, None])
+    parts = dict(zip(PARTS, found))
     return {f"{part}_rmse_hu": volume.double().square().mean().sqrt().item() for part, volume in parts.items()}
 
 
