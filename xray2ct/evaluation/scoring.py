@@ -144,7 +144,8 @@ class Observer:
         shares, calibration = coverage(volume, std, target, body), self.calibration
         if calibration is not None and method.endswith(CONSISTENT) == (calibration.consistency is not None):
             std = calibration.factor * std
-            shares |= {f"calibrated_{k}sd": coverage(volume, std, target, body)[f"coverage_{k}sd"] for k in (1, 2)}
+            calibrated = coverage(volume, std, target, body)
+            shares |= {f"calibrated_{k}sd": calibrated[f"coverage_{k}sd"] for k in (1, 2)}
             wide = coverage(volume, calibration.factor95 * std, target, body)
             shares["calibrated_factor95"] = wide["coverage_1sd"]
         return shares
